@@ -1,0 +1,69 @@
+"""The words of drafting."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+PolicyName = Literal["goodput", "paper", "fixed"]
+SourceName = Literal["none", "copy", "diffusion"]
+"""`none`: nothing drafted. `copy`: the free draft (the request's own text and the n-gram model).
+`diffusion`: a pass of the diffusion model, its lattice joined with the free candidates in one search."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """One request as the pipeline sees it, before a step."""
+
+    request_id: str
+    tokens: Tokens  # [length] all committed tokens: prompt, then output; a view, not to be kept
+    max_draft_tokens: int  # never more than this many (API limit, room in the context, tokens left to generate)
+    policy: PolicyName | None = None  # None: the service's
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """The tokens sent to verification, and what led to them."""
+
+    tokens: tuple[int, ...] = ()
+    source: SourceName = "none"
+    confidences: tuple[float, ...] = ()  # per token: the pipeline's estimate that it is accepted if all before it are
+    raw_length: int = 0  # tokens before the first end-of-text in the drafter's raw argmax, before the search (Eq. 9)
+    expected_accepted: float = 0.0  # by the policy's survival estimates, tokens
+    lattice_width: float = 0.0  # mean candidates per position; 0 without a lattice
+    path_gain: float = 0.0  # score of the chosen path minus that of the raw argmax path, nats per token
+    bypass_reason: str = ""  # why nothing was drafted, from a bounded set
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request's draft: fed back to the pipeline by `observe`."""
+
+    request_id: str
+    draft: Draft
+    num_accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSeconds:
+    """Wall-clock seconds of one engine step."""
+
+    draft: float = 0.0
+    search: float = 0.0
+    verify: float = 0.0
+    commit: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One engine step. The length controller and Prometheus read this same record."""
+
+    outcomes: Sequence[Outcome]  # requests that were verified in this step, drafted or not
+    num_rows: int  # rows of the verification pass: pending tokens and drafts of all requests
+    num_prefill_rows: int  # of these, prompt tokens
+    seconds: PhaseSeconds
+    num_diffusion_rows: int = 0  # rows of the drafter's pass; 0 if there was none
+    mean_context: float = 0.0  # tokens

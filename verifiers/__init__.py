@@ -1,0 +1,1 @@
+"""Everything that checks: sampling rules, position-keyed draws, acceptance, the target model."""
