@@ -1,0 +1,26 @@
+"""Tiny checkpoints shared by the tests of a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import write_block_drafter, write_checkpoint
+
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama."""
+    folder = tmp_path_factory.mktemp("target")
+    write_checkpoint(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random block-diffusion drafter over the tiny target's vocabulary."""
+    folder = tmp_path_factory.mktemp("drafter")
+    write_block_drafter(folder)
+    return folder
