@@ -58,7 +58,7 @@ class StepTrace:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """What one step added to one request. The last delta has a finish reason and the statistics."""
+    """What one step added to one request. The last delta has a finish reason; every delta has the statistics so far."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, if asked for
@@ -66,7 +66,7 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token that ended the request, whether or not it is in `tokens`
     trace: StepTrace | None = None
-    stats: SpeculationStats | None = None
+    stats: SpeculationStats | None = None  # running counts on every delta: a stop string ends a request from outside
     num_cached_prompt_tokens: int = 0  # prompt tokens whose keys and values were reused
     queue_seconds: float = 0.0  # set on the first delta
 
