@@ -22,6 +22,7 @@ class DraftRequest:
     tokens: Tokens  # [length] all committed tokens: prompt, then output; a view, not to be kept
     max_draft_tokens: int  # never more than this many (API limit, room in the context, tokens left to generate)
     policy: PolicyName | None = None  # None: the service's
+    temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,335 @@
+"""The drafting pipeline: drafter, lattice, path search, length. Both engines call it the same way, once a step:
+`observe` what became of the last drafts, then `propose` the next ones.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
+from drafters.causal_scorer import CausalModel
+from drafters.costs import CostCurve
+from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from drafters.goodput import (
+    Calibration,
+    DiffusionForecast,
+    Floats,
+    GoodputState,
+    StepCosts,
+    choose_lengths,
+    choose_sources,
+    expected_accepted,
+)
+from drafters.lattice import DraftLattice, LatticeOptions
+from drafters.length import PaperLength, PaperLengthOptions
+from drafters.path_search import Path, PathSearch
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
+MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit from it: it is charged no more rows
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """What the pipeline does where a request doesn't say."""
+
+    policy: PolicyName = "goodput"
+    max_draft_tokens: int = 32
+    fixed_length: int = 8  # tokens, of policy `fixed`
+    diffusion_length: int = 12  # most tokens of a diffusion draft under `goodput`
+    paper: PaperLengthOptions = field(default_factory=PaperLengthOptions)
+    lattice: LatticeOptions = field(default_factory=LatticeOptions)
+
+
+@dataclass(slots=True)
+class _RequestState:
+    """What the pipeline remembers of one request, until `release`."""
+
+    paper: PaperLength
+    goodput: GoodputState = field(default_factory=GoodputState)
+    raw_confidences: Floats = field(default_factory=lambda: np.empty(0))  # of the draft that is being verified
+    num_learned: int = 0  # committed tokens that the causal model has learned from
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """One request's draft in the making."""
+
+    request: DraftRequest
+    state: _RequestState
+    policy: PolicyName
+    cap: int
+    copied: tuple[int, ...] = ()
+    copied_confidences: Floats = field(default_factory=lambda: np.empty(0))
+    diffusion_length: int = 0  # 0: no pass
+    path: Path | None = None
+    forecast_class: tuple[int, int] = (0, 0)
+
+
+class DraftPipeline:
+    """Proposes drafts for a batch of requests. Not thread-safe; lives in the engine's thread.
+
+    `propose` never raises: a failing diffusion drafter is logged and left out for a while (`drafter_up` is False), and
+    requests fall back to the free draft or to none.
+    """
+
+    def __init__(
+        self,
+        causal: CausalModel | None,
+        search: PathSearch | None,
+        diffusion: DiffusionDrafter | None,
+        options: PipelineOptions,
+        description: str,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """causal: the free drafter; None drafts nothing without a diffusion pass. search: None without `diffusion`."""
+        self._causal, self._search, self._diffusion = causal, search, diffusion
+        self._options, self._clock = options, clock
+        self.description = description
+        self.max_draft_tokens = options.max_draft_tokens
+        self._states: dict[str, _RequestState] = {}
+        self._forecast = DiffusionForecast(options.diffusion_length)
+        self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
+        self._costs = StepCosts(CostCurve({1: 3e-3, 64: 2e-2}), CostCurve({1: 5e-4, 64: 4e-3}))
+        self._paused_steps, self._failures = 0, 0
+        self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
+        self.last_diffusion_rows = 0
+
+    @property
+    def drafter_up(self) -> bool:
+        """Whether the diffusion drafter is in use (True too where none is configured)."""
+        return self._paused_steps == 0
+
+    def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
+        """Draft for every request of the next step: `drafter -> lattice -> path search -> length`.
+
+        num_prefill_rows: prompt rows that the same verification pass will carry.
+        """
+        started = self._clock()
+        self.last_draft_seconds = self.last_search_seconds = 0.0
+        self.last_diffusion_rows = 0
+        candidates = [self._candidate(request) for request in requests]
+        drafting = [candidate for candidate in candidates if candidate.cap > 0]
+        base_rows = len(requests) + num_prefill_rows
+        if drafting:
+            self._draft_freely(drafting)
+            self._plan_diffusion(drafting, base_rows)
+            self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
+        drafts = self._cut(candidates, base_rows)
+        elapsed = self._clock() - started
+        self._last_overhead_seconds = max(elapsed - self.last_draft_seconds - self.last_search_seconds, 0.0)
+        return drafts
+
+    def observe(self, step: StepRecord) -> None:
+        """Learn from one verified step: acceptance per confidence and request, and what the passes cost."""
+        searches = 0
+        for outcome in step.outcomes:
+            searches += outcome.draft.source == "diffusion"
+            state = self._states.get(outcome.request_id)
+            if state is not None:
+                self._learn(state, outcome)
+        if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
+            self._costs.verify.observe(step.num_rows, step.seconds.verify)
+        self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
+        self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + self._last_overhead_seconds)
+
+    def release(self, request_id: str) -> None:
+        """Forget a request; harmless if it is unknown."""
+        self._states.pop(request_id, None)
+        if self._diffusion is not None:
+            self._diffusion.release(request_id)
+
+    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
+        """Set the cost table at start-up: `verify_seconds` by rows from the engine; the drafter's own is measured here."""
+        self._costs.verify = CostCurve(verify_seconds)
+        if self._diffusion is not None:
+            self._costs.draft = CostCurve(self._measure_diffusion(self._diffusion))
+
+    def _candidate(self, request: DraftRequest) -> _Candidate:
+        state = self._states.get(request.request_id)
+        if state is None:
+            state = self._states[request.request_id] = _RequestState(PaperLength(self._options.paper))
+        cap = min(request.max_draft_tokens, self.max_draft_tokens)
+        return _Candidate(request, state, request.policy or self._options.policy, cap)
+
+    def _draft_freely(self, candidates: Sequence[_Candidate]) -> None:
+        if self._causal is None:
+            return
+        histories = [candidate.request.tokens for candidate in candidates]
+        for candidate in candidates:
+            tokens = candidate.request.tokens
+            if candidate.state.num_learned:
+                self._causal.learn(tokens, candidate.state.num_learned)
+            candidate.state.num_learned = len(tokens)
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates])
+        for candidate, chain in zip(candidates, chains, strict=True):
+            candidate.copied, candidate.copied_confidences = chain.tokens, chain.confidences
+
+    def _plan_diffusion(self, candidates: Sequence[_Candidate], base_rows: int) -> None:
+        """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens."""
+        if self._diffusion is None:
+            return
+        if self._paused_steps:
+            self._paused_steps -= 1
+            return
+        longest = self._diffusion.longest
+        adaptive = [candidate for candidate in candidates if candidate.policy == "goodput"]
+        for candidate in candidates:
+            if candidate.policy == "fixed":
+                candidate.diffusion_length = min(candidate.cap, self._options.fixed_length, longest)
+            elif candidate.policy == "paper":
+                candidate.diffusion_length = min(candidate.cap, candidate.state.paper.next_length, longest)
+        if not adaptive:
+            return
+        copied = self._copied_acceptance(adaptive)
+        longest = min(longest, self._options.diffusion_length)
+        rates = np.zeros((len(adaptive), self.max_draft_tokens))
+        draft_rows = np.empty(len(adaptive))
+        for i, candidate in enumerate(adaptive):
+            promise = copied[i, min(candidate.cap, 8)]
+            candidate.forecast_class = self._forecast.classes(candidate.request.temperature, promise)
+            known = self._forecast.rates(candidate.forecast_class)
+            size = min(candidate.cap, longest)
+            rates[i, :size] = np.minimum(known[:size] * candidate.state.goodput.diffusion.factor, 0.99)
+            pending = self._diffusion.pending_rows(candidate.request.request_id, len(candidate.request.tokens))
+            draft_rows[i] = min(pending, MOST_CATCH_UP_ROWS) + size
+        caps = np.array([candidate.cap for candidate in adaptive])
+        chosen = choose_sources(copied, expected_accepted(rates), caps, draft_rows, base_rows, self._costs)
+        for candidate, is_chosen in zip(adaptive, chosen.tolist(), strict=True):
+            if self._forecast.is_probe_due(candidate.forecast_class, is_chosen) or is_chosen:
+                candidate.diffusion_length = min(candidate.cap, longest)
+
+    def _diffuse(self, candidates: Sequence[_Candidate]) -> None:
+        """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
+        if not candidates or self._diffusion is None or self._search is None:
+            return
+        requests = [MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length) for c in candidates]
+        try:
+            started = self._clock()
+            rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
+            logits = self._diffusion.propose(requests)
+            drafted = self._clock()
+            lengths = [request.length for request in requests]
+            lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
+            paths = self._search.search([request.tokens for request in requests], lattice)
+        except Exception:
+            self._pause(candidates)
+            return
+        self.last_draft_seconds = drafted - started
+        self.last_search_seconds = self._clock() - drafted
+        self.last_diffusion_rows = rows
+        self._failures = 0
+        for candidate, path in zip(candidates, paths, strict=True):
+            candidate.path = path
+
+    def _cut(self, candidates: Sequence[_Candidate], base_rows: int) -> list[Draft]:
+        """Turn candidates into drafts of the length that is worth verifying."""
+        lengths = [0] * len(candidates)
+        adaptive = []
+        for i, candidate in enumerate(candidates):
+            if candidate.cap == 0:
+                continue
+            if candidate.policy == "goodput":
+                adaptive.append(i)
+                continue
+            known = len(candidate.path.tokens) if candidate.path else len(candidate.copied)
+            wanted = self._options.fixed_length if candidate.policy == "fixed" else candidate.state.paper.next_length
+            lengths[i] = min(known, wanted, candidate.cap)
+            base_rows += lengths[i]
+        accepted = np.zeros((len(adaptive), self.max_draft_tokens + 1))
+        if adaptive:
+            caps = np.zeros(len(adaptive), dtype=np.int64)
+            for row, i in enumerate(adaptive):
+                rates = self._rates(candidates[i])
+                caps[row] = len(rates)
+                accepted[row, 1 : len(rates) + 1] = np.cumsum(np.cumprod(rates))
+            spent = self.last_draft_seconds + self.last_search_seconds
+            for row, length in enumerate(choose_lengths(accepted, caps, base_rows, spent, self._costs).tolist()):
+                lengths[adaptive[row]] = length
+        return [self._draft(candidate, length) for candidate, length in zip(candidates, lengths, strict=True)]
+
+    def _rates(self, candidate: _Candidate) -> Floats:
+        """Calibrated conditional acceptance of the candidate's tokens, in its request's light."""
+        state = candidate.state.goodput
+        if candidate.path is None:
+            return np.minimum(self._copy_calibration(candidate.copied_confidences) * state.copy.factor, 0.99)
+        calibrated = self._path_calibration(candidate.path.confidences)
+        self._forecast.observe(candidate.forecast_class, calibrated)
+        return np.minimum(calibrated * state.diffusion.factor, 0.99)[: candidate.cap]
+
+    def _copied_acceptance(self, candidates: Sequence[_Candidate]) -> Floats:
+        rates = np.zeros((len(candidates), self.max_draft_tokens))
+        for i, candidate in enumerate(candidates):
+            known = self._rates(candidate)
+            rates[i, : len(known)] = known
+        return expected_accepted(rates)
+
+    def _draft(self, candidate: _Candidate, length: int) -> Draft:
+        path, state = candidate.path, candidate.state
+        raw_length = path.raw_length if path else 0
+        width = path.lattice_width if path else 0.0
+        gain = path.gain if path else 0.0
+        tokens = path.tokens if path else candidate.copied
+        raw = path.confidences if path else candidate.copied_confidences
+        state.raw_confidences = raw[:length]
+        if length == 0:
+            reason = "no_room" if candidate.cap == 0 else "not_worth_it" if tokens else "no_candidates"
+            return Draft(raw_length=raw_length, lattice_width=width, path_gain=gain, bypass_reason=reason)
+        calibrated = (self._path_calibration if path else self._copy_calibration)(state.raw_confidences)
+        return Draft(
+            tokens=tokens[:length],
+            source="diffusion" if path else "copy",
+            confidences=tuple(calibrated.tolist()),
+            raw_length=raw_length,
+            expected_accepted=float(np.cumprod(calibrated).sum()),
+            lattice_width=width,
+            path_gain=gain,
+        )
+
+    def _learn(self, state: _RequestState, outcome: Outcome) -> None:
+        draft, goodput = outcome.draft, state.goodput
+        if not draft.tokens:
+            goodput.copy.forget()
+            goodput.diffusion.forget()
+            return
+        drafted_by_diffusion = draft.source == "diffusion"
+        calibration = self._path_calibration if drafted_by_diffusion else self._copy_calibration
+        agreement = goodput.diffusion if drafted_by_diffusion else goodput.copy
+        agreement.observe(outcome.num_accepted, draft.expected_accepted)
+        calibration.observe(state.raw_confidences, outcome.num_accepted)
+        if drafted_by_diffusion:
+            state.paper.observe(draft.raw_length, outcome.num_accepted)
+
+    def _pause(self, candidates: Sequence[_Candidate]) -> None:
+        """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
+        self._failures += 1
+        self._paused_steps = RETRY_AFTER_STEPS * 2 ** min(self._failures - 1, 8)
+        log.exception("the diffusion drafter failed; drafting goes on without it for %d steps", self._paused_steps)
+        if self._diffusion is not None:
+            for candidate in candidates:
+                self._diffusion.release(candidate.request.request_id)
+
+    def _measure_diffusion(self, diffusion: DiffusionDrafter) -> dict[int, float]:
+        """Seconds of a diffusion pass by rows, the median of a few passes each."""
+        history = np.zeros(diffusion.longest, dtype=np.int32)
+        measured = {}
+        for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
+            requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
+            seconds = []
+            try:
+                for _ in range(6):
+                    started = self._clock()
+                    diffusion.propose(requests)
+                    seconds.append(self._clock() - started)
+            except RuntimeError:
+                break  # fewer slots than that
+            finally:
+                for request in requests:
+                    diffusion.release(request.request_id)
+            measured[count * length] = sorted(seconds[1:])[len(seconds[1:]) // 2]
+        return measured
