@@ -1,0 +1,54 @@
+# Everything a newcomer needs; each target installs what it needs first.
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: help setup setup-dev serve test lint format bench train-pair clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(INSTALLED) ## install the service into .venv
+
+setup-dev: $(INSTALLED_DEV) ## the same, with what tests, linters and training need
+
+serve: $(INSTALLED) ## serve the bundled pair on 127.0.0.1 (PORT=8000)
+	$(BIN)/diffuspec serve --port $(PORT)
+
+test: $(INSTALLED_DEV) ## run the tests
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED_DEV) ## style, types and import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED_DEV) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## compare plain and speculative decoding side by side; writes reports/
+	$(BIN)/diffuspec bench
+
+train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
+	$(BIN)/python -m models.training all
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
+
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.13,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	@touch $@
