@@ -139,7 +139,7 @@ def write_block_drafter(
 
 
 def write_full_drafter(folder: Path, seed: int = 1, layers: int = 1) -> PreTrainedModel:
-    """Write a tiny random fully bidirectional drafter in the layout of hub checkpoints such as Dream: one mask token."""
+    """Write a tiny random bidirectional drafter in the layout of hub checkpoints such as Dream: one mask token."""
     model = write_checkpoint(folder, "qwen2", seed, layers=layers, vocab_size=VOCABULARY_SIZE + 1)
     path = folder / "config.json"
     config = json.loads(path.read_text())

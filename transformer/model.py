@@ -1,0 +1,165 @@
+"""A Llama-like transformer over a key-value cache: ragged rows in, hidden states out.
+
+Written for small batches on a CPU, where a step costs its weights' memory traffic plus the overhead of every torch
+call: matrices are stored [in, out] (which multiplies few rows fastest), projections of the same input are one matrix,
+norm weights are folded into the matrix that follows, and residuals are added by the matrix product itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from transformer.attention import Attention, RowBatch
+from transformer.cache import KeyValueCache
+from transformer.checkpoint import CheckpointError, load_weights
+from transformer.config import TransformerConfig
+from transformer.rotary import interleave, rotary_table
+
+__all__ = ["CheckpointError", "RowBatch", "Transformer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer; matrices are [in, out], and the two norms are folded into `qkv` and `gate_up`."""
+
+    qkv: Tensor  # [hidden, (heads + 2 * kv_heads) * head_dim]
+    qkv_bias: Tensor | None
+    query_key_norm: Tensor | None  # [heads + kv_heads, head_dim]
+    output: Tensor  # [heads * head_dim, hidden]
+    output_bias: Tensor | None
+    gate_up: Tensor  # [hidden, 2 * intermediate]
+    down: Tensor  # [intermediate, hidden]
+
+
+class Transformer:
+    """Weights on one device, in one dtype. Stateless: sequences live in the cache."""
+
+    def __init__(self, config: TransformerConfig, weights: dict[str, Tensor]) -> None:
+        """Take over `weights` (hub names, as `load_weights` gives them); the dictionary is emptied on the way."""
+        self.config = config
+        with torch.inference_mode():
+            self._embedding = weights.pop("model.embed_tokens.weight")
+            head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
+            # A tied head is transposed into a copy on the CPU only: there it is worth its memory.
+            self._head = head.t().contiguous() if head.device.type == "cpu" else head.t()
+            self._final_norm = weights.pop("model.norm.weight")
+            self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
+            self._rotations = rotary_table(config, config.max_positions).to(self.device)
+            self._epsilon = torch.tensor(config.rms_norm_eps, device=self.device).view(1, 1, 1)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        progress: Callable[[float], None] | None = None,
+    ) -> Self:
+        """Load a Hugging Face folder. `progress` gets the loaded fraction. Raises CheckpointError."""
+        config = TransformerConfig.from_folder(folder)
+        return cls(config, load_weights(folder, config, device, dtype, progress))
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    def new_cache(self, slots: int, length: int) -> KeyValueCache:
+        """A cache for `slots` sequences of up to `length` tokens."""
+        if length > len(self._rotations):
+            self._rotations = rotary_table(self.config, length).to(self.device)
+        sizes = self.config.num_layers, slots, self.config.num_key_value_heads, length, self.config.head_dim
+        return KeyValueCache(*sizes, device=self.device, dtype=self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, rows: RowBatch, cache: KeyValueCache) -> Tensor:
+        """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache."""
+        attention = Attention(rows, cache)
+        rotations = self._rotations[attention.positions]
+        hidden = self._embedding.index_select(0, rows.tokens)
+        for index, layer in enumerate(self._layers):
+            hidden = self._attend(hidden, index, layer, attention, rotations)
+            gate, up = (self._normalized(hidden) @ layer.gate_up).chunk(2, dim=-1)
+            hidden = torch.addmm(hidden, silu(gate).mul_(up), layer.down)
+        return self._normalized(hidden) * self._final_norm
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [n, hidden], float32 [n, vocabulary]."""
+        return (hidden @ self._head).float()
+
+    def _attend(self, hidden: Tensor, index: int, layer: Layer, attention: Attention, rotations: Tensor) -> Tensor:
+        normalized = self._normalized(hidden)
+        if layer.qkv_bias is None:
+            qkv = normalized @ layer.qkv
+        else:
+            qkv = torch.addmm(layer.qkv_bias, normalized, layer.qkv)
+        num_heads, num_shared = self.config.num_heads, self.config.num_key_value_heads
+        heads = qkv.view(len(qkv), -1, self.config.head_dim)
+        turned = heads[:, : num_heads + num_shared]
+        if layer.query_key_norm is not None:
+            turned.copy_(self._normalized_heads(turned) * layer.query_key_norm)
+        rotate(turned, rotations)
+        attention.write(index, heads[:, num_heads:])
+        attended = attention.attend(index, heads[:, :num_heads])
+        hidden = torch.addmm(hidden, attended, layer.output)
+        return hidden if layer.output_bias is None else hidden + layer.output_bias
+
+    def _normalized(self, hidden: Tensor) -> Tensor:
+        """`hidden` [rows, hidden] over its root mean square, whose weight stands in the next matrix."""
+        wide = hidden.float()
+        # One call for mean square plus epsilon; torch.rms_norm is four times slower on a CPU at one row.
+        square = torch.baddbmm(self._epsilon, wide.unsqueeze(1), wide.unsqueeze(2), alpha=1 / wide.shape[1])
+        return (wide * square.rsqrt_().squeeze(2)).to(hidden.dtype)
+
+    def _normalized_heads(self, heads: Tensor) -> Tensor:
+        """`heads` [rows, heads, head_dim] over each head's root mean square."""
+        return torch.rms_norm(heads, heads.shape[-1:], eps=self.config.rms_norm_eps)
+
+
+def rotate(heads: Tensor, rotations: Tensor) -> None:
+    """Turn `heads` [rows, heads, head_dim] in place by `rotations` complex64 [rows, 1, head_dim / 2]."""
+    pairs = heads.unflatten(-1, (-1, 2))
+    if heads.dtype == torch.float32:
+        torch.view_as_complex(pairs).mul_(rotations)
+    else:
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotations))
+
+
+def take_layer(config: TransformerConfig, weights: dict[str, Tensor], name: str) -> Layer:
+    """Move one layer's weights out of `weights`, fused and transposed."""
+
+    def take(part: str) -> Tensor:
+        return weights.pop(f"{name}.{part}")
+
+    def fused(norm: str, *matrices: Tensor) -> Tensor:
+        folded = torch.cat(matrices).float() * take(f"{norm}.weight").float()
+        return folded.t().to(matrices[0].dtype).contiguous()
+
+    head_dim = config.head_dim
+    query, key, value = (take(f"self_attn.{part}_proj.weight") for part in "qkv")
+    bias = norm = None
+    if config.attention_bias:
+        query_bias, key_bias, value_bias = (take(f"self_attn.{part}_proj.bias") for part in "qkv")
+        bias = torch.cat([interleave(query_bias, head_dim), interleave(key_bias, head_dim), value_bias])
+    if config.query_key_norm:
+        query_norm, key_norm = (interleave(take(f"self_attn.{part}_norm.weight"), head_dim) for part in "qk")
+        counts = config.num_heads, config.num_key_value_heads
+        norm = torch.cat([w.expand(n, -1) for w, n in zip((query_norm, key_norm), counts, strict=True)])
+    return Layer(
+        qkv=fused("input_layernorm", interleave(query, head_dim), interleave(key, head_dim), value),
+        qkv_bias=bias,
+        query_key_norm=norm,
+        output=take("self_attn.o_proj.weight").t().contiguous(),
+        output_bias=take("self_attn.o_proj.bias") if config.output_bias else None,
+        gate_up=fused("post_attention_layernorm", take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")),
+        down=take("mlp.down_proj.weight").t().contiguous(),
+    )
