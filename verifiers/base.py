@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
@@ -62,7 +65,7 @@ class VerifyRequest:
     """
 
     slot: int  # its place in the verifier's key-value cache
-    tokens: Sequence[int]  # all committed tokens: prompt, then output
+    tokens: Sequence[int] | NDArray[np.int32]  # all committed tokens: prompt, then output; the engine passes an array
     num_prompt: int  # tokens of `tokens` that are the prompt
     num_cached: int  # tokens whose keys and values stand in the slot already
     num_new: int
@@ -75,6 +78,7 @@ class VerifyRequest:
 class VerifyResult:
     verification: Verification | None  # None while the prompt is not fully read
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of tokens[num_cached + 1 : num_cached + num_new + 1] within the prompt
+    error: str = ""  # why this request alone cannot go on, e.g. logits that are not numbers; then nothing is verified
 
 
 class Verifier(Protocol):

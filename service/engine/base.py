@@ -103,6 +103,10 @@ class RequestFailedError(EngineError):
     """This request failed while running; others did not notice."""
 
 
+class RequestTimeoutError(RequestFailedError):
+    """The request's own `timeout_seconds` ran out, waiting or running."""
+
+
 class Engine(Protocol):
     """Generates tokens for many requests at once."""
 

@@ -1,0 +1,42 @@
+"""What the embedded engine asks of whatever proposes its drafts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from drafters.base import Draft, DraftRequest, StepRecord
+
+
+class Drafting(Protocol):
+    """Proposes drafts for a batch and learns from what became of them; `drafters.pipeline` is the real one."""
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The service's largest draft; 0 for plain decoding."""
+
+    @property
+    def description(self) -> str:
+        """For people, e.g. `diffusion (block, 1.3M) + copy`."""
+
+    @property
+    def last_draft_seconds(self) -> float:
+        """Of the latest `propose`: seconds in drafter passes."""
+
+    @property
+    def last_search_seconds(self) -> float:
+        """Of the latest `propose`: seconds in lattice and path search."""
+
+    @property
+    def last_diffusion_rows(self) -> int:
+        """Of the latest `propose`: rows of the drafter's pass; 0 if there was none."""
+
+    def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
+        """One draft per request, none longer than its `max_draft_tokens`."""
+
+    def observe(self, step: StepRecord) -> None:
+        """Learn from one finished step."""
+
+    def release(self, request_id: str) -> None:
+        """Forget a request; unknown ids are fine."""
+
+    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
+        """Take in what verification costs at start-up: seconds of a pass by its rows."""

@@ -1,0 +1,173 @@
+"""The state of one request while the engine decodes it."""
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import Draft, Tokens
+from service.engine.base import FinishReason, GenerationRequest, SpeculationStats, StepTrace, TokenDelta
+from verifiers.base import TokenLogprobs, VerifyResult
+
+
+class Decoding:
+    """One request from its submission to its last delta; after submission only the engine thread touches it.
+
+    The slot of the key-value cache holds the first `num_cached` of `tokens`. While the prompt is being read,
+    `num_cached < num_prompt`; from then on all tokens but the newest are cached. Rows of rejected drafts lie beyond
+    `num_cached` and are overwritten by the next step.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_is_first_delta",
+        "_length",
+        "_prompt_logprobs",
+        "_stop_tokens",
+        "arrival",
+        "deadline",
+        "max_draft_tokens",
+        "num_cached",
+        "num_prompt",
+        "num_reused",
+        "queue_seconds",
+        "request",
+        "slot",
+        "stats",
+        "submitted_at",
+    )
+
+    def __init__(
+        self, request: GenerationRequest, arrival: int, submitted_at: float, service_draft_tokens: int
+    ) -> None:
+        """`arrival` numbers the requests; `submitted_at` is in seconds of the engine's clock."""
+        speculation = request.speculation
+        wanted = service_draft_tokens if speculation.max_draft_tokens is None else speculation.max_draft_tokens
+        self.request = request
+        self.arrival = arrival
+        self.submitted_at = submitted_at
+        self.deadline = None if request.timeout_seconds is None else submitted_at + request.timeout_seconds
+        self.max_draft_tokens = max(min(wanted, service_draft_tokens), 0) if speculation.enabled else 0
+        self.num_prompt = len(request.prompt)
+        self.num_cached = 0
+        self.num_reused = 0  # prompt tokens whose keys and values came from another request
+        self.slot = -1  # none yet
+        self.queue_seconds = 0.0
+        self.stats = SpeculationStats(
+            num_spec_tokens=self.max_draft_tokens, acceptance_histogram=[0] * (self.max_draft_tokens + 1)
+        )
+        self._buffer: NDArray[np.int32] = np.empty(self.num_prompt + request.max_tokens, dtype=np.int32)
+        self._buffer[: self.num_prompt] = request.prompt
+        self._length = self.num_prompt
+        self._stop_tokens = frozenset(request.rules.stop_token_ids)
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._is_first_delta = True
+
+    @property
+    def tokens(self) -> Tokens:
+        """`[length]` all committed tokens: prompt, then output; a view."""
+        return self._buffer[: self._length]
+
+    @property
+    def prompt(self) -> Tokens:
+        """`[num_prompt]`; a view."""
+        return self._buffer[: self.num_prompt]
+
+    @property
+    def cached_tokens(self) -> Tokens:
+        """`[num_cached]` tokens whose keys and values stand in the slot; a view."""
+        return self._buffer[: self.num_cached]
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.num_prompt + self.request.max_tokens - self._length
+
+    @property
+    def num_pending(self) -> int:
+        """Committed tokens that are not cached: what is left of the prompt, later the newest token alone."""
+        return self._length - self.num_cached
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether prompt tokens are still to be run through the model."""
+        return self.num_cached < self.num_prompt
+
+    @property
+    def num_reserved(self) -> int:
+        """Cache positions this request may come to need."""
+        return len(self._buffer)
+
+    @property
+    def may_reuse_prefix(self) -> bool:
+        """Log probabilities of the prompt need the rows that reuse would save."""
+        return self.request.prompt_logprobs is None
+
+    def commit(self, num_new: int, draft: Draft, result: VerifyResult) -> TokenDelta | None:
+        """Take in one step that ran `num_new` pending tokens and `draft`; None while the prompt is being read."""
+        self.num_cached += num_new
+        self._prompt_logprobs.extend(result.prompt_logprobs)
+        verification = result.verification
+        if verification is None:
+            return None
+        num_accepted = verification.num_accepted
+        drawn = (*draft.tokens[:num_accepted], verification.next_token)
+        num_kept, reason = self._count_kept(drawn)
+        kept = drawn[:num_kept]
+        self._buffer[self._length : self._length + num_kept] = kept
+        self._length += num_kept
+        self.num_cached = min(self.num_cached + num_accepted, self._length)
+        if draft.tokens:
+            self.stats.num_spec_steps += 1
+            self.stats.num_draft_tokens += len(draft.tokens)
+            self.stats.num_accepted_draft_tokens += num_accepted
+            self.stats.acceptance_histogram[num_accepted] += 1
+        stop_token = kept[-1] if reason == "stop" else None
+        if reason == "stop" and not self.request.include_stop_token:
+            kept = kept[:-1]
+        trace = None
+        if self.request.speculation.trace:
+            trace = StepTrace(draft.source, draft.tokens, min(num_accepted, len(kept)))
+        return self._delta(kept, verification.logprobs[: len(kept)], reason, stop_token, trace)
+
+    def abort(self) -> TokenDelta:
+        """The last delta of a request that the engine ends early."""
+        return self._delta((), (), "abort", None, None)
+
+    def _count_kept(self, drawn: tuple[int, ...]) -> tuple[int, FinishReason | None]:
+        """How many of the drawn tokens belong to the output, and whether they end it.
+
+        The tokens after the first stop token or beyond `max_tokens` are what plain decoding would never have drawn.
+        """
+        num_left = self.num_left
+        for count, token in enumerate(drawn[:num_left], start=1):
+            if token in self._stop_tokens:
+                return count, "stop"
+        if len(drawn) >= num_left:
+            return num_left, "length"
+        return len(drawn), None
+
+    def _delta(
+        self,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+        stop_token: int | None,
+        trace: StepTrace | None,
+    ) -> TokenDelta:
+        is_first, self._is_first_delta = self._is_first_delta, False
+        return TokenDelta(
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self._prompt_logprobs) if is_first else (),
+            finish_reason=reason,
+            stop_token=stop_token,
+            trace=trace,
+            stats=replace(self.stats, acceptance_histogram=self.stats.acceptance_histogram.copy()),
+            num_cached_prompt_tokens=self.num_reused if is_first else 0,
+            queue_seconds=self.queue_seconds if is_first else 0.0,
+        )
