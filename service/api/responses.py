@@ -1,0 +1,201 @@
+"""What clients are answered. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
+
+from typing import Any
+
+from typing_extensions import NotRequired, TypedDict  # pydantic needs these on Python 3.11
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    error: ErrorDetail
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: NotRequired[PromptTokensDetails]
+
+
+class SpeculativeDecoding(TypedDict):
+    num_spec_steps: int
+    num_spec_tokens: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int]
+
+
+class Metrics(TypedDict):
+    speculative_decoding: SpeculativeDecoding
+
+
+class TracedToken(TypedDict):
+    token_id: int
+    text: str
+    kind: str  # drafted, recovered or bonus
+
+
+class TraceStep(TypedDict):
+    source: str  # none, copy or diffusion
+    tokens: list[TracedToken]
+    rejected: list[int]  # drafted tokens that were not kept
+
+
+class LegacyLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    trace: NotRequired[list[TraceStep]]
+
+
+class Completion(TypedDict):
+    """Answer of POST /v1/completions, whole or as one chunk of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+    metrics: NotRequired[Metrics]
+
+
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessageBody(TypedDict):
+    role: str
+    content: str
+    refusal: None
+
+
+class ChatDelta(TypedDict, total=False):
+    role: str
+    content: str
+
+
+class ChatChoiceBase(TypedDict):
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+    trace: NotRequired[list[TraceStep]]
+
+
+class ChatChoice(ChatChoiceBase):
+    message: ChatMessageBody
+
+
+class ChatChunkChoice(ChatChoiceBase):
+    delta: ChatDelta
+
+
+class ChatCompletion(TypedDict):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    metrics: Metrics
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ChatCompletionChunk(TypedDict):
+    """One chunk of a streamed POST /v1/chat/completions."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    metrics: NotRequired[Metrics]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int
+    drafter: str
+
+
+class ModelList(TypedDict):
+    object: str
+    data: list[ModelCard]
+
+
+class Tokenized(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: NotRequired[list[str]]
+
+
+class Detokenized(TypedDict):
+    prompt: str
+
+
+class TokenizerInfo(TypedDict):
+    type: str
+    size: int
+    vocabulary_size: int
+    max_model_len: int
+    special_tokens: dict[str, Any]
+    chat_template: str | None
+
+
+class Health(TypedDict):
+    status: str
+
+
+class Startup(TypedDict):
+    phase: str
+    progress: float
+    detail: str
+    seconds: float
+
+
+class Version(TypedDict):
+    version: str

@@ -1,0 +1,141 @@
+"""What clients may send. Types are strict, unknown fields are refused, null means unset."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from drafters.base import PolicyName
+from service.api.fields import (
+    MAX_INT,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKENS,
+    BestOf,
+    Content,
+    LogitBias,
+    Prompt,
+    ResponseFormat,
+    Seed,
+    Stop,
+    TokenIds,
+    ToolChoice,
+    Unsupported,
+)
+
+
+class RequestModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class StreamOptions(RequestModel):
+    include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
+
+
+class SpeculativeField(RequestModel):
+    enabled: bool | None = Field(None, description="False: plain decoding for this request. The text is the same.")
+    max_draft_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens drafted in one step.")
+    policy: PolicyName | None = Field(None, description="Who decides the draft length; unset: the service's policy.")
+    trace: bool | None = Field(None, description="Say of every token whether it was drafted, recovered or a bonus.")
+
+
+class GenerationFields(RequestModel):
+    """Fields of completions and chat completions alike."""
+
+    model: str | None = Field(None, max_length=256, description="Name from /v1/models; unset: the one there is.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens to generate.")
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="No stopping before that many tokens.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Draw from the smallest set with this mass.")
+    top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="Draw from this many; 0 or -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens below this share of the best one's.")
+    n: int | None = Field(None, ge=1, le=MAX_INT, description="Choices per prompt; choice i is drawn with seed + i.")
+    stream: bool | None = Field(None, description="Send the text as server-sent events while it is made.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    stop: Stop = Field(None, description="Up to four texts that end the output.")
+    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_STOP_TOKENS, description="Tokens that end the output.")
+    include_stop_str_in_output: bool | None = Field(None, description="Show the text that ended the output.")
+    ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Taken from tokens generated already.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Taken for each time it was generated.")
+    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of tokens seen already.")
+    logit_bias: LogitBias | None = Field(None, description="Added to the logits, by token id.")
+    allowed_token_ids: TokenIds | None = Field(None, description="Only these tokens may be generated.")
+    bad_words: list[str] | None = Field(None, description="Texts that are not generated.")
+    seed: Seed | None = Field(None, description="The same seed gives the same text, speculation on or off.")
+    user: str | None = Field(None, max_length=512, description="Not used, not logged.")
+    priority: int | None = Field(None, ge=-MAX_INT, le=MAX_INT, description="Lower runs first.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; default true.")
+    return_token_ids: bool | None = Field(None, description="Answer with token ids too.")
+    truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep this many last tokens.")
+    speculative: SpeculativeField | None = Field(None, description="Speculative decoding of this request.")
+    response_format: ResponseFormat = Field(None, description="Only text for now.")
+    structured_outputs: Unsupported = Field(None, description="Not supported yet.")
+
+
+class CompletionRequest(GenerationFields):
+    """Body of POST /v1/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "def read_lines(path):\n", "max_tokens": 64, "temperature": 0, "stop": ["\ndef "]},
+                {"prompt": ["import os\n", "class Stack:\n"], "n": 2, "seed": 7, "speculative": {"enabled": False}},
+            ]
+        }
+    )
+
+    prompt: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives to report for each token.")
+    echo: bool | None = Field(None, description="Begin the output with the prompt.")
+    suffix: Unsupported = Field(None, description="Not supported.")
+    best_of: BestOf = Field(None, description="Only 1.")
+
+
+class ChatMessage(RequestModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = Field(None, max_length=256)
+    refusal: Unsupported = None
+    annotations: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: Unsupported = None
+
+
+class ChatCompletionRequest(GenerationFields):
+    """Body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Read a file line by line"}], "max_tokens": 64}]
+        }
+    )
+
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="The newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Report each token's log probability.")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives; only with `logprobs`.")
+    tools: Unsupported = Field(None, description="Not supported yet.")
+    tool_choice: ToolChoice = Field(None, description="Not supported yet.")
+
+
+class TokenizeRequest(RequestModel):
+    """Body of POST /tokenize: a text, or messages for the chat template."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "import os\n"}]})
+
+    model: str | None = Field(None, max_length=256)
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="Default: true for a text, false for messages.")
+    add_generation_prompt: bool | None = Field(None, description="For messages; default true.")
+    return_token_strs: bool | None = Field(None, description="Answer with each token's text too.")
+
+
+class DetokenizeRequest(RequestModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [300, 301]}]})
+
+    model: str | None = Field(None, max_length=256)
+    tokens: list[int]

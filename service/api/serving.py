@@ -1,0 +1,110 @@
+"""The served model and everything a route needs, from the first moment of loading to the end of draining."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from service.engine.base import Engine, EngineStatus
+from service.errors import NotFoundError, NotReadyError
+from service.metrics import ServiceMetrics
+from service.settings import Settings
+from service.text.tokenizer import TextTokenizer
+
+LONG_TEXT_CHARACTERS = 4096  # beyond it tokenizing leaves the event loop
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is there once loading is done."""
+
+    name: str
+    engine: Engine
+    tokenizer: TextTokenizer
+    created: int  # Unix time
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Tokenize; a long text in another thread."""
+        if len(text) <= LONG_TEXT_CHARACTERS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+class Serving:
+    """One engine and its tokenizer on their way from loading to ready to draining."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        load_tokenizer: Callable[[], TextTokenizer],
+        metrics: ServiceMetrics,
+        draw_seed: Callable[[], int],
+        clock: Clock,
+    ) -> None:
+        """`load_tokenizer` may take seconds and runs in another thread; `draw_seed` serves requests without a seed."""
+        self.settings = settings
+        self.metrics = metrics
+        self.draw_seed = draw_seed
+        self.clock = clock
+        self.name = settings.model.public_name
+        self._engine = engine
+        self._load_tokenizer = load_tokenizer
+        self._model: ServedModel | None = None
+        self._failure: Exception | None = None
+        self._is_stopping = False
+        self._started = clock()
+
+    async def start(self) -> None:
+        """Load tokenizer and models; raises what made that impossible, which `status` then reports too."""
+        try:
+            tokenizer = await asyncio.to_thread(self._load_tokenizer)
+            await self._engine.start()
+        except Exception as error:
+            self._failure = error
+            raise
+        self._model = ServedModel(self.name, self._engine, tokenizer, int(time.time()))
+        self.metrics.watch(self._engine)
+
+    async def stop(self) -> None:
+        """Refuse new requests, and let running ones end within the drain time. Only the first call does anything."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        await self._engine.stop(self.settings.server.drain_seconds)
+
+    @property
+    def seconds_since_start(self) -> float:
+        return self.clock() - self._started
+
+    @property
+    def failure(self) -> Exception | None:
+        """What made loading impossible."""
+        return self._failure
+
+    def status(self) -> EngineStatus:
+        """The engine's, without what only the log should say of a failure."""
+        if self._failure is not None:
+            return EngineStatus("dead", "the model could not be loaded")
+        status = self._engine.status()
+        if self._is_stopping and status.phase in ("loading", "ready"):
+            return replace(status, phase="draining", detail="the server is shutting down")
+        if self._model is None and status.phase == "ready":
+            return replace(status, phase="loading")
+        if status.phase == "dead":
+            return replace(status, detail="the engine has failed; the log says why")
+        return status
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
+        status = self.status()
+        if status.phase != "ready" or self._model is None:
+            detail = f": {status.detail}" if status.detail else ""
+            raise NotReadyError(f"The server is {status.phase}{detail}.", headers={"Retry-After": "1"})
+        if name is not None and name != self.name:
+            raise NotFoundError(
+                f"There is no model {name!r} here; this server has {self.name!r}.", param="model", code="model_not_found"
+            )
+        return self._model

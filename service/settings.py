@@ -1,0 +1,265 @@
+"""Every setting of the service, in one frozen tree.
+
+Command line flags win over `DIFFUSPEC_GROUP__NAME` environment variables, those over the `--config` file (TOML or
+JSON), that over the defaults below. `--help` and the README's table are made from the descriptions in this file.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from drafters.base import PolicyName
+
+PREFIX = "DIFFUSPEC_"
+BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
+PROMPT_LOOKUP = "prompt-lookup"
+NO_DRAFTER = "none"
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has an impossible value; the message is one readable sentence per problem."""
+
+
+class SettingsGroup(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ServerSettings(SettingsGroup):
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    drain_seconds: float = Field(30.0, ge=0, description="After SIGTERM, how long running requests may still take.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body, in bytes.")
+    body_seconds: float = Field(30.0, gt=0, description="How long a client may take to send a request body.")
+    request_seconds: float | None = Field(None, gt=0, description="Longest time for one request; unset: no limit.")
+    keep_alive_seconds: int = Field(75, ge=1, description="How long an idle connection is kept open.")
+
+
+class ModelSettings(SettingsGroup):
+    engine: Literal["embedded"] = Field("embedded", description="What runs the models: this project's torch engine.")
+    target: Path = Field(
+        BUNDLED_MODELS / "target", description="Folder of the target, the model whose text is served (safetensors)."
+    )
+    drafter: str | None = Field(
+        None,
+        description="Folder of the diffusion drafter, or `prompt-lookup`, or `none`. "
+        "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
+    )
+    ngram: Path | None = Field(
+        None,
+        description="Folder of an n-gram model over the target's token ids. "
+        "Unset: the bundled one for the bundled target, else only what a request's own text teaches.",
+    )
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of weights and arithmetic.")
+    device: str = Field("cpu", description="torch device, such as `cpu` or `cuda:0`.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads for torch. Unset: torch decides.")
+
+    @property
+    def is_bundled(self) -> bool:
+        return self.target.resolve() == (BUNDLED_MODELS / "target").resolve()
+
+    @property
+    def drafter_choice(self) -> str:
+        """A folder, `prompt-lookup` or `none`, with the default worked out."""
+        if self.drafter is not None:
+            return self.drafter
+        return str(BUNDLED_MODELS / "drafter") if self.is_bundled else PROMPT_LOOKUP
+
+    @property
+    def ngram_folder(self) -> Path | None:
+        return BUNDLED_MODELS / "ngram" if self.ngram is None and self.is_bundled else self.ngram
+
+    @property
+    def public_name(self) -> str:
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return "diffuspec-python" if self.is_bundled else self.target.resolve().name
+
+
+class SpeculationSettings(SettingsGroup):
+    policy: PolicyName = Field(
+        "goodput",
+        description="Who decides how much is drafted: `goodput` (most committed tokens per second, from what is "
+        "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `max_draft_tokens`).",
+    )
+    max_draft_tokens: int = Field(16, ge=0, le=128, description="Most tokens drafted for one request in one step.")
+    search: bool = Field(True, description="Search the lattice for the best path; off: each position's best token.")
+    diffusion: bool = Field(True, description="Let the diffusion model draft.")
+    copying: bool = Field(True, description="Let copies of the request's own text and n-grams draft.")
+    beam_width: int = Field(3, ge=1, le=64, description="Paths kept while searching (the paper's B).")
+    candidate_mass: float = Field(0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ).")
+    max_candidates: int = Field(15, ge=1, le=64, description="Most candidates of a position (M_max).")
+    lattice_weight: float = Field(
+        0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
+    )
+    window_tokens: int | None = Field(
+        None, ge=16, description="Most tokens of context that the drafter reads. Unset: all that it was made for."
+    )
+    paper_min_draft_tokens: int = Field(20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
+    paper_max_draft_tokens: int = Field(
+        30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
+    )
+    paper_growth_tokens: int = Field(10, ge=0, le=128, description="`paper` policy: growth step (δ).")
+    paper_ema_rate: float = Field(0.5, gt=0, le=1, description="`paper` policy: rate of the moving averages (ρ).")
+
+
+class SchedulerSettings(SettingsGroup):
+    max_running: int = Field(32, ge=1, le=1024, description="Most sequences generated at the same time.")
+    max_waiting: int = Field(256, ge=0, description="Most sequences in the queue; beyond it requests get 429.")
+    prefill_chunk_tokens: int = Field(256, ge=1, description="Most prompt tokens read in one step.")
+    kv_cache_tokens: int | None = Field(
+        None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
+    )
+    prefix_cache: bool = Field(True, description="Reuse the keys and values of prompts that share a beginning.")
+    hang_seconds: float = Field(60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
+
+
+class LimitSettings(SettingsGroup):
+    max_choices: int = Field(16, ge=1, le=128, description="Largest `n`.")
+    max_prompts: int = Field(64, ge=1, description="Most prompts in one completion request.")
+    max_sequences: int = Field(128, ge=1, description="Most prompts times `n` of one request.")
+    max_logit_bias: int = Field(1024, ge=0, description="Most entries of `logit_bias`.")
+    max_bad_words: int = Field(128, ge=0, description="Most entries of `bad_words`.")
+    max_messages: int = Field(1024, ge=1, description="Most messages of a chat request.")
+
+
+class AuthSettings(SettingsGroup):
+    api_keys: tuple[SecretStr, ...] = Field(
+        (), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
+    )
+
+
+class LoggingSettings(SettingsGroup):
+    format: Literal["text", "json"] = Field("text", description="One line of text or of JSON per request, on stderr.")
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+
+
+class Settings(BaseSettings):
+    """All settings; build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    server: ServerSettings = Field(default_factory=ServerSettings, description="HTTP server")
+    model: ModelSettings = Field(default_factory=ModelSettings, description="Models")
+    speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
+    scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
+    auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
+    logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings)
+
+
+def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Combine the file, the environment and `overrides` (dotted names, such as `server.port`).
+
+    Raises SettingsError naming every unknown or impossible setting.
+    """
+    from_file = _read_file(config) if config is not None else {}
+    _refuse_unknown_variables(os.environ)
+
+    class ConfiguredSettings(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (named["init_settings"], named["env_settings"], InitSettingsSource(settings_cls, from_file))
+
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in (overrides or {}).items():
+        group, _, key = name.partition(".")
+        nested.setdefault(group, {})[key] = value
+    try:
+        return ConfiguredSettings(**nested)  # type: ignore[arg-type]  # validated right here
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(problem) for problem in error.errors())) from None
+    except ValueError as error:  # an environment variable that holds broken JSON
+        raise SettingsError(str(error)) from None
+
+
+def _sentence(problem: Any) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown setting {name}"
+    if name.startswith("auth"):  # never print a key
+        return f"{name}: {problem['msg']}"
+    return f"{name}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise SettingsError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise SettingsError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} must hold an object with groups such as server and model")
+    return content
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """A typing mistake such as DIFFUSPEC_SERVER_PORT (one underscore) must not go unnoticed."""
+    for variable in environment:
+        if not variable.upper().startswith(PREFIX):
+            continue
+        group, separator, name = variable[len(PREFIX) :].lower().partition("__")
+        if group not in Settings.model_fields or (separator and not name):
+            raise SettingsError(
+                f"unknown environment variable {variable}; settings are named {PREFIX}GROUP__NAME, "
+                f"with a group of {', '.join(Settings.model_fields)}"
+            )
+
+
+def iterate_fields() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield `group.name` and the field of every setting, in order."""
+    for group, group_field in Settings.model_fields.items():
+        group_type = group_field.annotation
+        assert isinstance(group_type, type)
+        assert issubclass(group_type, SettingsGroup)
+        for name, field in group_type.model_fields.items():
+            yield f"{group}.{name}", field
+
+
+def describe(name: str) -> str:
+    """The description of one setting, such as `server.port`."""
+    return dict(iterate_fields())[name].description or ""
+
+
+def _default_text(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, Path):
+        return f"`{value.relative_to(BUNDLED_MODELS.parent)}`"
+    return f"`{json.dumps(value)}`" if isinstance(value, bool) else f"`{value}`"
+
+
+def settings_table() -> str:
+    """The README's table: a Markdown row for each setting."""
+    rows = ["| setting | environment | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in iterate_fields():
+        variable = PREFIX + name.upper().replace(".", "__")
+        meaning = (field.description or "").replace("|", "\\|")
+        rows.append(f"| `{name}` | `{variable}` | {_default_text(field.default)} | {meaning} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,99 @@
+"""A checkpoint's tokenizer: text to ids, ids to bytes, and the chat template."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from service.text.token_bytes import UnsupportedDecoderError, token_bytes
+
+
+class TokenizerError(Exception):
+    """The folder holds no usable tokenizer; the message is one clear sentence."""
+
+
+class ChatTemplateError(Exception):
+    """The checkpoint has no chat template, or it refuses these messages."""
+
+
+class TextTokenizer:
+    """Encodes, decodes and renders chats. Nothing here keeps state between calls, so any thread may call it."""
+
+    def __init__(self, loaded: Any, end_token_ids: Sequence[int]) -> None:
+        """Wrap a fast tokenizer of transformers; `end_token_ids` end a text. Raises UnsupportedDecoderError."""
+        self._loaded = loaded
+        self.end_token_ids = tuple(end_token_ids)
+        self._backend: Tokenizer = loaded.backend_tokenizer
+        self._bytes = token_bytes(self._backend)
+        self.special_ids = frozenset(
+            index for index, token in self._backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
+        """Load with transformers, never running code from the checkpoint. Raises TokenizerError."""
+        from transformers import AutoTokenizer  # takes seconds: only once a model is loaded
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return cls(loaded, end_token_ids)
+        except UnsupportedDecoderError as error:
+            raise TokenizerError(f"the tokenizer in {folder} is not supported: {error}") from None
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise TokenizerError(f"no usable tokenizer in {folder}: {error}") from None
+
+    @property
+    def size(self) -> int:
+        """Number of ids the tokenizer knows; the target's logits may be wider."""
+        return len(self._bytes)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of `text`, with the checkpoint's begin-of-text token if it has one and `add_special_tokens`."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of `tokens`; what is not UTF-8 becomes U+FFFD."""
+        pieces = (self.bytes_of(token) for token in tokens if not (skip_special_tokens and token in self.special_ids))
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes one token adds to the text; none for ids beyond the tokenizer's (padding rows of the logits)."""
+        return self._bytes[token] if token < len(self._bytes) else b""
+
+    def name_of(self, token: int) -> str:
+        """A token as a key of the legacy `logprobs`: its text, or `bytes:\\xe2\\x82` where it is no whole text."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
+
+        Raises ChatTemplateError.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if not self._loaded.chat_template:
+            raise ChatTemplateError("this model has no chat template; use /v1/completions")
+        try:
+            text: str = self._loaded.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
+        return text
+
+    def describe(self) -> dict[str, Any]:
+        """What `/tokenizer_info` says."""
+        model = json.loads(self._backend.to_str())["model"]
+        return {
+            "type": model.get("type", "unknown"),
+            "size": self.size,
+            "special_tokens": {name: str(token) for name, token in self._loaded.special_tokens_map.items()},
+            "chat_template": self._loaded.chat_template,
+        }
