@@ -132,30 +132,21 @@ class EngineLoop:
         """Serve until drained, aborted or dead. Never raises: a dead loop says why in `failure`."""
         try:
             while self._await_work():
-                self._turn()
-                self._flush()
+                self.turn()
         except Exception as error:
             log.critical("the engine has died", exc_info=True)
             self._die(str(error) if isinstance(error, EngineUnavailableError) else f"the engine failed: {error!r}")
         finally:
             self._step_started = None
 
-    def _await_work(self) -> bool:
-        """Block until there is something to do, and move arrivals into the queue; False: time to return."""
+    def turn(self) -> None:
+        """One round of `run`: let go whoever is to leave, let in whoever fits, advance the batch by one step."""
         with self._changed:
-            self._step_started = None
-            self._changed.wait_for(lambda: self._live or self._is_draining)
-            self._step_started = self._clock()
-            for decoding in self._arrived:
-                self._scheduler.enqueue(decoding)
-            self._arrived.clear()
-            return bool(self._live)
-
-    def _turn(self) -> None:
-        """Let go whoever is to leave, let in whoever fits, and advance the batch by one step."""
-        with self._changed:
+            arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, []
             is_aborting = self._is_aborting
+            for decoding in arrived:
+                self._scheduler.enqueue(decoding)
         for decoding in cancelled:
             self._end(decoding)
         if is_aborting:
@@ -166,6 +157,15 @@ class EngineLoop:
         parts = self._scheduler.plan()
         if parts:
             self._advance(parts)
+        self._flush()
+
+    def _await_work(self) -> bool:
+        """Block while there is nothing to do; False: time to return."""
+        with self._changed:
+            self._step_started = None
+            self._changed.wait_for(lambda: self._live or self._is_draining)
+            self._step_started = self._clock()
+            return bool(self._live)
 
     def _advance(self, parts: Sequence[Part]) -> None:
         try:

@@ -139,13 +139,16 @@ def fair_shares(total: int, wants: Sequence[int]) -> list[int]:
 
     Units that cannot be divided go to those who come first, so that a total of 1 serves them one after another.
     """
-    shares = [0] * len(wants)
-    order = sorted(range(len(wants)), key=lambda i: wants[i])
-    for rank, i in enumerate(order):
-        shares[i] = min(wants[i], total // (len(order) - rank))
-        total -= shares[i]
+    level, left = 0, total
+    for rank, want in enumerate(sorted(wants)):
+        level = left // (len(wants) - rank)
+        left -= min(want, level)
+        if want > level:
+            break
+    shares = [min(want, level) for want in wants]
+    left = total - sum(shares)
     for i, want in enumerate(wants):
-        extra = min(want - shares[i], total)
+        extra = min(want - shares[i], left)
         shares[i] += extra
-        total -= extra
+        left -= extra
     return shares

@@ -1,0 +1,100 @@
+"""Drafters for the engine's tests: each is all a real one is to the engine, with a rule of its own for its drafts."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from drafters.base import Draft, DraftRequest, StepRecord
+
+Rule = Callable[[DraftRequest], Sequence[int]]
+"""What to draft for a request; cut to what it may have."""
+
+
+class RuleDrafter:
+    """Drafts by a rule, and keeps what the engine told it for the tests to look at."""
+
+    def __init__(self, rule: Rule, max_draft_tokens: int) -> None:
+        self._rule = rule
+        self.max_draft_tokens = max_draft_tokens
+        self.description = "a rule"
+        self.last_draft_seconds = 0.0
+        self.last_search_seconds = 0.0
+        self.last_diffusion_rows = 0
+        self.remembered: set[str] = set()  # requests that were drafted for and not released
+        self.steps: list[StepRecord] = []
+        self.costs: dict[int, float] = {}
+
+    def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
+        self.remembered.update(request.request_id for request in requests)
+        drafts = []
+        for request in requests:
+            tokens = tuple(int(token) for token in self._rule(request)[: request.max_draft_tokens])
+            drafts.append(
+                Draft(tokens, "copy", (0.5,) * len(tokens)) if tokens else Draft(bypass_reason="no_candidates")
+            )
+        return drafts
+
+    def observe(self, step: StepRecord) -> None:
+        self.steps.append(step)
+
+    def release(self, request_id: str) -> None:
+        self.remembered.discard(request_id)
+
+    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
+        self.costs = dict(verify_seconds)
+
+
+class Oracle:
+    """Knows how requests go on, by their prompt: from full sequences (prompt and output) given beforehand."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self._sequences = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+
+    def __call__(self, request: DraftRequest) -> list[int]:
+        length = len(request.tokens)
+        for sequence in self._sequences:
+            if len(sequence) > length and (sequence[:length] == request.tokens).all():
+                return [int(token) for token in sequence[length:]]
+        return []
+
+
+def no_drafts() -> RuleDrafter:
+    """Plain decoding."""
+    return RuleDrafter(lambda _: (), 0)
+
+
+def _noise(request: DraftRequest, salt: int) -> np.random.Generator:
+    """Random, and the same for the same tokens: what is drafted must not hang on who else is in the batch."""
+    return np.random.default_rng([salt, len(request.tokens), int(request.tokens[-1])])
+
+
+def garbage(vocabulary_size: int) -> Rule:
+    """As many random tokens as may be drafted."""
+    return lambda request: _noise(request, 1).integers(vocabulary_size, size=request.max_draft_tokens).tolist()
+
+
+def right_for_a_while(oracle: Rule, vocabulary_size: int) -> Rule:
+    """Of random length; right up to a random place, garbage from there on."""
+
+    def draft(request: DraftRequest) -> list[int]:
+        noise = _noise(request, 2)
+        right = list(oracle(request))[: int(noise.integers(0, 8))]
+        wrong = noise.integers(vocabulary_size, size=int(noise.integers(0, 8)))
+        return [*right, *wrong.tolist()]
+
+    return draft
+
+
+def never_right(oracle: Rule, vocabulary_size: int) -> Rule:
+    """One beside the right token, everywhere."""
+    return lambda request: [(token + 1) % vocabulary_size for token in oracle(request)]
+
+
+def all_but_the_last(oracle: Rule, vocabulary_size: int) -> Rule:
+    """Eight tokens of which only the last is wrong: the place where a replaced token could be taken for a bonus."""
+
+    def draft(request: DraftRequest) -> list[int]:
+        tokens = list(oracle(request))[: min(8, request.max_draft_tokens)]
+        return [*tokens[:-1], (tokens[-1] + 1) % vocabulary_size] if tokens else []
+
+    return draft
