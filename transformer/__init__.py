@@ -1,1 +1,1 @@
-"""One decoder-only transformer in plain torch, used causally by the verifier and bidirectionally by the diffusion drafter."""
+"""One decoder-only transformer in plain torch: causal in the verifier, bidirectional in the diffusion drafter."""

@@ -134,8 +134,9 @@ def plan_calls(
     long = counts > LONGEST_PADDED
     if not long.any() or (counts == counts[0]).all():
         return [AttentionCall(slots, counts, offsets, limits, cache)], None
-    members = [np.flatnonzero(~long), *([index] for index in np.flatnonzero(long))]
-    groups = [np.asarray(group, dtype=np.int64) for group in members if len(group)]
+    groups = [np.array([index]) for index in np.flatnonzero(long)]
+    if not long.all():
+        groups.insert(0, np.flatnonzero(~long))
     calls = [AttentionCall(slots[group], counts[group], offsets[group], limits, cache) for group in groups]
     joined = np.concatenate([np.arange(offsets[i], offsets[i] + counts[i]) for group in groups for i in group])
     return calls, torch.from_numpy(np.argsort(joined)).to(cache.entries.device)
@@ -154,7 +155,10 @@ def slot_places(slots: Indices) -> tuple[Indices, slice | Indices]:
 
 
 def additive_mask(limits: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
-    """0 where a row may look and -inf elsewhere, [sequences, 1, queries * group, length] of limits [sequences, queries]."""
+    """0 where a row may look and -inf elsewhere: [sequences, 1, queries * group, length].
+
+    `limits` is [sequences, queries].
+    """
     hidden = torch.arange(length, device=limits.device) >= limits.repeat_interleave(group, dim=1).unsqueeze(-1)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device)
     return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)

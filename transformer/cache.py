@@ -35,10 +35,10 @@ class KeyValueCache:
         with torch.inference_mode():
             self.entries[:, target, :, :length] = self.entries[:, source, :, :length]
 
-    def clear_slot(self, slot: int) -> None:
-        """Set a slot to zeros, so that values that are not numbers cannot outlive their sequence."""
+    def clear_slot(self, slot: int, start: int = 0) -> None:
+        """Zero a slot from position `start` on, so that values that are not numbers cannot outlive their sequence."""
         with torch.inference_mode():
-            self.entries[:, slot] = 0
+            self.entries[:, slot, :, start:] = 0
 
 
 def lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -79,9 +79,8 @@ def load_weights(
                     shapes = f"{list(tensor.shape)}, and config.json calls for {list(wanted[name])}"
                     raise CheckpointError(f"{path}: the weight {name} has the shape {shapes}.")
                 if tensor.dtype not in FLOAT_TYPES:
-                    raise CheckpointError(
-                        f"{path}: the weight {name} is {tensor.dtype}; only float32, float16 and bfloat16 are supported."
-                    )
+                    known = "float32, float16 and bfloat16"
+                    raise CheckpointError(f"{path}: the weight {name} is {tensor.dtype}; supported are {known}.")
                 weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
                 if progress is not None:
                     progress(len(weights) / len(wanted))

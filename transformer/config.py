@@ -106,9 +106,8 @@ class TransformerConfig:
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{path}: {name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"{path}: {self.num_heads} attention heads cannot share {self.num_key_value_heads} key-value heads evenly."
-            )
+            heads = f"{self.num_heads} attention heads and {self.num_key_value_heads} key-value heads"
+            raise CheckpointError(f"{path}: {heads} cannot be grouped evenly.")
         if self.head_dim % 2:
             raise CheckpointError(f"{path}: head_dim is {self.head_dim}; rotary positions need an even one.")
         if any(not 0 <= token < self.vocabulary_size for token in self.mask_token_ids):

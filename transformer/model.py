@@ -98,10 +98,8 @@ class Transformer:
 
     def _attend(self, hidden: Tensor, index: int, layer: Layer, attention: Attention, rotations: Tensor) -> Tensor:
         normalized = self._normalized(hidden)
-        if layer.qkv_bias is None:
-            qkv = normalized @ layer.qkv
-        else:
-            qkv = torch.addmm(layer.qkv_bias, normalized, layer.qkv)
+        bias = layer.qkv_bias
+        qkv = normalized @ layer.qkv if bias is None else torch.addmm(bias, normalized, layer.qkv)
         num_heads, num_shared = self.config.num_heads, self.config.num_key_value_heads
         heads = qkv.view(len(qkv), -1, self.config.head_dim)
         turned = heads[:, : num_heads + num_shared]
@@ -127,7 +125,7 @@ class Transformer:
 
 def rotate(heads: Tensor, rotations: Tensor) -> None:
     """Turn `heads` [rows, heads, head_dim] in place by `rotations` complex64 [rows, 1, head_dim / 2]."""
-    pairs = heads.unflatten(-1, (-1, 2))
+    pairs = heads.view(*heads.shape[:-1], -1, 2)
     if heads.dtype == torch.float32:
         torch.view_as_complex(pairs).mul_(rotations)
     else:

@@ -7,6 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+TokenIds = Sequence[int] | NDArray[np.int32]
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
@@ -65,19 +67,19 @@ class VerifyRequest:
     """
 
     slot: int  # its place in the verifier's key-value cache
-    tokens: Sequence[int] | NDArray[np.int32]  # all committed tokens: prompt, then output; the engine passes an array
+    tokens: TokenIds  # all committed tokens: prompt, then output; the engine passes an array
     num_prompt: int  # tokens of `tokens` that are the prompt
     num_cached: int  # tokens whose keys and values stand in the slot already
     num_new: int
     draft: Sequence[int]
     rules: SamplingRules
-    prompt_logprobs: int | None = None  # report log probabilities of the prompt's tokens among the new rows, with that many alternatives
+    prompt_logprobs: int | None = None  # alternatives to report for each prompt token among the new rows; None: off
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    verification: Verification | None  # None while the prompt is not fully read
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of tokens[num_cached + 1 : num_cached + num_new + 1] within the prompt
+    verification: Verification | None  # None while the prompt is not fully read, and with an error
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens in (num_cached, num_cached + num_new]
     error: str = ""  # why this request alone cannot go on, e.g. logits that are not numbers; then nothing is verified
 
 

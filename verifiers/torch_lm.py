@@ -1,0 +1,171 @@
+"""The verifier over this project's own transformer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transformer.model import RowBatch, Transformer
+from verifiers.acceptance import accept
+from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
+from verifiers.distribution import token_weights
+from verifiers.draws import draw, uniforms
+from verifiers.logprobs import token_logprobs
+from verifiers.sampling import apply_rules, changes_logits
+
+DRAFT_ROOM = 64  # positions beyond the context, for drafts that reach over its end
+NO_TOKEN = -1  # drawn where the row's logits allow no token
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Which rows of the head's output belong to one request, in this order."""
+
+    prompt: slice  # rows for the prompt's log probabilities
+    drawn: slice  # the row of the last token and of each draft token; empty while the prompt is not fully read
+
+
+class TorchVerifier:
+    """The target model with its key-value cache. One caller at a time."""
+
+    def __init__(self, model: Transformer, num_slots: int, context_length: int, num_tokens: int | None = None) -> None:
+        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be."""
+        self._model = model
+        self._num_slots = num_slots
+        self._context_length = context_length
+        self._num_tokens = min(num_tokens or model.config.vocabulary_size, model.config.vocabulary_size)
+        self._cache = model.new_cache(num_slots, context_length + DRAFT_ROOM)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._model.config.vocabulary_size
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot's keys and values over another's."""
+        self._cache.copy_slot(source, target, length)
+
+    @torch.inference_mode()
+    def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
+        """Run one forward pass over all rows of all requests and check their drafts.
+
+        A request whose logits hold no valid token (a broken checkpoint, or rules that ban everything) gets a result
+        with `error`; the others are not concerned.
+        """
+        if not requests:
+            return []
+        logits, spans = self._run(requests)
+        drawn = self._draw(requests, logits, spans)
+        return [
+            self._result(request, logits, span, drawn[span.drawn])
+            for request, span in zip(requests, spans, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[VerifyRequest]) -> tuple[Tensor, list[RowSpan]]:
+        """Logits of the rows that are needed, and whose they are."""
+        tokens: list[int] = []
+        counts: list[int] = []
+        needed: list[int] = []  # flat rows
+        spans: list[RowSpan] = []
+        for request in requests:
+            first_row, stop = len(tokens), request.num_cached + request.num_new
+            tokens += as_list(request.tokens[request.num_cached : stop])
+            tokens += self._runnable(request.draft)
+            counts.append(request.num_new + len(request.draft))
+            first_needed = len(needed)
+            if request.prompt_logprobs is not None:
+                needed += range(first_row, first_row + num_prompt_rows(request))
+            first_drawn = len(needed)
+            if stop == len(request.tokens):
+                needed += range(first_row + request.num_new - 1, len(tokens))
+            spans.append(RowSpan(slice(first_needed, first_drawn), slice(first_drawn, len(needed))))
+        device = self._model.device
+        batch = RowBatch(
+            torch.tensor(tokens, device=device),
+            [request.slot for request in requests],
+            [request.num_cached for request in requests],
+            counts,
+        )
+        hidden = self._model.forward(batch, self._cache)
+        if len(needed) < len(tokens) or needed != list(range(len(tokens))):
+            hidden = hidden.index_select(0, torch.tensor(needed, dtype=torch.int64, device=device))
+        return self._model.logits(hidden), spans
+
+    def _runnable(self, draft: Sequence[int]) -> Sequence[int]:
+        """The draft, with ids outside the vocabulary replaced: they can be run, and are rejected all the same."""
+        size = self.vocabulary_size
+        return draft if all(0 <= token < size for token in draft) else [t if 0 <= t < size else 0 for t in draft]
+
+    def _draw(self, requests: Sequence[VerifyRequest], logits: Tensor, spans: Sequence[RowSpan]) -> list[int]:
+        """The target's own token for each row of `logits`; NO_TOKEN where there is none."""
+        allowed = logits[:, : self._num_tokens]
+        changed = [changes_logits(request.rules) for request in requests]
+        if any(changed):
+            allowed = allowed.clone()  # log probabilities are reported from the raw ones
+            for request, span, is_changed in zip(requests, spans, changed, strict=True):
+                if is_changed and span.drawn.stop > span.drawn.start:
+                    rows = allowed[span.drawn]
+                    apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
+        best = allowed.max(dim=-1)
+        # Not a number wins every maximum, and -inf only one where everything is banned.
+        tokens = torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
+        sampled = [
+            (row, request, len(request.tokens) + index)
+            for request, span in zip(requests, spans, strict=True)
+            if request.rules.temperature > 0.0
+            for index, row in enumerate(range(span.drawn.start, span.drawn.stop))
+            if tokens[row] != NO_TOKEN
+        ]
+        if sampled:
+            rows_taken = [row for row, _, _ in sampled]
+            rules = [request.rules for _, request, _ in sampled]
+            numbers = uniforms([rule.seed for rule in rules], [position for _, _, position in sampled])
+            weights = token_weights(allowed[rows_taken], rules)
+            for row, token in zip(rows_taken, draw(weights, numbers).tolist(), strict=True):
+                tokens[row] = token
+        return tokens
+
+    def _result(self, request: VerifyRequest, logits: Tensor, span: RowSpan, drawn: Sequence[int]) -> VerifyResult:
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.prompt_logprobs is not None:
+            first = request.num_cached + 1
+            seen = as_list(request.tokens[first : first + span.prompt.stop - span.prompt.start])
+            prompt_logprobs = token_logprobs(logits[span.prompt], seen, request.prompt_logprobs, self._num_tokens)
+        if not drawn:
+            return VerifyResult(None, prompt_logprobs)
+        if NO_TOKEN in drawn:
+            self._cache.clear_slot(request.slot, len(request.tokens) + drawn.index(NO_TOKEN))
+        verification = accept(request.draft, drawn)
+        if verification.next_token == NO_TOKEN:
+            self._cache.clear_slot(request.slot)
+            return VerifyResult(None, prompt_logprobs, error=self._complaint(request, logits[span.drawn.start]))
+        if request.rules.logprobs is not None:
+            committed = drawn[: verification.num_accepted + 1]
+            rows = logits[span.drawn][: len(committed)]
+            reported = token_logprobs(rows, committed, request.rules.logprobs, self._num_tokens)
+            verification = replace(verification, logprobs=reported)
+        return VerifyResult(verification, prompt_logprobs)
+
+    def _complaint(self, request: VerifyRequest, logits: Tensor) -> str:
+        if bool(logits.isfinite().all()):
+            return f"The rules of the request ban every token at position {len(request.tokens)}."
+        return f"The model's output at position {len(request.tokens)} is not a number."
+
+
+def as_list(tokens: TokenIds) -> list[int]:
+    """Python integers, whatever the tokens are kept in."""
+    return tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
+
+
+def num_prompt_rows(request: VerifyRequest) -> int:
+    """How many of the new rows predict a token of the prompt."""
+    return max(0, min(request.num_cached + request.num_new, request.num_prompt - 1) - request.num_cached)
