@@ -24,7 +24,11 @@ class Checkpoint:
 
     def save(self, step: int) -> None:
         """Replace the file in one move, so that a stop while writing loses nothing."""
-        state = {"model": self._model.state_dict(), "optimizers": [o.state_dict() for o in self._optimizers], "step": step}
+        state = {
+            "model": self._model.state_dict(),
+            "optimizers": [o.state_dict() for o in self._optimizers],
+            "step": step,
+        }
         new = self._path.with_suffix(".new")
         torch.save(state, new)
         new.replace(self._path)

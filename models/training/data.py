@@ -28,14 +28,21 @@ class Corpus:
 
     @property
     def separator(self) -> int:
-        return int(self.tokenizer.token_to_id(END_OF_TEXT))
+        return _id_of(self.tokenizer, END_OF_TEXT)
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token}")
+    return int(found)
 
 
 def _build(work: Path, arrays: Path) -> None:
     documents = list(standard_library())
     tokenizer = train_tokenizer(document.text for document in documents if not document.held_out)
     save_tokenizer(tokenizer, work / "tokenizer", TARGET_CONTEXT)
-    separator = int(tokenizer.token_to_id(END_OF_TEXT))
+    separator = _id_of(tokenizer, END_OF_TEXT)
     parts: dict[bool, list[int]] = {False: [], True: []}
     order = np.random.default_rng(0).permutation(len(documents))
     for index in order:

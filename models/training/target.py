@@ -7,9 +7,11 @@ Resumable: the state is saved every `SAVE_EVERY` steps and picked up again.
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ from models.training.checkpoint import Checkpoint
 from models.training.data import TARGET_CONTEXT, Corpus, windows
 from models.training.muon import Muon
 
-SAVE_EVERY = 100  # steps
+SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class TargetRecipe:
     start_steps: int = 700
     heads: int = 4
     key_value_heads: int = 2
-    steps: int = 900  # after stacking
+    steps: int = 500  # after stacking
     batch_tokens: int = 4096
     short_window: int = 512
     long_share: float = 0.15  # of the steps, at the end, with windows of the full context
-    decay_share: float = 0.5
+    decay_share: float = 0.6
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
     seed: int = 0
@@ -65,14 +67,14 @@ def build_target(recipe: TargetRecipe, layers: int, vocabulary_size: int, end_to
 
 
 def stack_layers(small: LlamaForCausalLM, large: LlamaForCausalLM) -> None:
-    """Start `large` from `small`: its layer i is a copy of layer `i mod len(small)` (depth-wise stacking, Du et al., 2024)."""
+    """Start `large` from `small`: its layer i is a copy of layer `i mod len(small)` (Du et al., 2024)."""
     large.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
     large.model.norm.load_state_dict(small.model.norm.state_dict())
     for index, layer in enumerate(large.model.layers):
         layer.load_state_dict(small.model.layers[index % len(small.model.layers)].state_dict())
 
 
-def token_losses(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def token_losses(model: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy in nats of `tokens[:, 1:]` given what stands before."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -83,7 +85,9 @@ def held_out_bits_per_byte(model: torch.nn.Module, corpus: Corpus, length: int =
     tokens = torch.from_numpy(corpus.held_out.astype("int64"))
     count = min(most, len(tokens) - 1) // length
     starts = torch.linspace(0, len(tokens) - length - 1, count).long()
-    losses = [token_losses(model, torch.stack([tokens[s : s + length + 1] for s in part])) for part in starts.split(8)]
+    losses = [
+        token_losses(model, torch.stack([tokens[s : s + length + 1] for s in part])) for part in torch.split(starts, 8)
+    ]
     nats_per_token = float(torch.stack(losses).mean())
     return nats_per_token / math.log(2) * len(tokens) / corpus.held_out_bytes
 
@@ -134,7 +138,7 @@ def train_stage(model: LlamaForCausalLM, corpus: Corpus, work: Path, recipe: Tar
                 for group, rate in zip(groups, base_rates, strict=True):
                     group["lr"] = rate * rate_factor(step, stage.steps, stage.decay_share)
                 loss = token_losses(compiled, tokens)
-                loss.backward()
+                torch.autograd.backward(loss)
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -142,9 +146,20 @@ def train_stage(model: LlamaForCausalLM, corpus: Corpus, work: Path, recipe: Tar
                 tokens_seen += tokens.numel()
                 if step % 20 == 0:
                     speed = tokens_seen / (time.monotonic() - started)
-                    print(json.dumps({"step": step, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}), file=log, flush=True)
+                    print(
+                        json.dumps({"step": step, "loss": round(loss.item(), 4), "tokens_per_second": round(speed)}),
+                        file=log,
+                        flush=True,
+                    )
                 if step % SAVE_EVERY == 0 or step == stage.steps:
                     checkpoint.save(step)
+
+
+def load_start(corpus: Corpus, work: Path, recipe: TargetRecipe) -> LlamaForCausalLM:
+    """The finished small model that the target was stacked from. Raises FileNotFoundError before the stage `target`."""
+    model = build_target(recipe, recipe.start_layers, corpus.tokenizer.get_vocab_size(), corpus.separator)
+    model.load_state_dict(torch.load(work / "target-start.pt", weights_only=True)["model"])
+    return model.eval()
 
 
 def train_target(corpus: Corpus, work: Path, folder: Path, recipe: TargetRecipe) -> None:
@@ -154,7 +169,13 @@ def train_target(corpus: Corpus, work: Path, folder: Path, recipe: TargetRecipe)
     train_stage(small, corpus, work, recipe, Stage("target-start", recipe.start_steps, 0.0, 0.0, recipe.seed))
     model = build_target(recipe, recipe.layers, vocabulary_size, corpus.separator)
     stack_layers(small, model)
-    train_stage(model, corpus, work, recipe, Stage("target", recipe.steps, recipe.decay_share, recipe.long_share, recipe.seed + 1))
+    train_stage(
+        model,
+        corpus,
+        work,
+        recipe,
+        Stage("target", recipe.steps, recipe.decay_share, recipe.long_share, recipe.seed + 1),
+    )
     bits = held_out_bits_per_byte(model, corpus)
     save_target(model, folder, corpus, work, {"recipe": asdict(recipe), "held_out_bits_per_byte": round(bits, 4)})
 
@@ -166,7 +187,9 @@ def save_target(model: LlamaForCausalLM, folder: Path, corpus: Corpus, work: Pat
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    GenerationConfig(eos_token_id=corpus.separator, bos_token_id=corpus.separator, pad_token_id=corpus.separator).save_pretrained(folder)
+    GenerationConfig(
+        eos_token_id=corpus.separator, bos_token_id=corpus.separator, pad_token_id=corpus.separator
+    ).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text((work / "tokenizer" / name).read_text())
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,139 @@
+"""Train the bundled pair: `python -m models.training all`, or one stage after another.
+
+Every stage goes on where it was stopped and leaves finished work alone; delete its folder to repeat it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from drafters.ngram import NgramModel
+from models.training.cards import write_cards
+from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
+from models.training.data import Corpus
+from models.training.drafter import DrafterRecipe, facts_of, save_drafter, train_drafter
+from models.training.evaluate import drafter_figures, held_out_continuations, ngram_accuracy
+from models.training.ngram import fit_ngram
+from models.training.target import TargetRecipe, held_out_bits_per_byte, load_start, train_target
+
+MODELS = Path(__file__).resolve().parent.parent
+TEMPERATURES = (0.0, 0.5, 0.8)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where everything lies, and the recipes."""
+
+    work: Path
+    models: Path
+    target_recipe: TargetRecipe = field(default_factory=TargetRecipe)
+    start_continuation_recipe: ContinuationRecipe = field(default_factory=lambda: ContinuationRecipe(shards=24))
+    continuation_recipe: ContinuationRecipe = field(default_factory=ContinuationRecipe)
+    drafter_recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
+    evaluation_prompts: int = 64
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return Corpus(self.work)
+
+    @cached_property
+    def target(self) -> LlamaForCausalLM:
+        """The target as it is served: bfloat16 weights, computed in float32."""
+        return LlamaForCausalLM.from_pretrained(self.models / "target", dtype=torch.float32).eval()
+
+    @cached_property
+    def start(self) -> LlamaForCausalLM:
+        """The small model that the target grew from."""
+        return load_start(self.corpus, self.work, self.target_recipe)
+
+    @cached_property
+    def continuations(self) -> Continuations:
+        return Continuations.load(self.work / "continuations")
+
+    def with_corpus(self, continuations: Continuations, share: float) -> Continuations:
+        """The continuations, and so many windows of the corpus that these are `share` of the rows."""
+        rows = round(len(continuations.tokens) * share / (1 - share))
+        return continuations.joined(
+            corpus_rows(self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
+        )
+
+
+def run_target(pair: Pair) -> None:
+    folder = pair.models / "target"
+    if not (folder / "model.safetensors").exists():
+        train_target(pair.corpus, pair.work, folder, pair.target_recipe)
+
+
+def run_continuations(pair: Pair) -> None:
+    texts = pair.corpus.train
+    write_continuations(pair.start, texts, pair.work / "start-continuations", pair.start_continuation_recipe)
+    write_continuations(pair.target, texts, pair.work / "continuations", pair.continuation_recipe)
+
+
+def run_drafter(pair: Pair) -> None:
+    folder = pair.models / "drafter"
+    if not (folder / "model.safetensors").exists():
+        recipe = pair.drafter_recipe
+        start_data = pair.with_corpus(Continuations.load(pair.work / "start-continuations"), recipe.start_corpus_share)
+        data = pair.with_corpus(pair.continuations, recipe.corpus_share)
+        drafter = train_drafter(pair.start, start_data, data, pair.work, recipe)
+        save_drafter(drafter, pair.models / "target", folder, facts_of(recipe, pair.continuations))
+
+
+def run_ngram(pair: Pair) -> None:
+    folder = pair.models / "ngram"
+    if not (folder / "ngram.json").exists():
+        texts = [pair.corpus.train, *(text.astype("int32") for text in pair.continuations.texts())]
+        fit_ngram(texts, pair.target.config.vocab_size, folder)
+
+
+def run_cards(pair: Pair) -> None:
+    held_out = held_out_continuations(pair.target, pair.corpus.held_out, pair.evaluation_prompts, TEMPERATURES, seed=1)
+    drafter = Qwen2ForCausalLM.from_pretrained(pair.models / "drafter", dtype=torch.float32).eval()
+    figures: dict[str, Any] = {
+        "target_bits_per_byte": round(held_out_bits_per_byte(pair.target, pair.corpus), 4),
+        "target_parameters": pair.target.num_parameters(),
+        "drafter_parameters": drafter.num_parameters(),
+        "drafter": drafter_figures(drafter, held_out),
+        "ngram": ngram_accuracy(NgramModel.load(pair.models / "ngram"), held_out),
+    }
+    (pair.models / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_cards(pair.models, figures)
+
+
+STAGES: dict[str, Callable[[Pair], None]] = {
+    "target": run_target,
+    "continuations": run_continuations,
+    "drafter": run_drafter,
+    "ngram": run_ngram,
+    "cards": run_cards,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument(
+        "--work", type=Path, default=Path(__file__).parent / "runs", help="unfinished state and data (%(default)s)"
+    )
+    parser.add_argument("--models", type=Path, default=MODELS, help="where the finished folders go (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pair = Pair(arguments.work, arguments.models)
+    for name, run in STAGES.items():
+        if arguments.stage in (name, "all"):
+            print(f"stage {name}", flush=True)
+            run(pair)
+
+
+if __name__ == "__main__":
+    main()

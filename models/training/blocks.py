@@ -1,0 +1,81 @@
+"""Masked blocks attached to clean text: many draft steps of one sequence in a single forward pass.
+
+A draft of k tokens at anchor s is the clean row s (its logits give token s + 1) and k - 1 mask rows: mask j stands at
+position s + j and gives token s + j + 1. Clean rows are causal; a mask row sees the clean rows up to its anchor and
+every mask row of its own block, exactly as it will when it drafts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """Input of one pass: `length` clean rows per sequence, then its mask rows.
+
+    `token_ids`, `positions` int64 `[sequences, rows]`; `visible` bool `[sequences, 1, rows, rows]`;
+    `anchors`, `offsets` int64 `[sequences, mask rows]` (offset j of mask j, from 1; 0 marks an unused row).
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    visible: torch.Tensor
+    anchors: torch.Tensor
+    offsets: torch.Tensor
+
+
+def attach_blocks(
+    tokens: torch.Tensor,
+    anchors: torch.Tensor,
+    offsets: torch.Tensor,
+    blocks: torch.Tensor,
+    mask_token_ids: torch.Tensor,
+) -> BlockBatch:
+    """Attach mask rows to `tokens` `[sequences, length]`.
+
+    `anchors`, `offsets`, `blocks` `[sequences, mask rows]`: where each row's block hangs, its place in it, its number.
+    """
+    length = tokens.shape[1]
+    masks = mask_token_ids[(offsets - 1).clamp(min=0)]
+    clean = torch.arange(length).expand(len(tokens), length)
+    sees_clean = torch.cat([clean, anchors], 1)[:, :, None] >= torch.arange(length)
+    own = torch.cat([torch.full_like(clean, -1), blocks], 1)
+    sees_masks = own[:, :, None] == blocks[:, None, :]
+    return BlockBatch(
+        torch.cat([tokens, masks], 1),
+        torch.cat([clean, anchors + offsets], 1),
+        torch.cat([sees_clean, sees_masks], 2)[:, None],
+        anchors,
+        offsets,
+    )
+
+
+def draw_blocks(
+    prompt_lengths: NDArray[np.int64],
+    length: int,
+    mask_rows: int,
+    mean_size: float,
+    most: int,
+    random: np.random.Generator,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Draw blocks until `mask_rows` rows are full; anchors from the last prompt token on.
+
+    Returns anchors, offsets, blocks, each `[sequences, mask_rows]`.
+
+    Block sizes are 1 + geometric, at most `most` mask rows; one in eight is uniform, so that long drafts are seen too.
+    """
+    sequences = len(prompt_lengths)
+    shape = (sequences, mask_rows)
+    sizes = np.minimum(1 + random.geometric(1 / (mean_size - 1), shape), most)
+    sizes = np.where(random.random(shape) < 0.125, random.integers(1, most + 1, shape), sizes)
+    ends = sizes.cumsum(1)
+    rows = np.arange(mask_rows)
+    blocks = (rows[None, :, None] >= ends[:, None, :]).sum(2)
+    at = np.arange(sequences)[:, None]
+    offsets = rows[None] - (ends - sizes)[at, blocks] + 1
+    lowest = prompt_lengths[:, None] - 1
+    anchors = lowest + np.floor(random.random(shape) * (length - 1 - sizes - lowest)).astype(np.int64)
+    return anchors[at, blocks], offsets, blocks

@@ -1,0 +1,243 @@
+"""Train the drafter: a two-layer block-diffusion model distilled on the target's own continuations.
+
+It starts from the first and last layer of the small model that the target grew from, and is trained exactly as it
+drafts (see `models.training.blocks`).
+Labels are the target's own distributions, sharpened; their most probable tokens are stored with each continuation.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from models.training.blocks import BlockBatch, attach_blocks, draw_blocks
+from models.training.checkpoint import Checkpoint
+from models.training.continuations import Continuations
+from models.training.target import optimizers_of, rate_factor
+
+SAVE_EVERY = 250  # steps
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class DrafterRecipe:
+    """Sizes and schedule."""
+
+    intermediate_size: int = 240
+    layers: tuple[int, ...] = (0, -1)  # of the target, to start from
+    start_steps: int = 2000  # on the continuations of the small model that the target grew from
+    steps: int = 4000
+    sequences: int = 8  # per step
+    mask_rows: int = 224  # per sequence
+    mean_block: float = 6.0
+    offset_decay: float = 0.8  # weight of mask j is this to the power j
+    label_temperature: float = 0.5
+    prompt_weight: float = 0.1  # of the clean rows inside the prompt
+    decay_share: float = 0.7
+    muon_rate: float = 0.015
+    adam_rate: float = 2e-3
+    start_corpus_share: float = 0.5  # of the rows, plain windows of the corpus; in the warm-up
+    corpus_share: float = 0.15  # the same, afterwards
+    compiled: bool = True
+    seed: int = 0
+
+
+def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Qwen2ForCausalLM:
+    """A Qwen2-layout model from the target's embedding and some of its layers, with mask tokens after the vocabulary.
+
+    Of each feed-forward layer the neurons with the largest product of weight norms stay.
+    """
+    torch.manual_seed(recipe.seed)
+    source = target.config
+    drafter = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=source.vocab_size + BLOCK_SIZE,
+            hidden_size=source.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=len(recipe.layers),
+            num_attention_heads=source.num_attention_heads,
+            num_key_value_heads=source.num_key_value_heads,
+            max_position_embeddings=source.max_position_embeddings,
+            rms_norm_eps=source.rms_norm_eps,
+            rope_parameters=source.rope_parameters,
+            tie_word_embeddings=True,
+            bos_token_id=source.bos_token_id,
+            eos_token_id=source.eos_token_id,
+            pad_token_id=source.pad_token_id,
+        )
+    )
+    with torch.no_grad():
+        words, rows = target.model.embed_tokens.weight, drafter.model.embed_tokens.weight
+        rows[: source.vocab_size] = words
+        rows[source.vocab_size :] = words.mean(0) + 0.3 * words.std() * torch.randn(BLOCK_SIZE, source.hidden_size)
+        drafter.model.norm.weight.copy_(target.model.norm.weight)
+        for layer, index in zip(drafter.model.layers, recipe.layers, strict=True):
+            old = target.model.layers[index]
+            layer.input_layernorm.weight.copy_(old.input_layernorm.weight)
+            layer.post_attention_layernorm.weight.copy_(old.post_attention_layernorm.weight)
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).weight.copy_(getattr(old.self_attn, name).weight)
+                if name != "o_proj":
+                    getattr(layer.self_attn, name).bias.zero_()
+            gate, up, down = old.mlp.gate_proj.weight, old.mlp.up_proj.weight, old.mlp.down_proj.weight
+            importance = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+            kept = importance.topk(recipe.intermediate_size).indices.sort().values
+            layer.mlp.gate_proj.weight.copy_(gate[kept])
+            layer.mlp.up_proj.weight.copy_(up[kept])
+            layer.mlp.down_proj.weight.copy_(down[:, kept])
+    return drafter
+
+
+def block_hidden(drafter: Qwen2ForCausalLM, batch: BlockBatch) -> torch.Tensor:
+    """Final hidden states of all rows, `[sequences, rows, hidden]`."""
+    output = drafter.model(
+        input_ids=batch.token_ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
+    )
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+@dataclass(frozen=True)
+class Example:
+    """One step's input and, for every row, its label distribution (`[sequences, rows, candidates]`) and weight."""
+
+    batch: BlockBatch
+    label_ids: torch.Tensor
+    label_shares: torch.Tensor
+    weights: torch.Tensor
+
+
+def examples(
+    data: Continuations, recipe: DrafterRecipe, mask_token_ids: torch.Tensor, first_step: int, seed: int
+) -> Iterator[Example]:
+    """The steps' inputs from `first_step` on, for ever; each is a function of the seed and the step alone."""
+    rows = len(data.tokens)
+    per_epoch = rows // recipe.sequences
+    step = first_step
+    while True:
+        epoch, at = divmod(step, per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        chosen = np.sort(order[at * recipe.sequences : (at + 1) * recipe.sequences])
+        yield _example(data, chosen, recipe, mask_token_ids, np.random.default_rng([seed, 1, step]))
+        step += 1
+
+
+def _example(
+    data: Continuations,
+    chosen: np.ndarray,
+    recipe: DrafterRecipe,
+    mask_token_ids: torch.Tensor,
+    random: np.random.Generator,
+) -> Example:
+    length = data.tokens.shape[1]
+    prompt_lengths = data.prompt_lengths[chosen].astype(np.int64)
+    anchors, offsets, blocks = map(
+        torch.from_numpy,
+        draw_blocks(prompt_lengths, length, recipe.mask_rows, recipe.mean_block, BLOCK_SIZE - 1, random),
+    )
+    tokens = torch.from_numpy(data.tokens[chosen].astype(np.int64))
+    batch = attach_blocks(tokens, anchors, offsets, blocks, mask_token_ids)
+    labels = (batch.positions + 1).clamp(max=length - 1)[:, :, None].expand(-1, -1, data.candidates.shape[2])
+    ids = torch.from_numpy(data.candidates[chosen].astype(np.int64)).gather(1, labels)
+    logs = torch.from_numpy(data.log_probabilities[chosen].astype(np.float32)).gather(1, labels)
+    clean = torch.arange(length - 1) + 1 >= torch.from_numpy(prompt_lengths)[:, None]
+    clean_weights = torch.where(clean, 1.0, recipe.prompt_weight)
+    mask_weights = recipe.offset_decay**offsets
+    # per anchor: the clean row counts 1, the mask rows together what their weights over one full block sum to
+    clean_weights = clean_weights / clean_weights.sum()
+    mask_weights = mask_weights / mask_weights.sum() * recipe.offset_decay / (1 - recipe.offset_decay)
+    weights = torch.cat([clean_weights, torch.zeros(len(chosen), 1), mask_weights], 1)
+    return Example(batch, ids, (logs / recipe.label_temperature).softmax(-1), weights)
+
+
+class DistillationLoss(torch.nn.Module):
+    """Weighted cross entropy of the drafter's rows with the target's candidates, in nats."""
+
+    def __init__(self, drafter: Qwen2ForCausalLM) -> None:
+        super().__init__()
+        self.drafter = drafter
+
+    def forward(self, example: Example) -> torch.Tensor:
+        logits = self.drafter.lm_head(block_hidden(self.drafter, example.batch))
+        chosen = logits.gather(2, example.label_ids)
+        losses = logits.logsumexp(-1) - (chosen * example.label_shares).sum(-1)
+        loss: torch.Tensor = (losses * example.weights).sum()
+        return loss
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the loop below, with a state file of its own."""
+
+    name: str
+    steps: int
+    decay_share: float
+    seed: int
+
+
+def distil(drafter: Qwen2ForCausalLM, data: Continuations, work: Path, recipe: DrafterRecipe, phase: Phase) -> None:
+    """Train `drafter` in place (or go on training); the state lies in `work`, the log beside it."""
+    mask_token_ids = torch.arange(drafter.config.vocab_size - BLOCK_SIZE, drafter.config.vocab_size)
+    optimizers = optimizers_of(drafter, recipe.muon_rate, recipe.adam_rate)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    base_rates = [group["lr"] for group in groups]
+    checkpoint = Checkpoint(work / f"{phase.name}.pt", drafter, optimizers)
+    step = first = checkpoint.load()
+    loss_of = torch.compile(DistillationLoss(drafter)) if recipe.compiled else DistillationLoss(drafter)
+    started = time.monotonic()
+    stream = examples(data, recipe, mask_token_ids, step, phase.seed)
+    with (work / f"{phase.name}.jsonl").open("a") as log:
+        while step < phase.steps:
+            for group, rate in zip(groups, base_rates, strict=True):
+                group["lr"] = rate * rate_factor(step, phase.steps, phase.decay_share)
+            loss = loss_of(next(stream))
+            torch.autograd.backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            if step % 20 == 0:
+                seconds = (time.monotonic() - started) / (step - first)
+                record = {"step": step, "loss": round(loss.item(), 4), "seconds_per_step": round(seconds, 4)}
+                print(json.dumps(record), file=log, flush=True)
+            if step % SAVE_EVERY == 0 or step == phase.steps:
+                checkpoint.save(step)
+
+
+def train_drafter(
+    start: LlamaForCausalLM, start_data: Continuations, data: Continuations, work: Path, recipe: DrafterRecipe
+) -> Qwen2ForCausalLM:
+    """Warm up on continuations by the target's small start (they need not wait for the target), then on its own."""
+    drafter = build_drafter(start, recipe)
+    distil(drafter, start_data, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
+    distil(drafter, data, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
+    return drafter
+
+
+def save_drafter(drafter: Qwen2ForCausalLM, target_folder: Path, folder: Path, facts: dict[str, object]) -> None:
+    """Write the folder: weights as bfloat16, computed in float32; the target's tokenizer; masks in config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drafter.to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    first_mask = drafter.config.vocab_size - BLOCK_SIZE
+    config |= {
+        "dtype": "float32",
+        "mask_token_id": first_mask,
+        "mask_token_ids": list(range(first_mask, drafter.config.vocab_size)),
+        "logits_shifted": True,
+        "attention": "block",
+        "block_size": BLOCK_SIZE,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text((target_folder / name).read_text())
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def facts_of(recipe: DrafterRecipe, data: Continuations) -> dict[str, object]:
+    return {"recipe": asdict(recipe), "continuation_rows": len(data.tokens), "generated_tokens": data.num_generated}

@@ -1,0 +1,145 @@
+"""How good the pair is, measured with simple loops of its own, apart from the serving engine.
+
+A drafter is measured on fixed continuations of held-out prompts: a draft token counts as accepted while it equals the
+continuation's, which is what lossless verification does, greedy or sampled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from drafters.ngram import NgramModel
+from models.training.blocks import attach_blocks
+from models.training.continuations import Continuations, continue_prompts, random_prompts
+from models.training.drafter import BLOCK_SIZE, block_hidden
+
+PROMPT_LENGTH = 192  # tokens
+NEW_TOKENS = 128
+LOOPING_FROM = 0.2  # share of repeated 8-grams from which a continuation counts as looping
+
+
+def held_out_continuations(
+    target: LlamaForCausalLM, held_out: NDArray[np.int32], prompts: int, temperatures: Sequence[float], seed: int
+) -> list[Continuations]:
+    """The target's continuations of the same held-out prompts, once per temperature."""
+    texts = random_prompts(held_out, PROMPT_LENGTH, prompts, np.random.default_rng(seed))
+    return [
+        continue_prompts(target, texts, PROMPT_LENGTH + NEW_TOKENS, np.full(prompts, temperature, np.float32), seed + 1)
+        for temperature in temperatures
+    ]
+
+
+def repeated_share(tokens: NDArray[Any], length: int = 8) -> float:
+    """Share of the `length`-grams of `tokens` that stood earlier in it."""
+    grams = [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+@torch.inference_mode()
+def drafts_at(
+    drafter: Qwen2ForCausalLM, tokens: torch.Tensor, anchors: torch.Tensor, length: int, mask_token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`."""
+    sequences, clean = tokens.shape
+    masks = length - 1
+    shape = (sequences, len(anchors) * masks)
+    batch = attach_blocks(
+        tokens,
+        anchors.repeat_interleave(masks).expand(shape),
+        (torch.arange(masks) + 1).repeat(len(anchors)).expand(shape),
+        torch.arange(len(anchors)).repeat_interleave(masks).expand(shape),
+        mask_token_ids,
+    )
+    hidden = block_hidden(drafter, batch)
+    rows = torch.cat([hidden[:, anchors, None], hidden[:, clean:].view(sequences, len(anchors), masks, -1)], 2)
+    logits: torch.Tensor = drafter.lm_head(rows)[..., : int(mask_token_ids[0])]
+    return logits.argmax(-1)
+
+
+def accepted_at_every_anchor(drafter: Qwen2ForCausalLM, data: Continuations, length: int) -> NDArray[np.int64]:
+    """Accepted tokens `[rows, anchors]` of drafts of `length` tokens at all positions from the prompt's last token on.
+
+    Rows share one prompt length; the anchors end where a whole draft still has a continuation to be compared with.
+    """
+    start, end = int(data.prompt_lengths[0]) - 1, data.tokens.shape[1] - length
+    mask_token_ids = torch.arange(drafter.config.vocab_size - BLOCK_SIZE, drafter.config.vocab_size)
+    tokens = torch.from_numpy(data.tokens.astype(np.int64))
+    anchors = torch.arange(start, end)
+    truth = tokens.unfold(1, length, 1)[:, anchors + 1]
+    hits = [
+        (drafts_at(drafter, rows, part, length, mask_token_ids) == true).cumprod(2).sum(2)
+        for rows, trues in zip(torch.split(tokens, 4), torch.split(truth, 4), strict=True)
+        for part, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
+    ]
+    per_rows = len(torch.split(anchors, 32))
+    return torch.cat([torch.cat(hits[at : at + per_rows], 1) for at in range(0, len(hits), per_rows)]).numpy()
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Mean accepted tokens per step, and the share of steps that accepted at least i tokens."""
+
+    accepted: float
+    steps: int
+    survival: tuple[float, ...]
+
+
+def walk(accepted: NDArray[np.int64], length: int) -> Acceptance:
+    """Speculative decoding along each row: a step at anchor s goes on at s + accepted + 1."""
+    counts: list[int] = []
+    for row in accepted:
+        at = 0
+        while at < len(row):
+            counts.append(int(row[at]))
+            at += counts[-1] + 1
+    steps = np.array(counts)
+    survival = tuple(round(float((steps >= i).mean()), 4) for i in range(1, length + 1))
+    return Acceptance(round(float(steps.mean()), 4), len(steps), survival)
+
+
+def drafter_figures(
+    drafter: Qwen2ForCausalLM, continuations: Sequence[Continuations], length: int = 8
+) -> list[dict[str, Any]]:
+    """Acceptance of the raw argmax draft, one entry per temperature; looping and other continuations apart as well."""
+    figures = []
+    for data in continuations:
+        accepted = accepted_at_every_anchor(drafter, data, length)
+        repeated = np.array([repeated_share(text) for text in data.texts()])
+        loops = repeated >= LOOPING_FROM
+        figures.append(
+            {
+                "temperature": round(float(data.temperatures[0]), 2),
+                "draft_length": length,
+                "repeated_8_grams": round(float(repeated.mean()), 4),
+                "looping_continuations": round(float(loops.mean()), 4),
+                **asdict(walk(accepted, length)),
+                "accepted_looping": walk(accepted[loops], length).accepted if loops.any() else None,
+                "accepted_other": walk(accepted[~loops], length).accepted if not loops.all() else None,
+            }
+        )
+    return figures
+
+
+def ngram_accuracy(model: NgramModel, continuations: Sequence[Continuations]) -> list[dict[str, float]]:
+    """Share of the continuations' tokens that the model finds most probable; their mean log-probability in nats."""
+    figures = []
+    for data in continuations:
+        hits, logs = [], []
+        for row, start in zip(data.tokens.astype(np.int32), data.prompt_lengths, strict=True):
+            for at in range(int(start), len(row)):
+                probabilities = model.distribution(row[max(0, at - model.order + 1) : at])
+                hits.append(int(probabilities.argmax()) == row[at])
+                logs.append(float(np.log(max(float(probabilities[row[at]]), 1e-9))))
+        figures.append(
+            {
+                "temperature": round(float(data.temperatures[0]), 2),
+                "top_1": round(float(np.mean(hits)), 4),
+                "log_probability": round(float(np.mean(logs)), 4),
+            }
+        )
+    return figures
