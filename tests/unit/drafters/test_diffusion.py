@@ -1,0 +1,113 @@
+"""The diffusion drafter against a plain reference: one uncached pass with an explicit mask."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drafters.base import Tokens
+from drafters.diffusion import DiffusionDrafter, MaskedRequest, split_rows
+from tests.checkpoints import VOCABULARY_SIZE, write_block_drafter, write_checkpoint, write_full_drafter
+from transformer.model import Transformer
+
+WINDOW = 48
+
+
+def reference_logits(model: torch.nn.Module, tokens: Tokens, length: int, masks: list[int], full: bool) -> torch.Tensor:
+    """What transformers' own layers answer for `tokens` and a masked block, with the attention mask spelled out."""
+    ids = torch.tensor([[*tokens.tolist(), *masks[: length - 1]]])
+    clean, size = len(tokens), ids.shape[1]
+    visible = torch.ones(size, size, dtype=torch.bool)
+    if not full:
+        visible = visible.tril()
+        visible[clean:, clean:] = True
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=visible[None, None], use_cache=False).logits[0]
+    return logits[clean - 1 : clean - 1 + length, :VOCABULARY_SIZE]
+
+
+def random_tokens(length: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 256, length).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, torch.nn.Module]:
+    folder = tmp_path_factory.mktemp("block")
+    reference = write_block_drafter(folder, layers=2)
+    return Transformer.load(folder), reference
+
+
+def test_block_drafts_equal_the_reference_with_and_without_a_cached_prefix(block: tuple[Transformer, torch.nn.Module]) -> None:
+    model, reference = block
+    masks = list(model.config.mask_token_ids)
+    drafter = DiffusionDrafter(model, num_slots=2, vocabulary_size=VOCABULARY_SIZE, window=WINDOW)
+    text = random_tokens(30)
+    for length_so_far in (5, 6, 9, 9, 20, 30):  # grows by accepted tokens, or not at all
+        tokens = text[:length_so_far]
+        logits = drafter.propose([MaskedRequest("a", tokens, 7)])
+        expected = reference_logits(reference, tokens, 7, masks, full=False)
+        assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_unequal_requests_equals_one_by_one(block: tuple[Transformer, torch.nn.Module]) -> None:
+    model, reference = block
+    masks = list(model.config.mask_token_ids)
+    drafter = DiffusionDrafter(model, num_slots=3, vocabulary_size=VOCABULARY_SIZE, window=WINDOW)
+    requests = [MaskedRequest(str(i), random_tokens(5 + 9 * i, seed=i), 1 + 4 * i) for i in range(3)]
+    for _ in range(2):  # the second time from the cache
+        logits = drafter.propose(requests)
+        for request, rows in zip(requests, split_rows([r.length for r in requests]), strict=True):
+            expected = reference_logits(reference, request.tokens, request.length, masks, full=False)
+            assert torch.allclose(logits[rows], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_full_window_keeps_the_latest_half(block: tuple[Transformer, torch.nn.Module]) -> None:
+    model, reference = block
+    masks = list(model.config.mask_token_ids)
+    drafter = DiffusionDrafter(model, num_slots=1, vocabulary_size=VOCABULARY_SIZE, window=WINDOW)
+    text = random_tokens(200)
+    drafter.propose([MaskedRequest("a", text[:WINDOW], 4)])
+    assert drafter.pending_rows("a", WINDOW) <= 1
+    logits = drafter.propose([MaskedRequest("a", text[: WINDOW + 1], 4)])
+    kept = text[WINDOW + 1 - WINDOW // 2 : WINDOW + 1]
+    assert torch.allclose(logits, reference_logits(reference, kept, 4, masks, full=False), atol=1e-4, rtol=1e-4)
+
+
+def test_full_attention_is_exact_without_reuse_and_close_in_shape_with_it(tmp_path: Path) -> None:
+    reference = write_full_drafter(tmp_path, layers=2)
+    model = Transformer.load(tmp_path)
+    masks = list(model.config.mask_token_ids) * 8
+    exact = DiffusionDrafter(model, 1, VOCABULARY_SIZE, window=WINDOW, reuse_prefix=False)
+    reusing = DiffusionDrafter(model, 1, VOCABULARY_SIZE, window=WINDOW)
+    text = random_tokens(30)
+    for length_so_far in (10, 13, 30):
+        request = MaskedRequest("a", text[:length_so_far], 5)
+        expected = reference_logits(reference, request.tokens, 5, masks, full=True)
+        expected[:, list(set(masks) & set(range(VOCABULARY_SIZE)))] = -torch.inf
+        assert torch.allclose(exact.propose([request]), expected, atol=1e-4, rtol=1e-4)
+        assert reusing.propose([request]).shape == expected.shape
+
+
+def test_mask_tokens_are_never_proposed(block: tuple[Transformer, torch.nn.Module]) -> None:
+    model, _ = block
+    narrow = DiffusionDrafter(model, 1, model.config.vocabulary_size, window=WINDOW)
+    logits = narrow.propose([MaskedRequest("a", random_tokens(5), 6)])
+    assert torch.isinf(logits[:, list(model.config.mask_token_ids)]).all()
+
+
+def test_released_slots_are_used_again_and_running_out_is_an_error(block: tuple[Transformer, torch.nn.Module]) -> None:
+    drafter = DiffusionDrafter(block[0], 2, VOCABULARY_SIZE, window=WINDOW)
+    for i in range(10):
+        drafter.propose([MaskedRequest(str(i), random_tokens(5), 3)])
+        drafter.release(str(i))
+        drafter.release(str(i))  # twice is harmless
+    drafter.propose([MaskedRequest("a", random_tokens(5), 3), MaskedRequest("b", random_tokens(5), 3)])
+    with pytest.raises(RuntimeError, match="no free slot"):
+        drafter.propose([MaskedRequest("c", random_tokens(5), 3)])
+
+
+def test_a_causal_model_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen2")
+    with pytest.raises(ValueError, match="mask token"):
+        DiffusionDrafter(Transformer.load(tmp_path), 1, VOCABULARY_SIZE)

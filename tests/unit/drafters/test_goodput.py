@@ -1,0 +1,139 @@
+"""The goodput policy: worth its cost or not at all."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafters.costs import KNOTS, CostCurve
+from drafters.goodput import (
+    Agreement,
+    Calibration,
+    DiffusionForecast,
+    StepCosts,
+    choose_lengths,
+    choose_sources,
+    expected_accepted,
+)
+
+FLAT = {1: 1e-3, 64: 1e-3}  # rows are free, as on a GPU at small batches
+LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
+
+
+def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> StepCosts:
+    return StepCosts(CostCurve(verify), CostCurve(draft or {1: 1e-5, 64: 1e-4}), search_seconds=0.0, overhead_seconds=0.0)
+
+
+def constant_rates(requests: int, rate: float, longest: int = 16) -> np.ndarray:
+    return expected_accepted(np.full((requests, longest), rate))
+
+
+def caps(requests: int, longest: int = 16) -> np.ndarray:
+    return np.full(requests, longest, dtype=np.int64)
+
+
+def test_expected_accepted_sums_survival() -> None:
+    assert expected_accepted(np.array([0.5, 0.5, 1.0])).tolist() == [0.0, 0.5, 0.75, 1.0]
+
+
+def test_drafts_everything_when_rows_are_free() -> None:
+    lengths = choose_lengths(constant_rates(3, 0.95), caps(3), 3, 0.0, costs(FLAT))
+    assert lengths.tolist() == [13, 13, 13] or min(lengths) > 8
+
+
+def test_drafts_nothing_when_a_row_costs_a_step() -> None:
+    assert choose_lengths(constant_rates(4, 0.9), caps(4), 4, 0.0, costs(LINEAR)).tolist() == [0] * 4
+
+
+def test_drafts_nothing_from_a_useless_drafter() -> None:
+    assert choose_lengths(constant_rates(4, 0.01), caps(4), 4, 0.0, costs(FLAT)).tolist() == [0] * 4
+
+
+def test_draws_the_line_between_requests_of_one_batch() -> None:
+    accepted = np.concatenate([constant_rates(1, 0.95), constant_rates(1, 0.02)])
+    lengths = choose_lengths(accepted, caps(2), 2, 0.0, costs({1: 1e-3, 64: 8e-3}))
+    assert lengths[0] > 3
+    assert lengths[1] == 0
+
+
+@given(
+    st.lists(st.floats(0.0, 0.99), min_size=1, max_size=5),
+    st.floats(1e-5, 1e-2),
+    st.integers(0, 12),
+)
+def test_single_request_gets_the_best_rate_by_brute_force(rates: list[float], slope: float, cap: int) -> None:
+    """For one request coordinate ascent is exact up to the hysteresis: no length is better by more than that."""
+    accepted = expected_accepted(np.array([(rates * 12)[:12]]))
+    table = costs({1: 1e-3, 1024: 1e-3 + 1023 * slope})
+    chosen = int(choose_lengths(accepted, np.array([cap]), 1, 0.0, table)[0])
+
+    def rate(length: int) -> float:
+        return float((1.0 + accepted[0, length]) / table.verify.at(1 + length))
+
+    assert 0 <= chosen <= cap
+    assert rate(chosen) >= max(rate(length) for length in range(cap + 1)) * 0.9
+    assert rate(chosen) >= rate(0)
+
+
+def test_a_diffusion_pass_is_not_paid_where_copying_does() -> None:
+    copied = np.concatenate([constant_rates(1, 0.95), constant_rates(1, 0.05)])
+    diffused = constant_rates(2, 0.7)
+    table = costs({1: 1e-3, 64: 2e-3}, {1: 2e-5, 64: 1e-4})
+    assert choose_sources(copied, diffused, caps(2), np.full(2, 8.0), 2, table).tolist() == [False, True]
+
+
+def test_an_expensive_pass_is_never_paid() -> None:
+    table = costs(FLAT, {1: 1.0, 64: 1.0})
+    assert not choose_sources(constant_rates(2, 0.1), constant_rates(2, 0.9), caps(2), np.full(2, 8.0), 2, table).any()
+
+
+def test_calibration_learns_how_often_a_confidence_is_right() -> None:
+    calibration = Calibration()
+    confidences = np.array([0.9, 0.9, 0.9])
+    for _ in range(400):
+        calibration.observe(confidences, 1)  # one right, one wrong, the third never reached: half
+    assert calibration(np.array([0.875, 0.925])).mean() == pytest.approx(0.5, abs=0.15)
+    assert calibration(np.array([0.1]))[0] < 0.2  # others are untouched
+
+
+def test_agreement_returns_to_the_prior_without_drafts() -> None:
+    agreement = Agreement()
+    for _ in range(20):
+        agreement.observe(0, 5.0)
+    assert agreement.factor < 0.2
+    for _ in range(100):
+        agreement.forget()
+    assert agreement.factor == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_class_that_loses_is_probed_ever_more_rarely() -> None:
+    forecast = DiffusionForecast(longest=4)
+    where = forecast.classes(0.0, 0.1)
+    probes = [step for step in range(20_000) if forecast.is_probe_due(where, chosen=False)]
+    gaps = np.diff(probes)
+    assert 4 < len(probes) < 30
+    assert (gaps[1:] >= gaps[:-1]).all()
+
+
+def test_cost_curve_passes_through_its_measurements_and_extends_beyond() -> None:
+    curve = CostCurve({1: 1.0, 4: 2.0, 16: 6.0})
+    assert [curve.at(rows) for rows in (0, 1, 4, 16)] == pytest.approx([0.0, 1.0, 2.0, 6.0])
+    assert curve.at(10) == pytest.approx(4.0, abs=0.01)
+    assert curve.at(64) == pytest.approx(6.0 + 48 / 3)
+    assert (np.diff(curve.seconds) >= 0).all()
+    assert len(curve.seconds) == len(KNOTS)
+
+
+def test_cost_curve_follows_a_slower_machine_at_every_row_count() -> None:
+    curve = CostCurve({1: 1e-3, 64: 10e-3})
+    for _ in range(200):
+        curve.observe(4, 3e-3)
+    assert curve.at(4) == pytest.approx(3e-3, rel=0.1)
+    assert curve.at(1) > 1.5e-3  # not visited, but the same machine
+
+
+def test_cost_curve_shrugs_off_an_outlier() -> None:
+    curve = CostCurve({1: 1e-3, 64: 10e-3})
+    before = curve.at(1)
+    curve.observe(1, 5.0)
+    assert curve.at(1) < 1.2 * before
