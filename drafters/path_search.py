@@ -1,0 +1,139 @@
+"""Causal-consistency path search (CPS): one path through the lattice of every request (Eq. 8).
+
+The search maximises `sum(λ * log q_lattice(token) + (1 - λ) * log p_causal(token | path so far))` from left to right, in
+natural logarithms floored at LOG_FLOOR so that a single impossible token does not rule out a whole path.
+
+End of text. The paper always keeps it as a candidate and stops a path at its first one; taken together, one improbable
+end token could then win merely because it ends the sum of negative terms early. Here an end token competes with its own
+log probability, a path ends with it (the token is included: if the target agrees, the request ends in the same step),
+and finished and unfinished paths are compared by their mean score per token, which has no preference for length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import Tokens
+from drafters.causal_scorer import CausalModel, join
+from drafters.kernels import Found, Search, search_paths
+from drafters.lattice import DraftLattice
+
+LOG_FLOOR = -20.0  # nats
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """What the search chose for one request, with what it knew of every token."""
+
+    tokens: tuple[int, ...]  # ends with an end token, or where the lattice does
+    confidences: NDArray[np.float64]  # [tokens] share of the mixed probability among the position's candidates
+    log_lattice: NDArray[np.float64]  # [tokens] nats, floored
+    log_causal: NDArray[np.float64]  # [tokens] nats, floored
+    score: float  # nats per token (Eq. 8); 0 for an empty path
+    raw_score: float  # the same of the raw argmax path
+    raw_length: int  # tokens before the first end token in the raw argmax (Eq. 9)
+    lattice_width: float  # mean candidates per position
+
+    @property
+    def gain(self) -> float:
+        """Nats per token over the raw argmax path; never negative, for that path takes part."""
+        return self.score - self.raw_score
+
+
+class PathSearch:
+    """Beam search for a whole batch in one compiled call. Safe to share as far as its causal model is."""
+
+    def __init__(
+        self,
+        causal: CausalModel,
+        end_tokens: Sequence[int] = (),
+        beam_width: int = 3,
+        lattice_weight: float = 0.5,
+        max_successors: int = 3,
+        mode: Literal["search", "argmax"] = "search",
+    ) -> None:
+        """lattice_weight: λ of Eq. 8. max_successors: best next tokens of the n-gram model that join the lattice.
+
+        mode: `argmax` takes the raw argmax path, as a baseline. Raises ValueError for values out of range.
+        """
+        if beam_width < 1 or max_successors < 0 or not 0.0 <= lattice_weight <= 1.0:
+            raise ValueError(
+                "beam_width must be at least 1, max_successors at least 0 and lattice_weight in 0..1; "
+                f"got {beam_width}, {max_successors} and {lattice_weight}"
+            )
+        self.causal = causal
+        self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
+        self.beam_width = beam_width
+        self.lattice_weight = lattice_weight
+        self.max_successors = max_successors
+        self.mode = mode
+
+    def search(self, histories: Sequence[Tokens], lattice: DraftLattice) -> list[Path]:
+        """Choose a path for every request; `histories` in the order of the lattice's requests.
+
+        Raises ValueError if their numbers differ.
+        """
+        if len(histories) != lattice.num_requests:
+            raise ValueError(f"{len(histories)} histories for a lattice of {lattice.num_requests} requests")
+        if not histories:
+            return []
+        text, starts = join(histories)
+        lengths = np.diff(lattice.row_starts)
+        found = _room(len(histories), max(int(lengths.max()), 1))
+        search = Search(
+            row_starts=lattice.row_starts,
+            candidates=lattice.tokens,
+            widths=lattice.widths,
+            logits=lattice.logits,
+            log_normalisers=lattice.log_normalisers,
+            ends=self.end_tokens,
+            beam_width=self.beam_width,
+            lattice_weight=float(self.lattice_weight),
+            log_floor=LOG_FLOOR,
+            most_successors=self.max_successors,
+        )
+        causal = self.causal
+        search_paths(text, starts, causal.ngram.arrays, causal.copy_weights, search, self.mode == "search", found)
+        return _paths(found, lattice)
+
+
+def _room(requests: int, longest: int) -> Found:
+    return Found(
+        tokens=np.zeros((requests, longest), np.int32),
+        details=np.zeros((requests, longest, 3)),
+        lengths=np.zeros(requests, np.int64),
+        scores=np.zeros((requests, 2)),
+        raw_lengths=np.zeros(requests, np.int64),
+    )
+
+
+def _paths(found: Found, lattice: DraftLattice) -> list[Path]:
+    before = np.zeros(len(lattice.widths) + 1)
+    np.cumsum(lattice.widths, out=before[1:])
+    lengths = np.diff(lattice.row_starts)
+    widths = (before[lattice.row_starts[1:]] - before[lattice.row_starts[:-1]]) / np.maximum(lengths, 1)
+    scores = np.where(np.isfinite(found.scores), found.scores, 0.0)
+    return [
+        Path(
+            tokens=tuple(tokens[:length]),
+            confidences=details[:length, 2],
+            log_lattice=details[:length, 0],
+            log_causal=details[:length, 1],
+            score=score,
+            raw_score=raw_score,
+            raw_length=raw_length,
+            lattice_width=width,
+        )
+        for tokens, details, length, (score, raw_score), raw_length, width in zip(
+            found.tokens.tolist(),
+            found.details,
+            found.lengths.tolist(),
+            scores.tolist(),
+            found.raw_lengths.tolist(),
+            widths.tolist(),
+            strict=True,
+        )
+    ]
