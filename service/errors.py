@@ -1,22 +1,24 @@
 """Everything a client can be refused with, as one tree, in OpenAI's shape.
 
-    ApiError
-    ├── InvalidRequestError     400
-    ├── AuthenticationError     401
-    ├── NotFoundError           404
-    ├── MethodNotAllowedError   405
-    ├── BodyTimeoutError        408
-    ├── BodyTooLargeError       413
-    ├── UnsupportedMediaError   415
-    ├── TooManyRequestsError    429
-    ├── InternalError           500
-    └── NotReadyError           503
+ApiError
+├── InvalidRequestError     400
+├── AuthenticationError     401
+├── NotFoundError           404
+├── MethodNotAllowedError   405
+├── BodyTimeoutError        408
+├── BodyTooLargeError       413
+├── UnsupportedMediaError   415
+├── TooManyRequestsError    429
+├── InternalError           500
+├── NotReadyError           503
+└── RequestTimeoutError     504
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from service.engine import base as engine
 from service.engine.base import EngineError, EngineUnavailableError, QueueFullError
 
 
@@ -105,6 +107,12 @@ class NotReadyError(ApiError):
     code = "not_ready"
 
 
+class RequestTimeoutError(ApiError):
+    status = 504
+    type = "timeout_error"
+    code = "request_timeout"
+
+
 def from_engine(error: EngineError) -> ApiError:
     """What a client is told when the engine refuses or fails a request."""
     if isinstance(error, QueueFullError):
@@ -112,7 +120,9 @@ def from_engine(error: EngineError) -> ApiError:
         return TooManyRequestsError(str(error), headers={"Retry-After": seconds})
     if isinstance(error, EngineUnavailableError):
         return NotReadyError(str(error), headers={"Retry-After": "1"})
-    return InternalError(str(error))
+    if isinstance(error, engine.RequestTimeoutError):
+        return RequestTimeoutError(str(error))
+    return InternalError()
 
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:

@@ -32,36 +32,45 @@ class SettingsGroup(BaseModel):
 
 
 class ServerSettings(SettingsGroup):
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    drain_seconds: float = Field(30.0, ge=0, description="After SIGTERM, how long running requests may still take.")
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body, in bytes.")
-    body_seconds: float = Field(30.0, gt=0, description="How long a client may take to send a request body.")
-    request_seconds: float | None = Field(None, gt=0, description="Longest time for one request; unset: no limit.")
-    keep_alive_seconds: int = Field(75, ge=1, description="How long an idle connection is kept open.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    drain_seconds: float = Field(
+        default=30.0, ge=0, description="After SIGTERM, how long running requests may still take."
+    )
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest request body, in bytes.")
+    body_seconds: float = Field(default=30.0, gt=0, description="How long a client may take to send a request body.")
+    request_seconds: float | None = Field(
+        default=None, gt=0, description="Longest time for one request; unset: no limit."
+    )
+    keep_alive_seconds: int = Field(default=75, ge=1, description="How long an idle connection is kept open.")
 
 
 class ModelSettings(SettingsGroup):
-    engine: Literal["embedded"] = Field("embedded", description="What runs the models: this project's torch engine.")
+    engine: Literal["embedded"] = Field(
+        default="embedded", description="What runs the models: this project's torch engine."
+    )
     target: Path = Field(
-        BUNDLED_MODELS / "target", description="Folder of the target, the model whose text is served (safetensors)."
+        default=BUNDLED_MODELS / "target",
+        description="Folder of the target, the model whose text is served (safetensors).",
     )
     drafter: str | None = Field(
-        None,
+        default=None,
         description="Folder of the diffusion drafter, or `prompt-lookup`, or `none`. "
         "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
     )
     ngram: Path | None = Field(
-        None,
+        default=None,
         description="Folder of an n-gram model over the target's token ids. "
         "Unset: the bundled one for the bundled target, else only what a request's own text teaches.",
     )
     served_model_name: str | None = Field(
-        None, min_length=1, description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name."
+        default=None,
+        min_length=1,
+        description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of weights and arithmetic.")
-    device: str = Field("cpu", description="torch device, such as `cpu` or `cuda:0`.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads for torch. Unset: torch decides.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and arithmetic.")
+    device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads for torch. Unset: torch decides.")
 
     @property
     def is_bundled(self) -> bool:
@@ -87,68 +96,80 @@ class ModelSettings(SettingsGroup):
 
 class SpeculationSettings(SettingsGroup):
     policy: PolicyName = Field(
-        "goodput",
+        default="goodput",
         description="Who decides how much is drafted: `goodput` (most committed tokens per second, from what is "
         "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `max_draft_tokens`).",
     )
-    max_draft_tokens: int = Field(16, ge=0, le=128, description="Most tokens drafted for one request in one step.")
-    search: bool = Field(True, description="Search the lattice for the best path; off: each position's best token.")
-    diffusion: bool = Field(True, description="Let the diffusion model draft.")
-    copying: bool = Field(True, description="Let copies of the request's own text and n-grams draft.")
-    beam_width: int = Field(3, ge=1, le=64, description="Paths kept while searching (the paper's B).")
-    candidate_mass: float = Field(0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ).")
-    max_candidates: int = Field(15, ge=1, le=64, description="Most candidates of a position (M_max).")
+    max_draft_tokens: int = Field(
+        default=16, ge=0, le=128, description="Most tokens drafted for one request in one step."
+    )
+    search: bool = Field(
+        default=True, description="Search the lattice for the best path; off: each position's best token."
+    )
+    diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
+    copying: bool = Field(default=True, description="Let copies of the request's own text and n-grams draft.")
+    beam_width: int = Field(default=3, ge=1, le=64, description="Paths kept while searching (the paper's B).")
+    candidate_mass: float = Field(
+        default=0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ)."
+    )
+    max_candidates: int = Field(default=15, ge=1, le=64, description="Most candidates of a position (M_max).")
     lattice_weight: float = Field(
-        0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
+        default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
     )
     window_tokens: int | None = Field(
-        None, ge=16, description="Most tokens of context that the drafter reads. Unset: all that it was made for."
+        default=None,
+        ge=16,
+        description="Most tokens of context that the drafter reads. Unset: all that it was made for.",
     )
-    paper_min_draft_tokens: int = Field(20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
+    paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(
-        30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
+        default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
     )
-    paper_growth_tokens: int = Field(10, ge=0, le=128, description="`paper` policy: growth step (δ).")
-    paper_ema_rate: float = Field(0.5, gt=0, le=1, description="`paper` policy: rate of the moving averages (ρ).")
+    paper_growth_tokens: int = Field(default=10, ge=0, le=128, description="`paper` policy: growth step (δ).")
+    paper_ema_rate: float = Field(
+        default=0.5, gt=0, le=1, description="`paper` policy: rate of the moving averages (ρ)."
+    )
 
 
 class SchedulerSettings(SettingsGroup):
-    max_running: int = Field(32, ge=1, le=1024, description="Most sequences generated at the same time.")
-    max_waiting: int = Field(256, ge=0, description="Most sequences in the queue; beyond it requests get 429.")
-    prefill_chunk_tokens: int = Field(256, ge=1, description="Most prompt tokens read in one step.")
+    max_running: int = Field(default=32, ge=1, le=1024, description="Most sequences generated at the same time.")
+    max_waiting: int = Field(default=256, ge=0, description="Most sequences in the queue; beyond it requests get 429.")
+    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens read in one step.")
     kv_cache_tokens: int | None = Field(
-        None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
+        default=None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
     )
-    prefix_cache: bool = Field(True, description="Reuse the keys and values of prompts that share a beginning.")
-    hang_seconds: float = Field(60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
+    prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
+    hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
 
 
 class LimitSettings(SettingsGroup):
-    max_choices: int = Field(16, ge=1, le=128, description="Largest `n`.")
-    max_prompts: int = Field(64, ge=1, description="Most prompts in one completion request.")
-    max_sequences: int = Field(128, ge=1, description="Most prompts times `n` of one request.")
-    max_logit_bias: int = Field(1024, ge=0, description="Most entries of `logit_bias`.")
-    max_bad_words: int = Field(128, ge=0, description="Most entries of `bad_words`.")
-    max_messages: int = Field(1024, ge=1, description="Most messages of a chat request.")
+    max_choices: int = Field(default=16, ge=1, le=128, description="Largest `n`.")
+    max_prompts: int = Field(default=64, ge=1, description="Most prompts in one completion request.")
+    max_sequences: int = Field(default=128, ge=1, description="Most prompts times `n` of one request.")
+    max_logit_bias: int = Field(default=1024, ge=0, description="Most entries of `logit_bias`.")
+    max_bad_words: int = Field(default=128, ge=0, description="Most entries of `bad_words`.")
+    max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
 
 
 class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
-        (), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
+        default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
     )
 
 
 class LoggingSettings(SettingsGroup):
-    format: Literal["text", "json"] = Field("text", description="One line of text or of JSON per request, on stderr.")
-    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    format: Literal["text", "json"] = Field(
+        default="text", description="One line of text or of JSON per request, on stderr."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level that is logged."
+    )
 
 
 class Settings(BaseSettings):
     """All settings; build it with `load_settings`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
 
     server: ServerSettings = Field(default_factory=ServerSettings, description="HTTP server")
     model: ModelSettings = Field(default_factory=ModelSettings, description="Models")
@@ -181,7 +202,10 @@ def load_settings(config: Path | None = None, overrides: Mapping[str, Any] | Non
     class ConfiguredSettings(Settings):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], *sources: PydanticBaseSettingsSource, **named: PydanticBaseSettingsSource
+            cls,
+            settings_cls: type[BaseSettings],
+            *sources: PydanticBaseSettingsSource,
+            **named: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (named["init_settings"], named["env_settings"], InitSettingsSource(settings_cls, from_file))
 

@@ -1,6 +1,8 @@
 """One choice of one request: from the engine's token deltas to text that may be shown."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from service.engine.base import SpeculationStats, StepTrace, TokenDelta
 from service.text.detokenizer import IncrementalDetokenizer, StopMatcher
@@ -19,6 +21,14 @@ class TextRules:
 
 
 @dataclass(frozen=True, slots=True)
+class TracedStep:
+    """One engine step as a client may see it."""
+
+    tokens: tuple[int, ...]
+    trace: StepTrace
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one delta adds to one choice."""
 
@@ -29,7 +39,22 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # the stop string, or the request's own stop token
-    trace: StepTrace | None = None
+    steps: tuple[TracedStep, ...] = ()  # only if a trace was asked for
+
+    @classmethod
+    def join(cls, pieces: Sequence[Self]) -> Self:
+        """All of a choice's pieces as one."""
+        last = pieces[-1]
+        return cls(
+            text="".join(piece.text for piece in pieces),
+            tokens=tuple(token for piece in pieces for token in piece.tokens),
+            logprobs=tuple(entry for piece in pieces for entry in piece.logprobs),
+            offsets=tuple(offset for piece in pieces for offset in piece.offsets),
+            prompt_logprobs=tuple(entry for piece in pieces for entry in piece.prompt_logprobs),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            steps=tuple(step for piece in pieces for step in piece.steps),
+        )
 
 
 class Choice:
@@ -57,9 +82,7 @@ class Choice:
         for position, token in enumerate(delta.tokens):
             offsets.append(self._num_characters)
             self.num_tokens += 1
-            is_hidden = (
-                delta.stop_token == token and position == len(delta.tokens) - 1 and not self._rules.include_stop
-            )
+            is_hidden = delta.stop_token == token and position == len(delta.tokens) - 1 and not self._rules.include_stop
             text, stop = self._show("" if is_hidden else self._detokenizer.push(token))
             texts.append(text)
             if stop is not None:
@@ -79,7 +102,7 @@ class Choice:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop if stop is not None else self._own_stop_token(delta),
-            trace=delta.trace,
+            steps=() if delta.trace is None else (TracedStep(delta.tokens[: len(offsets)], delta.trace),),
         )
 
     def _show(self, text: str) -> tuple[str, str | None]:

@@ -146,7 +146,11 @@ Stop = Annotated[
         {
             "anyOf": [
                 {**_TEXT_SCHEMA, "maxLength": MAX_STOP_CHARACTERS},
-                {"type": "array", "items": {**_TEXT_SCHEMA, "maxLength": MAX_STOP_CHARACTERS}, "maxItems": MAX_STOP_STRINGS},
+                {
+                    "type": "array",
+                    "items": {**_TEXT_SCHEMA, "maxLength": MAX_STOP_CHARACTERS},
+                    "maxItems": MAX_STOP_STRINGS,
+                },
                 {"type": "null"},
             ]
         }

@@ -164,7 +164,7 @@ def speculation_options(field: SpeculativeField | None, service_draft_tokens: in
         return SpeculationOptions()
     if field.max_draft_tokens is not None and field.max_draft_tokens > service_draft_tokens:
         raise InvalidRequestError(
-            f"speculative.max_draft_tokens: at most {service_draft_tokens} on this server, got {field.max_draft_tokens}.",
+            f"speculative.max_draft_tokens: at most {service_draft_tokens} here, got {field.max_draft_tokens}.",
             param="speculative.max_draft_tokens",
             code="invalid_value",
         )
@@ -219,9 +219,7 @@ def sampling_rules(
     )
 
 
-def encode_bad_words(
-    words: Sequence[str], model: ServedModel, limits: LimitSettings
-) -> tuple[tuple[int, ...], ...]:
+def encode_bad_words(words: Sequence[str], model: ServedModel, limits: LimitSettings) -> tuple[tuple[int, ...], ...]:
     """Each word's tokens at the start of a text and after a space."""
     if len(words) > limits.max_bad_words:
         raise InvalidRequestError(

@@ -1,7 +1,6 @@
 """The served model and everything a route needs, from the first moment of loading to the end of draining."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -43,12 +42,17 @@ class Serving:
         metrics: ServiceMetrics,
         draw_seed: Callable[[], int],
         clock: Clock,
+        now: Clock,
     ) -> None:
-        """`load_tokenizer` may take seconds and runs in another thread; `draw_seed` serves requests without a seed."""
+        """`load_tokenizer` may take seconds and runs in another thread; `draw_seed` serves requests without a seed.
+
+        `clock` measures durations; `now` is Unix time.
+        """
         self.settings = settings
         self.metrics = metrics
         self.draw_seed = draw_seed
         self.clock = clock
+        self.now = now
         self.name = settings.model.public_name
         self._engine = engine
         self._load_tokenizer = load_tokenizer
@@ -65,7 +69,7 @@ class Serving:
         except Exception as error:
             self._failure = error
             raise
-        self._model = ServedModel(self.name, self._engine, tokenizer, int(time.time()))
+        self._model = ServedModel(self.name, self._engine, tokenizer, int(self.now()))
         self.metrics.watch(self._engine)
 
     async def stop(self) -> None:
@@ -105,6 +109,8 @@ class Serving:
             raise NotReadyError(f"The server is {status.phase}{detail}.", headers={"Retry-After": "1"})
         if name is not None and name != self.name:
             raise NotFoundError(
-                f"There is no model {name!r} here; this server has {self.name!r}.", param="model", code="model_not_found"
+                f"There is no model {name!r} here; this server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
             )
         return self._model

@@ -88,12 +88,17 @@ class TextTokenizer:
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
         return text
 
-    def describe(self) -> dict[str, Any]:
-        """What `/tokenizer_info` says."""
-        model = json.loads(self._backend.to_str())["model"]
-        return {
-            "type": model.get("type", "unknown"),
-            "size": self.size,
-            "special_tokens": {name: str(token) for name, token in self._loaded.special_tokens_map.items()},
-            "chat_template": self._loaded.chat_template,
-        }
+    @property
+    def kind(self) -> str:
+        """The tokenizer's model, such as `BPE`."""
+        return str(json.loads(self._backend.to_str())["model"].get("type", "unknown"))
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """By role, such as `eos_token`."""
+        return {role: str(token) for role, token in self._loaded.special_tokens_map.items()}
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._loaded.chat_template
+        return template if isinstance(template, str) else None

@@ -1,0 +1,102 @@
+"""Log probabilities and traces in the shapes that clients know."""
+
+from collections.abc import Sequence
+
+from service.api.choice import TracedStep
+from service.api.responses import ChatLogprobs, LegacyLogprobs, TokenLogprob, TopLogprob, TracedToken, TraceStep
+from service.text.detokenizer import IncrementalDetokenizer
+from service.text.tokenizer import TextTokenizer
+from verifiers.base import TokenLogprobs
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+def legacy_logprobs(
+    tokenizer: TextTokenizer, entries: Sequence[TokenLogprobs], offsets: Sequence[int]
+) -> LegacyLogprobs:
+    """The completions format. `top_logprobs` always has the token itself, as OpenAI's had."""
+    return {
+        "tokens": [tokenizer.name_of(entry.token) for entry in entries],
+        "token_logprobs": [_finite(entry.logprob) for entry in entries],
+        "top_logprobs": [_top(tokenizer, entry) for entry in entries],
+        "text_offset": list(offsets),
+    }
+
+
+def prompt_logprobs(
+    tokenizer: TextTokenizer, tokens: Sequence[int], entries: Sequence[TokenLogprobs], *, skip_special_tokens: bool
+) -> LegacyLogprobs:
+    """The same for an echoed prompt, whose first token nothing predicts."""
+    offsets = prompt_offsets(tokenizer, tokens, skip_special_tokens=skip_special_tokens)
+    rest = legacy_logprobs(tokenizer, entries, offsets[1:])
+    return {
+        "tokens": [tokenizer.name_of(tokens[0]), *rest["tokens"]],
+        "token_logprobs": [None, *rest["token_logprobs"]],
+        "top_logprobs": [None, *rest["top_logprobs"]],
+        "text_offset": offsets,
+    }
+
+
+def prompt_offsets(tokenizer: TextTokenizer, tokens: Sequence[int], *, skip_special_tokens: bool) -> list[int]:
+    """Characters of text before each token."""
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    offsets, position = [], 0
+    for token in tokens:
+        offsets.append(position)
+        position += len(detokenizer.push(token))
+    return offsets
+
+
+def join_logprobs(first: LegacyLogprobs, second: LegacyLogprobs, shift: int) -> LegacyLogprobs:
+    """`second` after `first`, its offsets moved by `shift` characters."""
+    return {
+        "tokens": first["tokens"] + second["tokens"],
+        "token_logprobs": first["token_logprobs"] + second["token_logprobs"],
+        "top_logprobs": first["top_logprobs"] + second["top_logprobs"],
+        "text_offset": first["text_offset"] + [offset + shift for offset in second["text_offset"]],
+    }
+
+
+def chat_logprobs(tokenizer: TextTokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
+    return {"content": [_chat_entry(tokenizer, entry) for entry in entries], "refusal": None}
+
+
+def trace_steps(tokenizer: TextTokenizer, steps: Sequence[TracedStep]) -> list[TraceStep]:
+    """Which tokens of each step were drafted, recovered or bonus, and which drafted tokens were rejected."""
+    return [
+        {
+            "source": step.trace.source,
+            "tokens": [_traced_token(tokenizer, step, position) for position in range(len(step.tokens))],
+            "rejected": list(step.trace.drafted[step.trace.num_accepted :]),
+        }
+        for step in steps
+    ]
+
+
+def _traced_token(tokenizer: TextTokenizer, step: TracedStep, position: int) -> TracedToken:
+    accepted, drafted = step.trace.num_accepted, len(step.trace.drafted)
+    kind = "drafted" if position < accepted else "recovered" if accepted < drafted else "bonus"
+    token = step.tokens[position]
+    return {"token_id": token, "text": tokenizer.name_of(token), "kind": kind}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def _top(tokenizer: TextTokenizer, entry: TokenLogprobs) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token, entry.logprob)):
+        top.setdefault(tokenizer.name_of(token), _finite(logprob))  # of two tokens with one text the better counts
+    return top
+
+
+def _chat_token(tokenizer: TextTokenizer, token: int, logprob: float) -> TopLogprob:
+    data = tokenizer.bytes_of(token)
+    return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _chat_entry(tokenizer: TextTokenizer, entry: TokenLogprobs) -> TokenLogprob:
+    base = _chat_token(tokenizer, entry.token, entry.logprob)
+    top = [_chat_token(tokenizer, token, logprob) for token, logprob in entry.top]
+    return {"token": base["token"], "logprob": base["logprob"], "bytes": base["bytes"], "top_logprobs": top}

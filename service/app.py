@@ -1,0 +1,94 @@
+"""The HTTP application: routes, errors and the life of the engine."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service.api import chat, completions, models, ops, tokenization
+from service.api.auth import require_key
+from service.api.body import ClientDisconnectedError
+from service.api.middleware import RequestMiddleware
+from service.api.openapi import install_openapi
+from service.api.respond import JsonResponse
+from service.api.serving import Serving
+from service.engine.base import Engine
+from service.errors import ApiError, from_status
+from service.metrics import ServiceMetrics
+from service.settings import Settings
+from service.text.tokenizer import TextTokenizer
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    load_tokenizer: Callable[[], TextTokenizer],
+    metrics: ServiceMetrics,
+    *,
+    on_failure: Callable[[Exception], None] = lambda error: None,
+    draw_seed: Callable[[], int] = lambda: random.SystemRandom().getrandbits(64),
+    clock: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] = time.time,
+) -> FastAPI:
+    """Build the application. It answers at once and loads in the background; `on_failure` hears if that fails.
+
+    `app.state.serving` is the way in for whoever runs it: status, draining.
+    """
+    serving = Serving(settings, engine, load_tokenizer, metrics, draw_seed, clock, now)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(serving, on_failure))
+        try:
+            yield
+        finally:
+            await serving.stop()
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+
+    app = FastAPI(
+        title="DiffuSpec", version=version("diffuspec"), lifespan=lifespan, redirect_slashes=False, redoc_url=None
+    )
+    app.state.serving = serving
+    for module in (completions, chat, models, tokenization):
+        app.include_router(module.router, dependencies=[Depends(require_key)])
+    app.include_router(ops.router)
+    app.add_middleware(RequestMiddleware, clock=clock)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(ClientDisconnectedError, _answer_nobody)
+    install_openapi(app, is_secured=bool(settings.auth.api_keys))
+    return app
+
+
+async def _load(serving: Serving, on_failure: Callable[[Exception], None]) -> None:
+    try:
+        await serving.start()
+    except Exception as error:
+        on_failure(error)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    request.state.record.error = error.code or error.type
+    return JsonResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return await _answer_api_error(request, from_status(error.status_code, str(error.detail), error.headers))
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """The client has gone; 499 is what proxies log for it."""
+    request.state.record.is_cancelled = True
+    return Response(status_code=499)

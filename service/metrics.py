@@ -1,0 +1,164 @@
+"""Prometheus metrics: vLLM's names where dashboards and autoscalers read them, `diffuspec_*` for what only we have.
+
+`observe` takes the very record of a step that the length controller learns from, so what a dashboard shows is what
+the controller acted on. Labels are bounded: never a request, a user or a prompt.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from drafters.base import Outcome, StepRecord
+from service.engine.base import Engine
+
+FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
+TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
+REQUEST_BUCKETS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+PHASE_BUCKETS = (0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.12, 0.25, 0.5, 1.0, 5.0)
+LENGTH_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 64, 128)
+WIDTH_BUCKETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 64)
+GAIN_BUCKETS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
+MOST_POSITIONS = 128
+FINISH_REASONS = ("stop", "length", "abort", "error")
+SOURCES = ("none", "copy", "diffusion")
+BYPASS_REASONS = ("prefill", "disabled", "last_token", "no_room", "no_candidates", "not_worth_it", "drafter_failed")
+OTHER_REASON = "other"
+
+
+class ServiceMetrics:
+    """All metrics of one server. Methods may be called from any thread."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str, policy: str = "goodput") -> None:
+        self.registry = registry
+        self._model_name = model_name
+        ProcessCollector(registry=registry)
+        self._build_request_metrics()
+        self._build_step_metrics()
+        self._gauge("diffuspec_policy_info", "The draft length policy of requests that name none.", "policy").labels(
+            model_name, policy
+        ).set(1)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, ("model_name", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, ("model_name", *labels), registry=self.registry, buckets=buckets)
+
+    def _build_request_metrics(self) -> None:
+        name = self._model_name
+        self._running = self._gauge("vllm:num_requests_running", "Sequences being generated.").labels(name)
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences in the queue.").labels(name)
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1.").labels(
+            name
+        )
+        self._first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
+        ).labels(name)
+        self._token = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between tokens; those of one step share its time.", TOKEN_BUCKETS
+        ).labels(name)
+        self._request = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_BUCKETS
+        ).labels(name)
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step.", FIRST_TOKEN_BUCKETS
+        ).labels(name)
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of started sequences.").labels(name)
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Generated tokens.").labels(name)
+        finished = self._counter("vllm:request_success", "Ended sequences by how they ended.", "finished_reason")
+        self._finished = {reason: finished.labels(name, reason) for reason in FINISH_REASONS}
+
+    def _build_step_metrics(self) -> None:
+        name = self._model_name
+        self._drafts = self._counter("vllm:spec_decode_num_drafts", "Verified drafts.").labels(name)
+        self._draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "Verified draft tokens.").labels(name)
+        self._accepted = self._counter("vllm:spec_decode_num_accepted_tokens", "Accepted draft tokens.").labels(name)
+        per_position = self._counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position, from 0.", "position"
+        )
+        self._accepted_at = [per_position.labels(name, str(position)) for position in range(MOST_POSITIONS)]
+        self._steps = self._counter("diffuspec_steps", "Engine steps.").labels(name)
+        rows = self._counter("diffuspec_rows", "Rows of the models' passes.", "kind")
+        self._rows = {kind: rows.labels(name, kind) for kind in ("prefill", "decode", "diffusion")}
+        phases = self._histogram("diffuspec_step_seconds", "Seconds of a step by phase.", PHASE_BUCKETS, "phase")
+        self._phases = {phase: phases.labels(name, phase) for phase in ("draft", "search", "verify", "commit")}
+        lengths = self._histogram("diffuspec_draft_length", "Tokens drafted for one step.", LENGTH_BUCKETS, "source")
+        self._lengths = {source: lengths.labels(name, source) for source in SOURCES}
+        self._width = self._histogram(
+            "diffuspec_lattice_width", "Mean candidates per position of a lattice.", WIDTH_BUCKETS
+        ).labels(name)
+        self._gain = self._histogram(
+            "diffuspec_path_gain_nats", "Score of the chosen path above the raw argmax path, per token.", GAIN_BUCKETS
+        ).labels(name)
+        self._expected = self._counter(
+            "diffuspec_expected_committed_tokens", "What the policy expected of verified drafts; beside the next one."
+        ).labels(name)
+        self._committed = self._counter(
+            "diffuspec_realised_committed_tokens", "What verified drafts came to, the extra token included."
+        ).labels(name)
+        bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
+        self._bypassed = {reason: bypassed.labels(name, reason) for reason in (*BYPASS_REASONS, OTHER_REASON)}
+        self._drafter_up = self._gauge("diffuspec_drafter_up", "1 while the drafter drafts, 0 after it failed.").labels(
+            name
+        )
+
+    def watch(self, engine: Engine) -> None:
+        """Read running, waiting and cache use from the engine whenever Prometheus asks."""
+        self._running.set_function(lambda: engine.status().num_running)
+        self._waiting.set_function(lambda: engine.status().num_waiting)
+        self._usage.set_function(lambda: engine.status().kv_cache_usage)
+
+    def watch_drafter(self, is_up: Callable[[], bool]) -> None:
+        """Ask `is_up` whenever Prometheus asks."""
+        self._drafter_up.set_function(lambda: float(is_up()))
+
+    def observe(self, step: StepRecord) -> None:
+        """Count one engine step."""
+        self._steps.inc()
+        for phase, histogram in self._phases.items():
+            seconds: float = getattr(step.seconds, phase)
+            if seconds > 0:
+                histogram.observe(seconds)
+        self._rows["prefill"].inc(step.num_prefill_rows)
+        self._rows["decode"].inc(step.num_rows - step.num_prefill_rows)
+        self._rows["diffusion"].inc(step.num_diffusion_rows)
+        for outcome in step.outcomes:
+            self._observe_outcome(outcome)
+
+    def _observe_outcome(self, outcome: Outcome) -> None:
+        draft = outcome.draft
+        self._lengths[draft.source].observe(len(draft.tokens))
+        if draft.lattice_width > 0:
+            self._width.observe(draft.lattice_width)
+            self._gain.observe(draft.path_gain)
+        if not draft.tokens:
+            self._bypassed.get(draft.bypass_reason, self._bypassed[OTHER_REASON]).inc()
+            return
+        self._drafts.inc()
+        self._draft_tokens.inc(len(draft.tokens))
+        self._accepted.inc(outcome.num_accepted)
+        for counter in self._accepted_at[: outcome.num_accepted]:
+            counter.inc()
+        self._expected.inc(draft.expected_accepted + 1)
+        self._committed.inc(outcome.num_accepted + 1)
+
+    def observe_first_token(self, num_prompt_tokens: int, queue_seconds: float, seconds: float) -> None:
+        """One sequence has its first token, `seconds` after it arrived."""
+        self._prompt_tokens.inc(num_prompt_tokens)
+        self._queue.observe(queue_seconds)
+        self._first_token.observe(seconds)
+
+    def observe_tokens(self, count: int, seconds: float | None) -> None:
+        """`count` tokens came, `seconds` after those before them; None: they are the first."""
+        self._generation_tokens.inc(count)
+        if seconds is not None:
+            for _ in range(count):
+                self._token.observe(seconds / count)
+
+    def observe_end(self, reason: str, seconds: float) -> None:
+        """One sequence ended, `seconds` after it arrived."""
+        self._finished[reason].inc()
+        self._request.observe(seconds)
