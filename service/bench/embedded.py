@@ -1,0 +1,121 @@
+"""Contestants inside this process: the embedded engine, as users get it, with one drafting pipeline each."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+
+from drafters.base import StepRecord
+from service.bench.prompts import Prompt
+from service.bench.records import DraftedStep, Generation, Mismatch, Pass, Phases, Workload
+from service.engine.base import Engine, GenerationRequest
+from verifiers.base import SamplingRules, TokenLogprobs
+
+READING = "prefill"  # the bypass reason of a step that read a prompt
+ALTERNATIVES = 20
+
+
+class StepLog:
+    """Keeps the engine's step records of one pass. Written in the engine's thread, read when the pass is over."""
+
+    def __init__(self) -> None:
+        self._records: list[StepRecord] = []
+
+    def __call__(self, record: StepRecord) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[StepRecord]:
+        """The records since the last call."""
+        taken, self._records = self._records, []
+        return taken
+
+
+class EmbeddedContestant:
+    """One engine. `log` must be among its observers, and nobody else may use it meanwhile."""
+
+    def __init__(self, name: str, engine: Engine, log: StepLog, is_reference: bool, clock: Callable[[], float]) -> None:
+        self.name = name
+        self.is_reference = is_reference
+        self.tolerated_margin: float | None = None
+        self._engine, self._log, self._clock = engine, log, clock
+        self._numbers = itertools.count()
+
+    def takes(self, workload: Workload) -> bool:
+        return True
+
+    async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
+        self._log.take()
+        requests = [
+            self._request(prompt, workload.max_tokens, SamplingRules(seed + i, temperature=workload.temperature))
+            for i, prompt in enumerate(prompts)
+        ]
+        started = self._clock()
+        pieces = await asyncio.gather(*(self._consume(request, started) for request in requests))
+        records = self._log.take()
+        steps = _steps_by_request(records)
+        generations = tuple(
+            Generation(prompt.name, tokens, arrivals, tuple(steps.get(request.request_id, ())))
+            for prompt, request, (tokens, arrivals) in zip(prompts, requests, pieces, strict=True)
+        )
+        ended = max(generation.delta_seconds[-1] for generation in generations)
+        return Pass(
+            contestant=self.name,
+            pair=pair,
+            seconds=ended,
+            generations=generations,
+            phases=phases_of(records, ended),
+            diffusion_step_seconds=sum(_step_seconds(record) for record in records if record.num_diffusion_rows),
+        )
+
+    async def margin(self, prompt: Prompt, mismatch: Mismatch, max_tokens: int) -> float | None:
+        rules = SamplingRules(seed=0, temperature=0.0, logprobs=ALTERNATIVES)
+        found: list[TokenLogprobs] = []
+        async for delta in self._engine.generate(self._request(prompt, max_tokens, rules)):
+            found += delta.logprobs
+        if mismatch.position >= len(found) or mismatch.expected is None or mismatch.found is None:
+            return None
+        entry = found[mismatch.position]
+        known = dict(entry.top) | {entry.token: entry.logprob}
+        if mismatch.expected not in known or mismatch.found not in known:
+            return None
+        return abs(known[mismatch.expected] - known[mismatch.found])
+
+    def _request(self, prompt: Prompt, max_tokens: int, rules: SamplingRules) -> GenerationRequest:
+        return GenerationRequest(f"{self.name}-{next(self._numbers)}", prompt.tokens, max_tokens, rules)
+
+    async def _consume(self, request: GenerationRequest, started: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens, and when each piece of them arrived."""
+        tokens: list[int] = []
+        arrivals: list[float] = []
+        async for delta in self._engine.generate(request):
+            if delta.tokens:
+                tokens += delta.tokens
+                arrivals.append(self._clock() - started)
+        return tuple(tokens), tuple(arrivals)
+
+
+def phases_of(records: Sequence[StepRecord], seconds: float) -> Phases:
+    """Where the `seconds` of a pass went, by its steps' records."""
+    prompt = sum(record.seconds.verify for record in records if record.num_prefill_rows)
+    verify = sum(record.seconds.verify for record in records if not record.num_prefill_rows)
+    draft = sum(record.seconds.draft for record in records)
+    search = sum(record.seconds.search for record in records)
+    commit = sum(record.seconds.commit for record in records)
+    other = max(seconds - prompt - verify - draft - search - commit, 0.0)
+    return Phases(prompt, draft, search, verify, commit, other)
+
+
+def _step_seconds(record: StepRecord) -> float:
+    seconds = record.seconds
+    return seconds.draft + seconds.search + seconds.verify + seconds.commit
+
+
+def _steps_by_request(records: Sequence[StepRecord]) -> dict[str, list[DraftedStep]]:
+    """Every request's verifications, without those that read a prompt."""
+    steps: dict[str, list[DraftedStep]] = {}
+    for record in records:
+        for outcome in record.outcomes:
+            draft = outcome.draft
+            if draft.bypass_reason != READING:
+                step = DraftedStep(draft.source, len(draft.tokens), outcome.num_accepted)
+                steps.setdefault(outcome.request_id, []).append(step)
+    return steps

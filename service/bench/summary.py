@@ -1,0 +1,184 @@
+"""From passes to figures: pure functions of what was recorded."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+
+from service.bench.records import Acceptance, DraftedStep, Generation, Pass, Phases, WorkloadRecord
+
+LOOPING_FROM = 0.3  # share of repeated 8-grams from which a continuation counts as looping
+GRAM = 8  # tokens
+POSITIONS_PER_POINT = 8  # generated tokens per point of the draft length over the output
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of `count` values."""
+
+    median: float
+    lower: float
+    upper: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """None without values."""
+        if not values:
+            return None
+        lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, lower, upper, len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of one contestant under one workload.
+
+    A speed-up is the reference's seconds over its own, pair by pair.
+    """
+
+    contestant: str
+    num_passes: int
+    num_tokens: int
+    seconds: float
+    speed_up: Spread | None  # of whole requests, prompt reading included; None for the reference itself
+    decode_speed_up: Spread | None  # after the first tokens
+    total_speed_up: float | None  # all seconds of the reference over all seconds of this one
+    looping_speed_up: Spread | None  # of single requests whose continuation loops; only at concurrency 1
+    other_speed_up: Spread | None  # of those that don't
+    first_token_seconds: float | None  # median
+    token_seconds: float | None  # median over requests of the time per token after the first
+    longest_gap_seconds: float | None  # median over requests of the longest wait between two pieces
+    acceptance: Acceptance
+    looping_acceptance: Acceptance
+    other_acceptance: Acceptance
+    drafted_by_position: tuple[int, ...]  # drafts that had a token at this position
+    accepted_by_position: tuple[int, ...]
+    draft_lengths: tuple[int, ...]  # steps by draft length, from 0
+    draft_length_over_output: tuple[float, ...]  # mean draft tokens per step, by POSITIONS_PER_POINT output positions
+    sources: dict[str, float]  # shares of the steps
+    phases: Phases | None
+    search_share: float | None  # of the seconds of steps with a diffusion pass
+    num_mismatches: int  # continuations that differ from the reference's
+    num_near_ties: int  # the same, but excused
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the 8-grams that stood earlier in `tokens`; 0 if there are none."""
+    grams = [tuple(tokens[at : at + GRAM]) for at in range(len(tokens) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def is_looping(generation: Generation) -> bool:
+    return repeated_share(generation.tokens) > LOOPING_FROM
+
+
+def looping_share(record: WorkloadRecord) -> float:
+    """Share of the reference's continuations that loop; the others' are the same."""
+    generations = [generation for entry in record.of(record.reference) for generation in entry.generations]
+    return sum(map(is_looping, generations)) / len(generations) if generations else 0.0
+
+
+def summarize(record: WorkloadRecord) -> list[Summary]:
+    """One summary per contestant, in the order in which they first appear."""
+    names = dict.fromkeys(entry.contestant for entry in record.passes)
+    return [_summary(record, name) for name in names]
+
+
+def _summary(record: WorkloadRecord, contestant: str) -> Summary:
+    passes = record.of(contestant)
+    generations = [generation for entry in passes for generation in entry.generations]
+    steps = [step for generation in generations for step in generation.steps]
+    looping = [generation for generation in generations if is_looping(generation)]
+    others = [generation for generation in generations if not is_looping(generation)]
+    pairs = _pairs(record, contestant)
+    single = [pair for pair in pairs if record.workload.concurrency == 1]
+    drafted, accepted = _by_position(steps)
+    phases = [entry.phases for entry in passes if entry.phases is not None]
+    total_phases = _sum_phases(phases) if phases else None
+    diffusion_seconds = sum(entry.diffusion_step_seconds for entry in passes)
+    return Summary(
+        contestant=contestant,
+        num_passes=len(passes),
+        num_tokens=sum(entry.num_tokens for entry in passes),
+        seconds=sum(entry.seconds for entry in passes),
+        speed_up=Spread.of([ours.seconds / theirs.seconds for ours, theirs in pairs]),
+        decode_speed_up=Spread.of([r.decode_seconds / o.decode_seconds for r, o in pairs if o.decode_seconds > 0]),
+        total_speed_up=sum(r.seconds for r, _ in pairs) / sum(o.seconds for _, o in pairs) if pairs else None,
+        looping_speed_up=Spread.of([r.seconds / o.seconds for r, o in single if is_looping(r.generations[0])]),
+        other_speed_up=Spread.of([r.seconds / o.seconds for r, o in single if not is_looping(r.generations[0])]),
+        first_token_seconds=_median([generation.first_token_seconds for generation in generations]),
+        token_seconds=_median([_token_seconds(generation) for generation in generations if len(generation.tokens) > 1]),
+        longest_gap_seconds=_median([_longest_gap(generation) for generation in generations]),
+        acceptance=Acceptance.sum(entry.acceptance for entry in generations),
+        looping_acceptance=Acceptance.sum(entry.acceptance for entry in looping),
+        other_acceptance=Acceptance.sum(entry.acceptance for entry in others),
+        drafted_by_position=drafted,
+        accepted_by_position=accepted,
+        draft_lengths=_histogram([step.num_drafted for step in steps]),
+        draft_length_over_output=_draft_length_over_output(generations),
+        sources=_shares([step.source for step in steps]),
+        phases=total_phases,
+        search_share=total_phases.search / diffusion_seconds if total_phases and diffusion_seconds > 0 else None,
+        num_mismatches=sum(not entry.is_near_tie for entry in record.mismatches if entry.contestant == contestant),
+        num_near_ties=sum(entry.is_near_tie for entry in record.mismatches if entry.contestant == contestant),
+    )
+
+
+def _pairs(record: WorkloadRecord, contestant: str) -> list[tuple[Pass, Pass]]:
+    """(reference, contestant) of every pair that both took part in; empty for the reference itself."""
+    if contestant == record.reference:
+        return []
+    reference = {entry.pair: entry for entry in record.of(record.reference)}
+    return [(reference[entry.pair], entry) for entry in record.of(contestant) if entry.pair in reference]
+
+
+def _token_seconds(generation: Generation) -> float:
+    return (generation.delta_seconds[-1] - generation.delta_seconds[0]) / (len(generation.tokens) - 1)
+
+
+def _longest_gap(generation: Generation) -> float:
+    return max(np.diff(generation.delta_seconds).tolist(), default=0.0)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
+def _by_position(steps: Sequence[DraftedStep]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    longest = max((step.num_drafted for step in steps), default=0)
+    drafted = tuple(sum(step.num_drafted > at for step in steps) for at in range(longest))
+    accepted = tuple(sum(step.num_accepted > at for step in steps) for at in range(longest))
+    return drafted, accepted
+
+
+def _histogram(values: Sequence[int]) -> tuple[int, ...]:
+    counts = Counter(values)
+    return tuple(counts[value] for value in range(max(counts, default=-1) + 1))
+
+
+def _draft_length_over_output(generations: Sequence[Generation]) -> tuple[float, ...]:
+    points: dict[int, list[int]] = {}
+    for generation in generations:
+        position = 1  # the first token comes from the step that reads the prompt
+        for step in generation.steps:
+            points.setdefault(position // POSITIONS_PER_POINT, []).append(step.num_drafted)
+            position += step.num_accepted + 1
+    return tuple(float(np.mean(points.get(at, [0]))) for at in range(max(points, default=-1) + 1))
+
+
+Value = TypeVar("Value", bound=str)
+
+
+def _shares(values: Sequence[Value]) -> dict[str, float]:
+    return {value: count / len(values) for value, count in sorted(Counter(values).items())}
+
+
+def _sum_phases(phases: Sequence[Phases]) -> Phases:
+    return Phases(*(sum(getattr(entry, field.name) for entry in phases) for field in fields(Phases)))
