@@ -111,7 +111,7 @@ def slow(_: DraftRequest) -> tuple[int, ...]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110: the engine thread has no event for each of these
+        while not condition():  # noqa: ASYNC110 (the engine thread has no event for each of these)
             await asyncio.sleep(0.002)
 
 
@@ -443,7 +443,7 @@ def test_nothing_is_left_of_a_thousand_cancelled_requests(model: Transformer) ->
     assert driver.loop.cache_usage == 0
     assert not drafter.remembered
     gc.collect()
-    assert not any(isinstance(one, Decoding) for one in gc.get_objects())
+    assert not any(type(one) is Decoding for one in gc.get_objects())
     assert all(not received.is_finished for received in driver.received.values())
 
 

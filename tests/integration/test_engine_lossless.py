@@ -126,7 +126,7 @@ def outputs_under(
     for i in generator.permutation(len(requests)):
         driver.submit(requests[i])
         if generator.random() < 0.4:
-            other = replace(requests[generator.integers(len(requests))], request_id=f"passer-by-{i}")
+            other = replace(requests[int(generator.integers(len(requests)))], request_id=f"passer-by-{i}")
             driver.submit(other)
             passers_by.append(other.request_id)
         for _ in range(generator.integers(4)):

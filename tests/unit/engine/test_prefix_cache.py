@@ -41,7 +41,7 @@ class Slots:
 
 
 def prompt(seed: int, length: int = 40) -> list[int]:
-    return np.random.default_rng(seed).integers(0, 1000, size=length).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(0, 1000, size=length)]
 
 
 def test_a_finished_request_is_reused_in_place() -> None:
