@@ -70,6 +70,11 @@ class ModelSettings(SettingsGroup):
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and arithmetic.")
     device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
+    context_length: int | None = Field(
+        default=None,
+        ge=2,
+        description="Most tokens of prompt and output together. Unset: what the target was made for.",
+    )
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads for torch. Unset: torch decides.")
 
     @property
@@ -98,10 +103,14 @@ class SpeculationSettings(SettingsGroup):
     policy: PolicyName = Field(
         default="goodput",
         description="Who decides how much is drafted: `goodput` (most committed tokens per second, from what is "
-        "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `max_draft_tokens`).",
+        "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `fixed_draft_tokens`).",
     )
     max_draft_tokens: int = Field(
         default=16, ge=0, le=128, description="Most tokens drafted for one request in one step."
+    )
+    fixed_draft_tokens: int = Field(default=8, ge=0, le=128, description="`fixed` policy: tokens of a draft.")
+    diffusion_draft_tokens: int = Field(
+        default=12, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
     )
     search: bool = Field(
         default=True, description="Search the lattice for the best path; off: each position's best token."
@@ -116,11 +125,7 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight: float = Field(
         default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
     )
-    window_tokens: int | None = Field(
-        default=None,
-        ge=16,
-        description="Most tokens of context that the drafter reads. Unset: all that it was made for.",
-    )
+    window_tokens: int = Field(default=256, ge=16, description="Most tokens of context that the drafter reads.")
     paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(
         default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
@@ -138,7 +143,6 @@ class SchedulerSettings(SettingsGroup):
     kv_cache_tokens: int | None = Field(
         default=None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
     )
-    prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
     hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
 
 

@@ -1,0 +1,132 @@
+"""The `diffuspec` command."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from service.settings import PREFIX, Settings, SettingsError, describe, load_settings
+
+DESCRIPTION = """DiffuSpec serves a language model with an OpenAI-compatible API, and makes it faster without
+changing its text: a small diffusion model drafts several tokens at once, and the model itself verifies them."""
+EPILOG = f"""Start with `diffuspec serve`: without arguments it serves the bundled Python code model on
+127.0.0.1:8000. Every setting can also be given as an environment variable, {PREFIX}GROUP__NAME, or in a
+TOML or JSON file with --config."""
+
+MODEL_FLAGS = {
+    "--engine": "model.engine",
+    "--target": "model.target",
+    "--drafter": "model.drafter",
+    "--threads": "model.num_threads",
+    "--policy": "speculation.policy",
+    "--max-draft-tokens": "speculation.max_draft_tokens",
+}
+SERVER_FLAGS = {"--host": "server.host", "--port": "server.port"}
+METAVARS = {
+    "--engine": "NAME",
+    "--target": "DIR",
+    "--drafter": "DIR|prompt-lookup|none",
+    "--policy": "goodput|paper|fixed",
+    "--host": "ADDRESS",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffuspec", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve", help="start the server", description="Start the server. It is ready when it says so.", epilog=EPILOG
+    )
+    _add_settings(serve, SERVER_FLAGS | MODEL_FLAGS)
+    _add_complete(commands.add_parser("complete", help="complete a text with a running server"))
+    check = commands.add_parser(
+        "check",
+        help="look at model folders",
+        description="Say what the target's and the drafter's folders hold, and whether they fit together.",
+    )
+    _add_settings(check, MODEL_FLAGS)
+    commands.add_parser("bench", help="compare plain and speculative decoding side by side")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, flags: dict[str, str]) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="Settings file, TOML or JSON.")
+    for flag, name in flags.items():
+        metavar = METAVARS.get(flag, "N")
+        parser.add_argument(flag, dest=name, metavar=metavar, help=describe(name).replace("%", "%%").replace("`", ""))
+
+
+def _add_complete(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Stream a completion from a running server, and say how much of it was drafted."
+    parser.add_argument("prompt", help="The text to go on with; - reads it from standard input.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="The server (default: %(default)s).")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="Most tokens (default: %(default)s).")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default.")
+    parser.add_argument("--seed", type=int, metavar="N", help="The same seed gives the same text.")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="Ends the text; up to four times.")
+    parser.add_argument("--model", metavar="NAME", help="Name of the model, if the server is not to choose.")
+    parser.add_argument("--no-speculation", action="store_true", help="Plain decoding: the same text, slower.")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="Default: $OPENAI_API_KEY.")
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given: dict[str, Any] = {
+        name: value for name, value in vars(arguments).items() if "." in name and value is not None
+    }
+    return load_settings(arguments.config, given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Heavy imports wait until a command needs them."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # its own options need an import that the other commands should not pay for
+        return _bench(argv[1:])
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.command == "serve":
+            settings = _settings(arguments)
+            from service.serve import serve
+
+            return serve(settings)
+        if arguments.command == "check":
+            from service.check import check
+
+            return check(_settings(arguments))
+    except SettingsError as error:
+        print(f"diffuspec: {error}", file=sys.stderr)
+        return 2
+    return _complete(arguments)
+
+
+def _complete(arguments: argparse.Namespace) -> int:
+    from service.complete import CompletionOptions, complete
+
+    options = CompletionOptions(
+        url=arguments.url,
+        prompt=sys.stdin.read() if arguments.prompt == "-" else arguments.prompt,
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        model=arguments.model,
+        speculate=not arguments.no_speculation,
+        api_key=arguments.api_key,
+    )
+    return complete(options)
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from service.bench import cli as bench
+
+    parser = argparse.ArgumentParser(prog="diffuspec bench")
+    bench.add_arguments(parser)
+    status: int | None = bench.run(parser.parse_args(argv))
+    return status or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""`diffuspec serve`: run the server, say how loading goes, and drain on SIGTERM."""
+
+import asyncio
+import logging
+import shlex
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import TextIO
+
+import uvicorn
+
+from service.api.serving import Serving
+from service.app import create_app
+from service.logs import configure_logging
+from service.settings import Settings
+from service.wiring import build_engine, build_metrics
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = '{"prompt": "def read_lines(path):\\n", "max_tokens": 64, "temperature": 0}'
+BAR_WIDTH = 24
+POLL_SECONDS = 0.1
+CLOSING_SECONDS = 5  # for connections, once the requests have been drained
+
+
+def serve(settings: Settings, output: TextIO = sys.stderr) -> int:
+    """Serve until a signal; returns the exit status: 1 if the address or the model cannot be had."""
+    configure_logging(settings.logging.format, settings.logging.level)
+    try:
+        listener = _listen(settings.server.host, settings.server.port)
+    except OSError as error:
+        address = f"{settings.server.host}:{settings.server.port}"
+        print(f"diffuspec: cannot listen on {address}: {error.strerror or error}; try another --port.", file=output)
+        return 1
+    with listener:
+        return asyncio.run(_serve(settings, listener, output))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+async def _serve(settings: Settings, listener: socket.socket, output: TextIO) -> int:
+    metrics = build_metrics(settings)
+    engine, load_tokenizer = build_engine(settings, metrics)
+    app = create_app(settings, engine, load_tokenizer, metrics, on_failure=lambda error: server.end())
+    serving: Serving = app.state.serving
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        timeout_keep_alive=settings.server.keep_alive_seconds,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+        server_header=False,
+    )
+    server = DrainingServer(config, serving)
+    announcing = asyncio.create_task(_announce(settings, serving, url_of(settings, listener), output))
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        announcing.cancel()
+        await asyncio.gather(announcing, return_exceptions=True)
+    if serving.failure is not None:
+        print(f"diffuspec: cannot load the model: {_sentence(serving.failure)}", file=output)
+        return 1
+    return 0
+
+
+class DrainingServer(uvicorn.Server):
+    """Keeps listening while it drains, so that probes and new requests are told so; a second signal ends at once."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._draining: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def end(self) -> None:
+        """Stop serving."""
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._on_signal, sig)
+
+    def _on_signal(self, sig: int) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        log.info("%s: draining", signal.Signals(sig).name)
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await self._serving.stop()
+        self.end()
+
+
+def url_of(settings: Settings, listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+async def _announce(settings: Settings, serving: Serving, url: str, output: TextIO) -> None:
+    """Progress while loading, the banner when ready."""
+    shown = ""
+    while (status := serving.status()).phase == "loading":
+        detail = status.detail or "reading the tokenizer"
+        if output.isatty():
+            filled = round(BAR_WIDTH * status.progress)
+            print(f"\r\x1b[K[{'#' * filled:-<{BAR_WIDTH}}] {detail}", end="", file=output, flush=True)
+        elif detail != shown:
+            print(f"diffuspec: {detail}", file=output, flush=True)
+        shown = detail
+        await asyncio.sleep(POLL_SECONDS)
+    if output.isatty():
+        print("\r\x1b[K", end="", file=output)
+    if status.phase == "ready":
+        print(banner(settings, serving, url), file=output, flush=True)
+
+
+def banner(settings: Settings, serving: Serving, url: str) -> str:
+    """What is served, and a command that shows it working."""
+    engine = serving.model(None).engine
+    key = ' -H "Authorization: Bearer $API_KEY"' if settings.auth.api_keys else ""
+    drafting = f"{engine.drafter_description}"
+    if engine.default_draft_tokens:
+        drafting += f"; {settings.speculation.policy} policy, at most {engine.default_draft_tokens} tokens"
+    return (
+        f"\nDiffuSpec is ready on {url} after {serving.seconds_since_start:.1f} s\n"
+        f"  model    {serving.name}, {engine.context_length} tokens of context\n"
+        f"  target   {settings.model.target}\n"
+        f"  drafter  {drafting}\n"
+        f"  try it   curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(EXAMPLE)}\n"
+        f"  or       diffuspec complete --url {url} 'def read_lines(path):'\n"
+        f"  API      {url}/docs\n"
+    )
+
+
+def _sentence(error: Exception) -> str:
+    """Errors of ours are written for people; of others the kind is worth knowing too."""
+    return str(error) if type(error).__module__.split(".")[0] in _OURS else f"{type(error).__name__}: {error}"
+
+
+_OURS = frozenset({"service", "drafters", "verifiers", "transformer"})

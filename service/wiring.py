@@ -1,0 +1,165 @@
+"""Where parts are chosen and put together, by the settings; the only place that asks which kind of part it is.
+
+Nothing heavy is imported here: torch comes in with `load_parts`, in the engine's own thread, so that the server
+answers while that is going on.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from service.engine.base import Engine
+from service.engine.drafting import Drafting
+from service.engine.embedded import EmbeddedEngine
+from service.engine.scheduler import SchedulerLimits
+from service.folders import find_mismatch, read_folder
+from service.metrics import ServiceMetrics
+from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.text.tokenizer import TextTokenizer
+from transformer.config import CheckpointError, TransformerConfig
+from verifiers.base import Verifier
+
+if TYPE_CHECKING:
+    from drafters.causal_scorer import CausalModel
+    from drafters.pipeline import DraftPipeline
+    from transformer.model import Transformer
+
+Progress = Callable[[str, float], None]
+
+MOST_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, would not fit into memory
+
+
+def build_metrics(settings: Settings) -> ServiceMetrics:
+    return ServiceMetrics(CollectorRegistry(), settings.model.public_name, settings.speculation.policy)
+
+
+def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, Callable[[], TextTokenizer]]:
+    """The engine, not yet started, and what loads its tokenizer."""
+    load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
+
+    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+        verifier, pipeline = load_parts(settings, load_tokenizer().size, progress)
+        metrics.watch_drafter(lambda: pipeline.drafter_up)
+        return verifier, pipeline
+
+    limits = SchedulerLimits(
+        max_running=settings.scheduler.max_running,
+        max_waiting=settings.scheduler.max_waiting,
+        prefill_chunk_tokens=settings.scheduler.prefill_chunk_tokens,
+        kv_cache_tokens=settings.scheduler.kv_cache_tokens,
+    )
+    hang_seconds = settings.scheduler.hang_seconds
+    return EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds), load_tokenizer
+
+
+def build_tokenizer(target: Path) -> TextTokenizer:
+    """Raises CheckpointError or TokenizerError."""
+    return TextTokenizer.from_folder(target, TransformerConfig.from_folder(target).end_token_ids)
+
+
+def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tuple[Verifier, DraftPipeline]":
+    """Load the target and what drafts for it. `num_tokens`: the tokenizer's length.
+
+    Raises CheckpointError, NgramError or ValueError.
+    """
+    progress("importing torch", 0.0)
+    import torch
+
+    from transformer.model import Transformer
+    from verifiers.torch_lm import TorchVerifier
+
+    model = settings.model
+    if model.num_threads is not None:
+        torch.set_num_threads(model.num_threads)  # of this thread, which is the engine's
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+
+    def load_model(folder: Path, name: str, begin: float, end: float) -> Transformer:
+        def report(done: float) -> None:
+            progress(f"reading the {name}", begin + (end - begin) * done)
+
+        report(0.0)
+        return Transformer.load(folder, model.device, dtype, report)
+
+    target = load_model(model.target, "target", 0.1, 0.6)
+    context = model.context_length or min(target.config.max_positions, MOST_DEFAULT_CONTEXT)
+    if context > target.config.max_positions:
+        raise CheckpointError(
+            f"model.context_length is {context}, but the target was made for {target.config.max_positions} tokens."
+        )
+    verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens)
+    drafter = _load_drafter(settings, lambda folder: load_model(folder, "drafter", 0.6, 0.9))
+    progress("preparing to draft", 0.9)
+    return verifier, build_pipeline(settings, target.config, drafter)
+
+
+def _load_drafter(settings: Settings, load_model: "Callable[[Path], Transformer]") -> "Transformer | None":
+    choice = settings.model.drafter_choice
+    if choice in (PROMPT_LOOKUP, NO_DRAFTER) or not settings.speculation.diffusion:
+        return None
+    if settings.speculation.max_draft_tokens == 0:
+        return None
+    mismatch = find_mismatch(read_folder(settings.model.target), read_folder(Path(choice)))
+    if mismatch is not None:
+        raise CheckpointError(mismatch)
+    return load_model(Path(choice))
+
+
+def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Transformer | None") -> "DraftPipeline":
+    """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
+    from drafters.diffusion import DiffusionDrafter
+    from drafters.lattice import LatticeOptions
+    from drafters.length import PaperLengthOptions
+    from drafters.path_search import PathSearch
+    from drafters.pipeline import DraftPipeline, PipelineOptions
+
+    speculation = settings.speculation
+    drafts = settings.model.drafter_choice != NO_DRAFTER and (drafter is not None or speculation.copying)
+    max_draft_tokens = speculation.max_draft_tokens if drafts else 0
+    causal = _build_causal(settings, target) if max_draft_tokens else None
+    diffusion, search, names = None, None, []
+    if drafter is not None and causal is not None:
+        diffusion = DiffusionDrafter(
+            drafter, settings.scheduler.max_running, target.vocabulary_size, speculation.window_tokens
+        )
+        search = PathSearch(
+            causal,
+            target.end_token_ids,
+            speculation.beam_width,
+            speculation.lattice_weight,
+            mode="search" if speculation.search else "argmax",
+        )
+        millions = read_folder(Path(settings.model.drafter_choice)).num_parameters / 1e6
+        names.append(f"diffusion ({drafter.config.attention}, {millions:.1f}M)")
+    if max_draft_tokens and speculation.copying:
+        names.append("copy" if settings.model.ngram_folder is None else "copy + n-grams")
+    options = PipelineOptions(
+        policy=speculation.policy,
+        max_draft_tokens=max_draft_tokens,
+        fixed_length=speculation.fixed_draft_tokens,
+        diffusion_length=speculation.diffusion_draft_tokens,
+        paper=PaperLengthOptions(
+            shortest=speculation.paper_min_draft_tokens,
+            longest=speculation.paper_max_draft_tokens,
+            increment=speculation.paper_growth_tokens,
+            ema_rate=speculation.paper_ema_rate,
+        ),
+        lattice=LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids),
+    )
+    free = causal if speculation.copying else None
+    return DraftPipeline(free, search, diffusion, options, " + ".join(names) or NO_DRAFTER)
+
+
+def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":
+    from drafters.causal_scorer import CausalModel
+    from drafters.ngram import NgramModel
+
+    folder = settings.model.ngram_folder
+    return CausalModel(
+        target.vocabulary_size,
+        None if folder is None else NgramModel.load(folder),
+        end_tokens=target.end_token_ids,
+        use_copy=settings.speculation.copying,
+    )
