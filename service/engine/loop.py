@@ -43,7 +43,7 @@ class EngineLoop:
         deliver: Callable[[list[Event]], None],
     ) -> None:
         """`deliver` is called in the engine thread, at most once a step, with everything the step has to say."""
-        slots = PrefixCache(verifier.num_slots, verifier.copy_slot)
+        slots = PrefixCache(verifier.num_slots, verifier.copy_slot, limits.reuse_prefixes)
         self._scheduler = Scheduler(limits, slots, verifier.context_length, clock)
         self._decoder = Decoder(verifier, pipeline, observers, clock)
         self._context_length = verifier.context_length

@@ -22,9 +22,10 @@ class PrefixCache:
     taken. Nothing is moved when a request ends: the hole is the first to be filled.
     """
 
-    def __init__(self, num_slots: int, copy_slot: Callable[[int, int, int], None]) -> None:
-        """`copy_slot(source, target, length)` copies keys and values between slots."""
+    def __init__(self, num_slots: int, copy_slot: Callable[[int, int, int], None], reuses: bool = True) -> None:
+        """`copy_slot(source, target, length)` copies keys and values between slots. Without `reuses` it only places."""
         self._copy_slot = copy_slot
+        self._reuses = reuses
         self._owners: list[Decoding | None] = [None] * num_slots
         self._kept: list[Tokens] = [np.empty(0, dtype=np.int32)] * num_slots  # what a free slot holds
         self._last_used = [0] * num_slots
@@ -47,7 +48,7 @@ class PrefixCache:
         candidates = self._well_placed()
         if not candidates:
             return False
-        wanted = decoding.prompt[:-1] if decoding.may_reuse_prefix else decoding.prompt[:0]
+        wanted = decoding.prompt[:-1] if self._reuses and decoding.may_reuse_prefix else decoding.prompt[:0]
         lengths = [common_prefix(self._held(slot), wanted) for slot in range(self.num_slots)]
         source = max(range(self.num_slots), key=lambda slot: (lengths[slot], slot in candidates))
         if self._is_being_read(wanted, lengths[source] + MINIMUM_COPY):

@@ -21,6 +21,7 @@ class SchedulerLimits:
     max_waiting: int = 256  # requests in the queue, beyond those that can run at once
     prefill_chunk_tokens: int = 256  # prompt tokens read in one step, over all requests
     kv_cache_tokens: int | None = None  # cache positions promised to running requests; None: all slots, filled
+    reuse_prefixes: bool = True  # off: every prompt is read in full
 
     def __post_init__(self) -> None:
         if self.max_running < 1 or self.prefill_chunk_tokens < 1 or self.max_waiting < 0:
