@@ -31,11 +31,15 @@ class ServerClient:
             limits=httpx.Limits(max_connections=None),
         )
         self.url, self.model = url, model
+        self.context_length = 0  # known after `connect`
 
     async def connect(self) -> None:
-        """Ask for the model's name unless one was given. Raises ServerError."""
+        """Ask for the model's name, unless one was given, and its context length. Raises ServerError."""
         models = (await self._json("GET", MODELS))["data"]
-        self.model = self.model or models[0]["id"]
+        cards = [card for card in models if self.model in (None, card["id"])]
+        if not cards:
+            raise ServerError(f"{self.url} has no model {self.model!r}, only {', '.join(c['id'] for c in models)}")
+        self.model, self.context_length = cards[0]["id"], cards[0]["max_model_len"]
 
     async def tokenize(self, text: str) -> list[int]:
         """The server's own token ids, so that prompts can be cut to length. Raises ServerError."""

@@ -1,0 +1,282 @@
+"""`diffuspec bench`: configurations side by side, in one run."""
+
+import argparse
+import asyncio
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from drafters.ngram import NgramError
+from service.bench import prompts as prompt_sources
+from service.bench.cells import CELLS, Cell, UnknownCellError, choose_cells
+from service.bench.contestant import Contestant
+from service.bench.environment import describe_environment
+from service.bench.interleave import Task, measure
+from service.bench.loading import embedded_contestants, has_drafter, load
+from service.bench.page import to_html
+from service.bench.prompts import Encode, Prompt, PromptError, batches
+from service.bench.records import Workload, WorkloadRecord
+from service.bench.report import Report, to_json
+from service.bench.server import ServerClient, ServerContestant, ServerError
+from service.bench.table import legend, render_table
+from service.settings import Settings, SettingsError, load_settings
+from service.text.tokenizer import TokenizerError
+from transformer.checkpoint import CheckpointError
+
+FEWEST_PAIRS = 4
+EXIT_DIFFERENT, EXIT_USAGE = 1, 2
+EXPECTED_ERRORS = (
+    SettingsError,
+    CheckpointError,
+    TokenizerError,
+    NgramError,
+    PromptError,
+    ServerError,
+    UnknownCellError,
+)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def _temperatures(text: str) -> list[float]:
+    values = _numbers(text)
+    if not all(0 <= value <= 2 for value in values):
+        raise argparse.ArgumentTypeError(f"temperatures are from 0 to 2, got {text!r}")
+    return values
+
+
+def _counts(text: str) -> list[int]:
+    values = _numbers(text)
+    if not all(value >= 1 and value == int(value) for value in values):
+        raise argparse.ArgumentTypeError(f"expected whole numbers of at least 1, got {text!r}")
+    return [int(value) for value in values]
+
+
+def _count(text: str) -> int:
+    (value,) = _counts(text)
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `diffuspec bench` understands."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--cells", help=f"configurations, with commas between them: {', '.join(c.name for c in CELLS)}")
+    what.add_argument("--all", action="store_true", help="every configuration")
+    what.add_argument("--against", choices=["transformers"], help="compare with transformers' generate, too")
+    what.add_argument(
+        "--url", help="measure a running server, with and without speculation, e.g. http://127.0.0.1:8000"
+    )
+    what.add_argument("--api-key", help="for --url")
+    models = parser.add_argument_group("models (default: the settings, DIFFUSPEC_* included; else the bundled pair)")
+    models.add_argument("--config", type=Path, help="file with settings")
+    models.add_argument("--target", help="folder of the target")
+    models.add_argument("--drafter", help="folder of the drafter, or prompt-lookup, or none")
+    models.add_argument("--ngram", help="folder of the n-gram model")
+    models.add_argument("--num-threads", type=_count, help="CPU threads for torch")
+    load_group = parser.add_argument_group("how much")
+    load_group.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="whole prompts: .jsonl, or text with blank lines between"
+    )
+    load_group.add_argument(
+        "--prompt-source", type=Path, metavar="DIR", help="cut prompts from the Python files in here"
+    )
+    load_group.add_argument("--prompt-tokens", type=_count, default=192, help="length of cut prompts (192)")
+    load_group.add_argument(
+        "--num-prompts", type=_count, default=16, help=f"prompts per workload (16), but at least {FEWEST_PAIRS} batches"
+    )
+    load_group.add_argument("--max-tokens", type=_count, default=128, help="tokens generated for each (128)")
+    load_group.add_argument("--temperatures", type=_temperatures, default=[0.0, 0.5], help="e.g. 0,0.5,1.2 (0,0.5)")
+    load_group.add_argument(
+        "--concurrency", type=_counts, default=[1], help="requests at the same time, e.g. 1,4,16 (1)"
+    )
+    load_group.add_argument("--repeats", type=_count, default=1, help="how often every prompt is measured (1)")
+    load_group.add_argument("--warmup", type=int, default=3, help="batches that every configuration runs before (3)")
+    load_group.add_argument("--seed", type=int, default=0, help="of the prompts' places and the random draws (0)")
+    load_group.add_argument(
+        "--budget-seconds", type=float, default=900.0, help="stop cleanly after about so long (900)"
+    )
+    output = parser.add_argument_group("output (the table is printed)")
+    output.add_argument("--json", type=Path, help="default: reports/bench-TIME.json")
+    output.add_argument("--html", type=Path, help="default: reports/bench-TIME.html")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write. 0: done; 1: something was not identical to plain decoding; 2: it could not be done."""
+    try:
+        return asyncio.run(_run(args))
+    except EXPECTED_ERRORS as error:
+        print(f"diffuspec bench: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+async def _run(args: argparse.Namespace) -> int:
+    started, began = datetime.now(UTC), time.perf_counter()
+    facts, records = await (_measure_server(args) if args.url else _measure_embedded(args))
+    done = all(record.num_pairs == record.num_pairs_planned for record in records)
+    report = Report(
+        command=shlex.join(["diffuspec", *sys.argv[1:]]),
+        started=started.isoformat(timespec="seconds"),
+        elapsed_seconds=time.perf_counter() - began,
+        stopped_early="" if done else f"the budget of {args.budget_seconds:g} s was used up",
+        environment=describe_environment(),
+        facts=facts,
+        workloads=records,
+    )
+    print("Columns:\n" + legend())
+    print("\n".join(report.environment.lines))
+    if report.stopped_early:
+        print(f"Stopped early: {report.stopped_early}.")
+    name = f"bench-{started:%Y%m%d-%H%M%S}"
+    for path, content in (
+        (args.json or Path("reports", f"{name}.json"), to_json(report)),
+        (args.html or Path("reports", f"{name}.html"), to_html(report)),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        print(f"wrote {path}")
+    failed = any(not mismatch.is_near_tie for record in records for mismatch in record.mismatches)
+    return EXIT_DIFFERENT if failed else 0
+
+
+async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], list[WorkloadRecord]]:
+    settings = _settings(args)
+    names = None if args.cells is None else [name.strip() for name in args.cells.split(",")]
+    cells = choose_cells(names, args.all, has_drafter(settings))
+    if settings.model.num_threads is not None:
+        torch.set_num_threads(settings.model.num_threads)
+    _say(f"loading {settings.model.target}")
+    loaded = await asyncio.to_thread(load, settings, max(args.concurrency))
+
+    def encode(text: str) -> list[int]:
+        return loaded.tokenizer.encode(text, add_special_tokens=False)
+
+    longest = loaded.verifier.context_length - args.max_tokens
+    tasks = _tasks(args, encode, longest)
+    _say(f"starting {', '.join(cell.name for cell in cells)}")
+    async with embedded_contestants(loaded, cells, settings) as embedded:
+        contestants: list[Contestant] = [*embedded]
+        if args.against:
+            from service.bench.transformers_generate import TransformersContestant
+
+            dtype = getattr(torch, settings.model.dtype)
+            contestants.append(TransformersContestant(settings.model.target, dtype, settings.model.device))
+        records = await _measure_all(args, contestants, tasks)
+    return loaded.facts | {"prompts": _source(args), "contestants": _meanings(cells)}, records
+
+
+async def _measure_server(args: argparse.Namespace) -> tuple[dict[str, str], list[WorkloadRecord]]:
+    client = ServerClient(args.url, args.api_key)
+    try:
+        await client.connect()
+        loop = asyncio.get_running_loop()
+        tasks = await asyncio.to_thread(
+            _tasks, args, _remote_encode(client, loop), client.context_length - args.max_tokens
+        )
+        contestants = [
+            ServerContestant("plain", client, speculates=False),
+            ServerContestant("speculative", client, speculates=True),
+        ]
+        records = await _measure_all(args, contestants, tasks)
+    finally:
+        await client.aclose()
+    facts = {
+        "server": f"{client.url}, model {client.model}; the machine below is the client's",
+        "prompts": f"{_source(args)}; the server had read each of them once before the clock started",
+        "contestants": "one server, asked with and without speculation",
+    }
+    return facts, records
+
+
+def _remote_encode(client: ServerClient, loop: asyncio.AbstractEventLoop) -> Encode:
+    """The server's tokenizer, for code that runs in another thread."""
+
+    def encode(text: str) -> list[int]:
+        return asyncio.run_coroutine_threadsafe(client.tokenize(text), loop).result()
+
+    return encode
+
+
+async def _measure_all(
+    args: argparse.Namespace, contestants: Sequence[Contestant], tasks: Sequence[Task]
+) -> list[WorkloadRecord]:
+    """Every workload in turn; each gets an equal share of the time that is left."""
+    ends = time.perf_counter() + args.budget_seconds
+    records = []
+    for number, task in enumerate(tasks):
+        now = time.perf_counter()
+        deadline = now + max(ends - now, 0.0) / (len(tasks) - number)
+        record = await measure(contestants, task, args.seed, deadline, time.perf_counter, _say)
+        _say("")
+        print(render_table(record), flush=True)
+        records.append(record)
+    return records
+
+
+def _tasks(args: argparse.Namespace, encode: Encode, longest: int) -> list[Task]:
+    """One task for every concurrency and temperature; prompts are the same at every temperature."""
+    tasks = []
+    for concurrency in args.concurrency:
+        num_pairs = max(-(-args.num_prompts // concurrency), FEWEST_PAIRS)
+        measured = _prompts(args, num_pairs * concurrency, encode, longest)
+        length = min(args.prompt_tokens, longest)
+        warm_up = prompt_sources.cut_prompts(
+            prompt_sources.held_out_texts(), max(args.warmup, 0) * concurrency, length, encode, args.seed + 1
+        )
+        tasks += [
+            Task(
+                Workload(concurrency, temperature, args.max_tokens),
+                batches(measured, concurrency) * args.repeats,
+                batches(warm_up, concurrency),
+            )
+            for temperature in args.temperatures
+        ]
+    return tasks
+
+
+def _prompts(args: argparse.Namespace, count: int, encode: Encode, longest: int) -> list[Prompt]:
+    if longest < 1:
+        raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in the model's context")
+    if args.prompts is not None:
+        return prompt_sources.whole_prompts(prompt_sources.file_texts(args.prompts), count, longest, encode)
+    if args.prompt_source is None:
+        texts = prompt_sources.held_out_texts()
+    else:
+        texts = prompt_sources.folder_texts(args.prompt_source)
+    return prompt_sources.cut_prompts(texts, count, min(args.prompt_tokens, longest), encode, args.seed)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    named = {
+        "model.target": args.target,
+        "model.drafter": args.drafter,
+        "model.ngram": args.ngram,
+        "model.num_threads": args.num_threads,
+    }
+    return load_settings(args.config, {name: value for name, value in named.items() if value is not None})
+
+
+def _source(args: argparse.Namespace) -> str:
+    if args.prompts is not None:
+        return f"whole, from {args.prompts}"
+    place = "the standard library's held-out files" if args.prompt_source is None else str(args.prompt_source)
+    return f"{args.prompt_tokens} tokens from seeded places (seed {args.seed}) in {place}"
+
+
+def _meanings(cells: Sequence[Cell]) -> str:
+    return "; ".join(f"{cell.name}: {cell.meaning}" for cell in cells)
+
+
+def _say(text: str) -> None:
+    """Progress, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
