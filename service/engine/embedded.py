@@ -69,7 +69,9 @@ class EmbeddedEngine:
 
     @property
     def context_length(self) -> int:
-        return self._loaded[0].context_length
+        budget = self._limits.kv_cache_tokens
+        length = self._loaded[0].context_length
+        return length if budget is None else min(length, budget)
 
     @property
     def default_draft_tokens(self) -> int:

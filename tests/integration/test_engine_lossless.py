@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from drafters.base import PolicyName
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.engine.scheduler import SchedulerLimits
+from service.settings import load_settings
+from service.wiring import build_pipeline
 from tests.checkpoints import CONTEXT_LENGTH, TOKENIZER_LENGTH, VOCABULARY_SIZE
 from tests.unit.engine.drafters import (
     Oracle,
@@ -45,13 +48,14 @@ class Setting:
 
     num_slots: int = 16
     chunk: int = 256
+    reuse: bool = True
     seed: int = 0  # of who joins when, and of who is cancelled
 
     def __str__(self) -> str:
-        return f"slots{self.num_slots}-chunk{self.chunk}-seed{self.seed}"
+        return f"slots{self.num_slots}-chunk{self.chunk}-{'reuse' if self.reuse else 'no-reuse'}"
 
 
-SETTINGS = [Setting(2, 7), Setting(5, 1, 1), Setting(16, 64, 2)]
+SETTINGS = [Setting(2, 7, seed=1), Setting(5, 5, seed=2), Setting(16, 64, reuse=False, seed=3)]
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +120,11 @@ def oracle(requests: Sequence[GenerationRequest], outputs: Sequence[Sequence[int
 
 
 def outputs_under(
-    setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: RuleDrafter
+    setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: Drafting
 ) -> list[list[int]]:
     """Run all requests, joining at random, beside others that are cancelled in the middle."""
     generator = np.random.default_rng(setting.seed)
-    limits = SchedulerLimits(max_running=setting.num_slots, prefill_chunk_tokens=setting.chunk)
+    limits = SchedulerLimits(setting.num_slots, prefill_chunk_tokens=setting.chunk, reuse_prefixes=setting.reuse)
     driver = Driver(verifier(model, setting.num_slots), drafter, limits)
     passers_by: list[str] = []
     for i in generator.permutation(len(requests)):
@@ -134,7 +138,6 @@ def outputs_under(
         if passers_by and generator.random() < 0.5:
             driver.loop.cancel(passers_by.pop(0))
     driver.finish()
-    assert not drafter.remembered
     assert driver.loop.cache_usage == 0
     return [driver.received[request.request_id].tokens for request in requests]
 
@@ -196,6 +199,32 @@ def test_seeded_tokens_do_not_depend_on_drafts_or_company(
 ) -> None:
     drafter = RuleDrafter(RULES[rule](oracle(SAMPLED, plain_sampled)), 12)
     assert outputs_under(setting, model, SAMPLED, drafter) == plain_sampled
+
+
+@pytest.mark.parametrize("policy", ["goodput", "paper", "fixed"])
+@pytest.mark.parametrize("source", ["diffusion", "both", "copying"])
+def test_the_real_pipeline_changes_no_token(
+    source: str,
+    policy: PolicyName,
+    tiny_target: Path,
+    tiny_drafter: Path,
+    model: Transformer,
+    reference: PreTrainedModel,
+    plain_greedy: list[list[int]],
+    plain_sampled: list[list[int]],
+) -> None:
+    settings = load_settings(
+        overrides={
+            "model.target": tiny_target,
+            "model.drafter": str(tiny_drafter),
+            "speculation.copying": source != "diffusion",
+            "speculation.policy": policy,
+        }
+    )
+    drafter = None if source == "copying" else Transformer.load(tiny_drafter)
+    pipeline = build_pipeline(settings, model.config, drafter)
+    assert_same(plain_greedy, outputs_under(Setting(16), model, GREEDY, pipeline), reference)
+    assert outputs_under(Setting(3), model, SAMPLED, pipeline) == plain_sampled
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 32])

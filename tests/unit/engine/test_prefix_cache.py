@@ -15,10 +15,10 @@ from verifiers.base import SamplingRules, VerifyResult
 class Slots:
     """A cache whose keys and values are the token ids themselves, so that what is reused can be checked."""
 
-    def __init__(self, num_slots: int, length: int = 200) -> None:
+    def __init__(self, num_slots: int, length: int = 200, reuses: bool = True) -> None:
         self.entries: NDArray[np.int32] = np.full((num_slots, length), -1, dtype=np.int32)
         self.num_copies = 0
-        self.cache = PrefixCache(num_slots, self.copy_slot)
+        self.cache = PrefixCache(num_slots, self.copy_slot, reuses)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self.entries[target, :length] = self.entries[source, :length]
@@ -82,6 +82,13 @@ def test_nothing_is_reused_for_log_probabilities_of_the_prompt_or_from_a_failed_
     slots.read(second)
     slots.cache.vacate(second, is_intact=False)
     assert slots.place(prompt(1)).num_reused == 0
+
+
+def test_reuse_can_be_off() -> None:
+    slots = Slots(2, reuses=False)
+    first = slots.place(prompt(1))
+    slots.read(first)
+    assert slots.place(prompt(1)).num_reused == 0  # and it doesn't wait for its twin either
 
 
 def test_few_shared_tokens_are_not_worth_a_copy() -> None:

@@ -137,7 +137,11 @@ def test_prompts_are_all_read_even_one_token_at_a_time() -> None:
     assert not any(one.is_reading for one in queue.running)
 
 
-@pytest.mark.parametrize("name", ["max_running", "max_waiting", "prefill_chunk_tokens"])
-def test_limits_that_cannot_work_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        SchedulerLimits(**{name: -1})
+def test_limits_that_cannot_work_are_refused() -> None:
+    for number in (0, -1):
+        with pytest.raises(ValueError, match="max_running"):
+            SchedulerLimits(max_running=number)
+        with pytest.raises(ValueError, match="prefill_chunk_tokens"):
+            SchedulerLimits(prefill_chunk_tokens=number)
+    with pytest.raises(ValueError, match="max_waiting"):
+        SchedulerLimits(max_waiting=-1)
