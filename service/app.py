@@ -6,12 +6,12 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import Depends, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from service import VERSION
 from service.api import chat, completions, models, ops, tokenization
 from service.api.auth import require_key
 from service.api.body import ClientDisconnectedError
@@ -55,9 +55,7 @@ def create_app(
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
 
-    app = FastAPI(
-        title="DiffuSpec", version=version("diffuspec"), lifespan=lifespan, redirect_slashes=False, redoc_url=None
-    )
+    app = FastAPI(title="DiffuSpec", version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
     app.state.serving = serving
     for module in (completions, chat, models, tokenization):
         app.include_router(module.router, dependencies=[Depends(require_key)])

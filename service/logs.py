@@ -66,11 +66,12 @@ class RequestRecord:
 
 
 def log_request(record: RequestRecord) -> None:
-    """Write the request's line. Probes that succeed are left out: they say nothing and come every second."""
-    if record.path in _QUIET_PATHS and record.status < 500:
+    """Write the request's line. Probes are left out: they come every second, and what they say has its own line."""
+    is_failure = record.status >= 500 and record.status != 503
+    if record.path in _QUIET_PATHS and not is_failure:
         return
     fields = record.fields()
-    level = logging.ERROR if record.status >= 500 and record.status != 503 else logging.INFO
+    level = logging.ERROR if is_failure else logging.INFO
     requests_log.log(level, "%s", " ".join(f"{key}={value}" for key, value in fields.items()), extra={"fields": fields})
 
 

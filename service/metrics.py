@@ -18,7 +18,6 @@ PHASE_BUCKETS = (0.0001, 0.0003, 0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 
 LENGTH_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 64, 128)
 WIDTH_BUCKETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 64)
 GAIN_BUCKETS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
-MOST_POSITIONS = 128
 FINISH_REASONS = ("stop", "length", "abort", "error")
 SOURCES = ("none", "copy", "diffusion")
 BYPASS_REASONS = ("prefill", "disabled", "last_token", "no_room", "no_candidates", "not_worth_it", "drafter_failed")
@@ -28,8 +27,12 @@ OTHER_REASON = "other"
 class ServiceMetrics:
     """All metrics of one server. Methods may be called from any thread."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, policy: str = "goodput") -> None:
+    def __init__(
+        self, registry: CollectorRegistry, model_name: str, policy: str = "goodput", max_draft_tokens: int = 16
+    ) -> None:
+        """`max_draft_tokens` bounds the `position` label."""
         self.registry = registry
+        self._num_positions = max_draft_tokens
         self._model_name = model_name
         ProcessCollector(registry=registry)
         self._build_request_metrics()
@@ -79,7 +82,7 @@ class ServiceMetrics:
         per_position = self._counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position, from 0.", "position"
         )
-        self._accepted_at = [per_position.labels(name, str(position)) for position in range(MOST_POSITIONS)]
+        self._accepted_at = [per_position.labels(name, str(position)) for position in range(self._num_positions)]
         self._steps = self._counter("diffuspec_steps", "Engine steps.").labels(name)
         rows = self._counter("diffuspec_rows", "Rows of the models' passes.", "kind")
         self._rows = {kind: rows.labels(name, kind) for kind in ("prefill", "decode", "diffusion")}

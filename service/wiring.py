@@ -7,10 +7,11 @@ answers while that is going on.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry
 
+from drafters.base import DraftRequest, PolicyName
 from service.engine.base import Engine
 from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine
@@ -33,7 +34,10 @@ MOST_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, woul
 
 
 def build_metrics(settings: Settings) -> ServiceMetrics:
-    return ServiceMetrics(CollectorRegistry(), settings.model.public_name, settings.speculation.policy)
+    speculation = settings.speculation
+    return ServiceMetrics(
+        CollectorRegistry(), settings.model.public_name, speculation.policy, speculation.max_draft_tokens
+    )
 
 
 def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, Callable[[], TextTokenizer]]:
@@ -91,8 +95,22 @@ def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tupl
         )
     verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens)
     drafter = _load_drafter(settings, lambda folder: load_model(folder, "drafter", 0.6, 0.9))
-    progress("preparing to draft", 0.9)
-    return verifier, build_pipeline(settings, target.config, drafter)
+    progress("compiling the drafting kernels (kept for the next start)", 0.9)
+    pipeline = build_pipeline(settings, target.config, drafter)
+    warm_up(pipeline)
+    return verifier, pipeline
+
+
+def warm_up(pipeline: "DraftPipeline") -> None:
+    """Draft once by every policy, so that no request has to wait for numba's compiler."""
+    import numpy as np
+
+    tokens = np.arange(32, dtype=np.int32) % 8  # repeats itself, so that there is something to copy
+    for policy in get_args(PolicyName):
+        request_id = f"warm-up-{policy}"
+        for length in (len(tokens) - 2, len(tokens)):  # the second time there is something to learn
+            pipeline.propose([DraftRequest(request_id, tokens[:length], pipeline.max_draft_tokens, policy)])
+        pipeline.release(request_id)
 
 
 def _load_drafter(settings: Settings, load_model: "Callable[[Path], Transformer]") -> "Transformer | None":

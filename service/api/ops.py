@@ -1,11 +1,10 @@
 """What operators and their machines ask: health, readiness, start-up progress, metrics, version."""
 
-from importlib.metadata import version
-
 from fastapi import APIRouter, Request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
+from service import VERSION
 from service.api.openapi import answers
 from service.api.responses import Health, Startup, Version
 from service.api.serving import Serving
@@ -58,4 +57,4 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/version", summary="Version of this server", responses=answers(Version), response_model=None)
 async def show_version() -> Version:
-    return {"version": version("diffuspec")}
+    return {"version": VERSION}

@@ -56,6 +56,7 @@ class Serving:
         self.name = settings.model.public_name
         self._engine = engine
         self._load_tokenizer = load_tokenizer
+        self._tokenizer: TextTokenizer | None = None
         self._model: ServedModel | None = None
         self._failure: Exception | None = None
         self._is_stopping = False
@@ -64,7 +65,7 @@ class Serving:
     async def start(self) -> None:
         """Load tokenizer and models; raises what made that impossible, which `status` then reports too."""
         try:
-            tokenizer = await asyncio.to_thread(self._load_tokenizer)
+            tokenizer = self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
             await self._engine.start()
         except Exception as error:
             self._failure = error
@@ -95,8 +96,8 @@ class Serving:
         status = self._engine.status()
         if self._is_stopping and status.phase in ("loading", "ready"):
             return replace(status, phase="draining", detail="the server is shutting down")
-        if self._model is None and status.phase == "ready":
-            return replace(status, phase="loading")
+        if self._tokenizer is None:
+            return replace(status, phase="loading", detail="reading the tokenizer")
         if status.phase == "dead":
             return replace(status, detail="the engine has failed; the log says why")
         return status
@@ -104,6 +105,8 @@ class Serving:
     def model(self, name: str | None) -> ServedModel:
         """The model a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
         status = self.status()
+        if self._model is None and status.phase == "ready":  # between the engine's last step of loading and ours
+            status = replace(status, phase="loading")
         if status.phase != "ready" or self._model is None:
             detail = f": {status.detail}" if status.detail else ""
             raise NotReadyError(f"The server is {status.phase}{detail}.", headers={"Retry-After": "1"})

@@ -33,11 +33,15 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
-        """Load with transformers, never running code from the checkpoint. Raises TokenizerError."""
-        from transformers import AutoTokenizer  # takes seconds: only once a model is loaded
+        """Read tokenizer.json as it is, never running code from the checkpoint. Raises TokenizerError."""
+        # Not AutoTokenizer: it imports torch and every model's configuration, which takes seconds, to choose a class
+        # that would read the same file. Imported here since even this takes a second.
+        from transformers import PreTrainedTokenizerFast
 
+        if not (folder / "tokenizer.json").is_file():
+            raise TokenizerError(f"{folder} holds no tokenizer.json")
         try:
-            loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            loaded = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
             return cls(loaded, end_token_ids)
         except UnsupportedDecoderError as error:
             raise TokenizerError(f"the tokenizer in {folder} is not supported: {error}") from None
