@@ -34,7 +34,7 @@ class Pair:
     work: Path
     models: Path
     target_recipe: TargetRecipe = field(default_factory=TargetRecipe)
-    start_continuation_recipe: ContinuationRecipe = field(default_factory=lambda: ContinuationRecipe(shards=24))
+    start_continuation_recipe: ContinuationRecipe = field(default_factory=lambda: ContinuationRecipe(shards=12))
     continuation_recipe: ContinuationRecipe = field(default_factory=ContinuationRecipe)
     drafter_recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
     evaluation_prompts: int = 64

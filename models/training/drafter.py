@@ -35,13 +35,14 @@ class DrafterRecipe:
     sequences: int = 8  # per step
     mask_rows: int = 224  # per sequence
     mean_block: float = 6.0
-    offset_decay: float = 0.8  # weight of mask j is this to the power j
+    offset_decay: float = 0.75  # weight of mask j is this to the power j; far masks are also fewer
+    mask_weight: float = 2.0  # of all mask rows together, against all clean rows
     label_temperature: float = 0.5
     prompt_weight: float = 0.1  # of the clean rows inside the prompt
     decay_share: float = 0.7
     muon_rate: float = 0.015
     adam_rate: float = 2e-3
-    start_corpus_share: float = 0.5  # of the rows, plain windows of the corpus; in the warm-up
+    start_corpus_share: float = 0.75  # of the rows, plain windows of the corpus; in the warm-up
     corpus_share: float = 0.15  # the same, afterwards
     compiled: bool = True
     seed: int = 0
@@ -148,9 +149,8 @@ def _example(
     clean = torch.arange(length - 1) + 1 >= torch.from_numpy(prompt_lengths)[:, None]
     clean_weights = torch.where(clean, 1.0, recipe.prompt_weight)
     mask_weights = recipe.offset_decay**offsets
-    # per anchor: the clean row counts 1, the mask rows together what their weights over one full block sum to
     clean_weights = clean_weights / clean_weights.sum()
-    mask_weights = mask_weights / mask_weights.sum() * recipe.offset_decay / (1 - recipe.offset_decay)
+    mask_weights = mask_weights / mask_weights.sum() * recipe.mask_weight
     weights = torch.cat([clean_weights, torch.zeros(len(chosen), 1), mask_weights], 1)
     return Example(batch, ids, (logs / recipe.label_temperature).softmax(-1), weights)
 
@@ -180,19 +180,30 @@ class Phase:
     seed: int
 
 
-def distil(drafter: Qwen2ForCausalLM, data: Continuations, work: Path, recipe: DrafterRecipe, phase: Phase) -> None:
-    """Train `drafter` in place (or go on training); the state lies in `work`, the log beside it."""
+def distil(
+    drafter: Qwen2ForCausalLM,
+    data: Continuations,
+    work: Path,
+    recipe: DrafterRecipe,
+    phase: Phase,
+    stop_at: int | None = None,
+) -> None:
+    """Train `drafter` in place (or go on training); the state lies in `work`, the log beside it.
+
+    `stop_at` ends this call after that step, to be gone on with later.
+    """
     mask_token_ids = torch.arange(drafter.config.vocab_size - BLOCK_SIZE, drafter.config.vocab_size)
     optimizers = optimizers_of(drafter, recipe.muon_rate, recipe.adam_rate)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    base_rates = [group["lr"] for group in groups]
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = Checkpoint(work / f"{phase.name}.pt", drafter, optimizers)
     step = first = checkpoint.load()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading replaced them
     loss_of = torch.compile(DistillationLoss(drafter)) if recipe.compiled else DistillationLoss(drafter)
+    last = phase.steps if stop_at is None else min(phase.steps, stop_at)
     started = time.monotonic()
     stream = examples(data, recipe, mask_token_ids, step, phase.seed)
     with (work / f"{phase.name}.jsonl").open("a") as log:
-        while step < phase.steps:
+        while step < last:
             for group, rate in zip(groups, base_rates, strict=True):
                 group["lr"] = rate * rate_factor(step, phase.steps, phase.decay_share)
             loss = loss_of(next(stream))
@@ -205,7 +216,7 @@ def distil(drafter: Qwen2ForCausalLM, data: Continuations, work: Path, recipe: D
                 seconds = (time.monotonic() - started) / (step - first)
                 record = {"step": step, "loss": round(loss.item(), 4), "seconds_per_step": round(seconds, 4)}
                 print(json.dumps(record), file=log, flush=True)
-            if step % SAVE_EVERY == 0 or step == phase.steps:
+            if step % SAVE_EVERY == 0 or step == last:
                 checkpoint.save(step)
 
 

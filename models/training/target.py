@@ -35,7 +35,7 @@ class TargetRecipe:
     start_steps: int = 700
     heads: int = 4
     key_value_heads: int = 2
-    steps: int = 500  # after stacking
+    steps: int = 300  # after stacking
     batch_tokens: int = 4096
     short_window: int = 512
     long_share: float = 0.15  # of the steps, at the end, with windows of the full context
@@ -121,10 +121,10 @@ class Stage:
 def train_stage(model: LlamaForCausalLM, corpus: Corpus, work: Path, recipe: TargetRecipe, stage: Stage) -> None:
     """Train `model` in place for `stage.steps`, picking up the saved state if there is one."""
     optimizers = optimizers_of(model, recipe.muon_rate, recipe.adam_rate)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    base_rates = [group["lr"] for group in groups]
+    base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = Checkpoint(work / f"{stage.name}.pt", model, optimizers)
     step = checkpoint.load()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading replaced them
     compiled = torch.compile(model)
     long_from = round(stage.steps * (1 - stage.long_share))
     started, tokens_seen = time.monotonic(), 0

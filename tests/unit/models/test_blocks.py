@@ -1,0 +1,64 @@
+"""Masked blocks: who sees whom, and that one pass over many blocks equals drafting one by one."""
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from models.training.blocks import attach_blocks, draw_blocks
+from models.training.drafter import BLOCK_SIZE, block_hidden, build_drafter
+from tests.unit.models.conftest import RECIPE, VOCABULARY_SIZE
+
+MASKS = torch.arange(VOCABULARY_SIZE, VOCABULARY_SIZE + BLOCK_SIZE)
+
+
+def test_a_row_sees_what_it_would_see_when_drafting() -> None:
+    tokens = torch.arange(1, 7)[None]  # six clean rows
+    anchors = torch.tensor([[3, 3, 1]])  # a block of two masks after position 3, one of one mask after position 1
+    offsets = torch.tensor([[1, 2, 1]])
+    blocks = torch.tensor([[0, 0, 1]])
+    batch = attach_blocks(tokens, anchors, offsets, blocks, MASKS)
+    assert batch.token_ids.tolist() == [[1, 2, 3, 4, 5, 6, MASKS[0], MASKS[1], MASKS[0]]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 2]]
+    visible = [set(np.flatnonzero(row)) for row in batch.visible[0, 0].numpy()]
+    assert visible == [
+        {0},
+        {0, 1},
+        {0, 1, 2},
+        {0, 1, 2, 3},
+        {0, 1, 2, 3, 4},
+        {0, 1, 2, 3, 4, 5},
+        {0, 1, 2, 3, 6, 7},
+        {0, 1, 2, 3, 6, 7},
+        {0, 1, 8},
+    ]
+
+
+def test_drawn_blocks_are_whole_and_inside_the_continuation() -> None:
+    prompt_lengths, length, rows = np.array([10, 60]), 100, 200
+    anchors, offsets, blocks = draw_blocks(prompt_lengths, length, rows, 6.0, BLOCK_SIZE - 1, np.random.default_rng(1))
+    for sequence, prompt_length in enumerate(prompt_lengths):
+        assert anchors[sequence].min() >= prompt_length - 1
+        assert (anchors + offsets)[sequence].max() + 1 < length
+        for block in range(blocks[sequence].max() + 1):
+            own = blocks[sequence] == block
+            assert len(set(anchors[sequence][own])) == 1
+            assert offsets[sequence][own].tolist() == list(range(1, own.sum() + 1))
+    assert len(set(anchors[0])) > 10
+
+
+def test_one_pass_over_many_blocks_equals_one_pass_each(tiny_target: LlamaForCausalLM) -> None:
+    drafter = build_drafter(tiny_target, RECIPE).eval()
+    tokens = torch.randint(0, VOCABULARY_SIZE, (1, 40), generator=torch.Generator().manual_seed(0))
+    anchors = torch.tensor([[20, 20, 20, 33, 33, 9]])
+    offsets = torch.tensor([[1, 2, 3, 1, 2, 1]])
+    blocks = torch.tensor([[0, 0, 0, 1, 1, 2]])
+    with torch.inference_mode():
+        together = block_hidden(drafter, attach_blocks(tokens, anchors, offsets, blocks, MASKS))[0, 40:]
+        apart = []
+        for anchor, count in ((20, 3), (33, 2), (9, 1)):
+            ids = torch.cat([tokens[0, : anchor + 1], MASKS[:count]])[None]
+            visible = torch.ones(len(ids[0]), len(ids[0]), dtype=torch.bool).tril()
+            visible[anchor + 1 :, anchor + 1 :] = True
+            hidden = drafter.model(input_ids=ids, attention_mask=visible[None, None]).last_hidden_state
+            apart.append(hidden[0, anchor + 1 :])
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,56 @@
+"""The target's continuations are what the target itself says."""
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from models.training.continuations import CANDIDATES, Continuations, continue_prompts, corpus_rows, draw
+from tests.unit.models.conftest import LENGTH
+
+
+def test_greedy_rows_are_the_targets_own_choice(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations
+) -> None:
+    greedy = toy_continuations.temperatures == 0
+    assert greedy.any()
+    tokens = torch.from_numpy(toy_continuations.tokens[greedy].astype(np.int64))
+    with torch.inference_mode():
+        expected = tiny_target(tokens).logits.argmax(-1)
+    for row, own, start in zip(tokens, expected, toy_continuations.prompt_lengths[greedy], strict=True):
+        assert row[start:].tolist() == own[start - 1 : -1].tolist()
+
+
+def test_candidates_are_the_targets_distribution(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations
+) -> None:
+    tokens = torch.from_numpy(toy_continuations.tokens.astype(np.int64))
+    with torch.inference_mode():
+        best, ids = tiny_target(tokens).logits.log_softmax(-1).topk(CANDIDATES)
+    stored = torch.from_numpy(toy_continuations.log_probabilities.astype(np.float32))
+    torch.testing.assert_close(stored[:, 1:], best[:, :-1], atol=4e-3, rtol=1e-3)
+    assert (torch.from_numpy(toy_continuations.candidates)[:, 1:] == ids[:, :-1]).float().mean() > 0.999
+
+
+def test_the_same_seed_gives_the_same_continuation(tiny_target: LlamaForCausalLM) -> None:
+    prompts, temperatures = torch.randint(0, 60, (3, 12)), np.full(3, 0.8, np.float32)
+    first, second, other = (continue_prompts(tiny_target, prompts, LENGTH, temperatures, seed) for seed in (1, 1, 2))
+    assert (first.tokens == second.tokens).all()
+    assert (first.tokens != other.tokens).any()
+
+
+def test_draws_follow_the_temperature() -> None:
+    logits = torch.tensor([[1.0, 0.0, -1.0]]).expand(40_000, 3)
+    random = torch.Generator().manual_seed(0)
+    for temperature in (0.5, 1.0):
+        drawn = draw(logits, torch.full((40_000, 1), temperature), random)
+        shares = torch.bincount(drawn, minlength=3) / len(drawn)
+        torch.testing.assert_close(shares, (logits[0] / temperature).softmax(-1), atol=0.01, rtol=0)
+    assert (draw(logits, torch.zeros(40_000, 1), random) == 0).all()
+
+
+def test_corpus_rows_are_windows_whose_next_token_is_certain(toy_tokens: np.ndarray) -> None:
+    rows = corpus_rows(toy_tokens, 5, 30, seed=0)
+    text = toy_tokens.astype(np.int16).tobytes()
+    assert all(row.tobytes() in text for row in rows.tokens)
+    assert (rows.candidates == rows.tokens[:, :, None]).all()
+    assert (rows.log_probabilities == 0).all()

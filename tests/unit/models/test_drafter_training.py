@@ -1,0 +1,74 @@
+"""Training resumes identically, learns, and writes a folder that the service's own code drafts with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from models.training.continuations import Continuations, corpus_rows
+from models.training.drafter import BLOCK_SIZE, Phase, build_drafter, distil, save_drafter, train_drafter
+from models.training.evaluate import accepted_at_every_anchor, drafts_at, walk
+from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE
+from transformer.model import Transformer
+
+
+def test_a_stopped_run_goes_on_identically(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations, tmp_path: Path
+) -> None:
+    whole = train_drafter(tiny_target, toy_continuations, toy_continuations, tmp_path, RECIPE)
+    stopped = build_drafter(tiny_target, RECIPE)
+    work = tmp_path / "stopped"
+    work.mkdir()
+    # stop inside the second phase: its schedule is the whole run's, its loop ends early
+    distil(stopped, toy_continuations, work, RECIPE, Phase("drafter-start", RECIPE.start_steps, 0.0, RECIPE.seed))
+    phase = Phase("drafter", RECIPE.steps, RECIPE.decay_share, RECIPE.seed + 1)
+    distil(stopped, toy_continuations, work, RECIPE, phase, stop_at=2)
+    resumed = train_drafter(tiny_target, toy_continuations, toy_continuations, work, RECIPE)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert not torch.equal(whole.model.layers[0].mlp.up_proj.weight, stopped.model.layers[0].mlp.up_proj.weight)
+
+
+def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+    counting = (np.arange(2000) % 12 + 1).astype(np.int32)
+    rows = corpus_rows(counting, 32, LENGTH, seed=0)
+    recipe = replace(RECIPE, start_steps=0, steps=120, muon_rate=0.05, adam_rate=2e-2)
+    before = accepted_at_every_anchor(build_drafter(tiny_target, recipe).eval(), rows, 4).mean()
+    trained = train_drafter(tiny_target, rows, rows, tmp_path, recipe).eval()
+    after = accepted_at_every_anchor(trained, rows, 4).mean()
+    assert before < 0.5
+    assert after > 3
+
+
+def test_the_saved_folder_drafts_in_the_service_as_in_training(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations, tmp_path: Path
+) -> None:
+    drafter = build_drafter(tiny_target, RECIPE)
+    target_folder = tmp_path / "target"
+    target_folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (target_folder / name).write_text("{}")
+    save_drafter(drafter, target_folder, tmp_path / "drafter", {})
+    drafter.float().eval()  # saving rounded the weights to bfloat16
+    model = Transformer.load(tmp_path / "drafter")
+    assert model.config.attention == "block"
+    assert model.config.logits_shifted
+    assert len(model.config.mask_token_ids) == model.config.block_size == BLOCK_SIZE
+    service = DiffusionDrafter(model, num_slots=1, vocabulary_size=VOCABULARY_SIZE)
+    text = toy_continuations.tokens[0].astype(np.int32)
+    anchors = torch.tensor([20, 33, 34, 50])
+    expected = drafts_at(
+        drafter, torch.from_numpy(text.astype(np.int64))[None], anchors, 8, torch.tensor(model.config.mask_token_ids)
+    )
+    for anchor, draft in zip(anchors.tolist(), expected[0], strict=True):
+        logits = service.propose([MaskedRequest("one", text[: anchor + 1], 8)])
+        assert logits.argmax(-1).tolist() == draft.tolist()
+
+
+def test_a_walk_steps_over_accepted_tokens_and_the_extra_one() -> None:
+    acceptance = walk(np.array([[2, 9, 9, 0, 1, 9]]), 3)
+    assert (acceptance.accepted, acceptance.steps) == (1.0, 3)
+    assert acceptance.survival == (round(2 / 3, 4), round(1 / 3, 4), 0.0)
