@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drafters.base import PolicyName
 from service.engine.base import GenerationRequest, SpeculationOptions
+from service.engine.drafting import Drafting
 from service.engine.scheduler import SchedulerLimits
 from service.settings import load_settings
 from service.wiring import build_pipeline
