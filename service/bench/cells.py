@@ -1,8 +1,8 @@
-"""The configurations that are compared, each with a drafting pipeline of its own over shared weights."""
+"""The configurations that are compared: settings of the service, and the two that no setting gives."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,117 +10,121 @@ from torch import Tensor
 from drafters import prompt_lookup
 from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
-from drafters.diffusion import DiffusionDrafter, MaskedRequest
-from drafters.lattice import LatticeOptions
-from drafters.length import PaperLengthOptions
-from drafters.ngram import NgramModel
-from drafters.path_search import PathSearch
 from drafters.pipeline import DraftPipeline, PipelineOptions
 from service.engine.drafting import Drafting
-from service.settings import SpeculationSettings
+from service.settings import Settings
+from service.wiring import build_pipeline
+from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-FIXED_LENGTH = 8  # tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the pipelines are made of; loaded once, shared by all."""
-
-    drafter: Transformer | None
-    ngram: NgramModel | None
-    vocabulary_size: int
-    end_tokens: tuple[int, ...]
-    num_slots: int
-    speculation: SpeculationSettings
-
-    def pipeline(
-        self,
-        policy: PolicyName,
-        causal: CausalModel | None,
-        drafter: DiffusionDrafter | None = None,
-        search: PathSearch | None = None,
-    ) -> DraftPipeline:
-        options = self.speculation
-        paper = PaperLengthOptions(
-            options.paper_min_draft_tokens,
-            options.paper_max_draft_tokens,
-            options.paper_growth_tokens,
-            options.paper_ema_rate,
-        )
-        longest = max(options.max_draft_tokens, paper.longest) if policy == "paper" else options.max_draft_tokens
-        lattice = LatticeOptions(options.candidate_mass, options.max_candidates, self.end_tokens)
-        pipeline_options = PipelineOptions(
-            policy=policy, max_draft_tokens=longest, fixed_length=FIXED_LENGTH, paper=paper, lattice=lattice
-        )
-        return DraftPipeline(causal, search, drafter, pipeline_options, description=policy)
-
-    def causal(self, copying: bool, ngram: bool = True) -> CausalModel:
-        model = self.ngram if ngram else None
-        return CausalModel(self.vocabulary_size, model, end_tokens=self.end_tokens, use_copy=copying)
-
-    def search(self, causal: CausalModel, mode: Literal["search", "argmax"] = "search") -> PathSearch:
-        options = self.speculation
-        return PathSearch(causal, self.end_tokens, options.beam_width, options.lattice_weight, mode=mode)
-
-    def diffusion(self, kind: type[DiffusionDrafter] = DiffusionDrafter) -> DiffusionDrafter:
-        assert self.drafter is not None  # cells that need one are left out without it
-        window = self.speculation.window_tokens
-        if window is None:
-            return kind(self.drafter, self.num_slots, self.vocabulary_size)
-        return kind(self.drafter, self.num_slots, self.vocabulary_size, window)
+Kind = Literal["service", "copy", "prompt-lookup"]
+DrafterUse = Literal["none", "real", "garbage"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One configuration."""
+    """One configuration; what it does not override is as the settings say."""
 
     name: str
     meaning: str
-    build: Callable[[Parts], Drafting]
-    needs_drafter: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the speculation settings
+    drafter: DrafterUse = "none"
+    kind: Kind = "service"
     is_usual: bool = False  # measured if nothing else is asked for
 
 
-def _diffusion_cell(mode: Literal["search", "argmax"], policy: PolicyName, is_usual: bool = False) -> Cell:
-    """The diffusion drafter by itself: no draft is copied, and the search knows n-grams alone."""
-    path = "the searched path (CPS)" if mode == "search" else "each position's best token"
-
-    def build(parts: Parts) -> Drafting:
-        return parts.pipeline(policy, None, parts.diffusion(), parts.search(parts.causal(copying=False), mode))
-
-    name = f"{'cps' if mode == 'search' else 'argmax'}-{policy}"
-    return Cell(name, f"diffusion alone, {path}, length policy {policy}", build, needs_drafter=True, is_usual=is_usual)
-
-
-def _default(parts: Parts) -> Drafting:
-    causal = parts.causal(copying=True)
-    return parts.pipeline("goodput", causal, parts.diffusion(), parts.search(causal))
+def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
+    """The diffusion drafter by itself: nothing is copied, and the search knows n-grams alone."""
+    path = "the searched path (CPS)" if mode == "cps" else "each position's best token"
+    overrides: dict[str, Any] = {"copying": False, "search": mode == "cps", "policy": policy}
+    if policy == "paper":
+        overrides["max_draft_tokens"] = 32  # the paper drafts 20 to 30 tokens
+    meaning = f"diffusion alone, {path}, length policy {policy}"
+    return Cell(f"{mode}-{policy}", meaning, overrides, drafter="real", is_usual=policy == "goodput")
 
 
-def _garbage(parts: Parts) -> Drafting:
-    causal = parts.causal(copying=False, ngram=False)
-    return parts.pipeline("goodput", None, parts.diffusion(ShuffledDrafter), parts.search(causal, "argmax"))
+PLAIN = "plain"
+CELLS = (
+    Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
+    Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),
+    Cell("copy", "the request's own text, length policy goodput", kind="copy"),
+    Cell(
+        "free",
+        "the request's own text and n-grams, length policy goodput: the best draft without a model",
+        {"policy": "goodput", "copying": True},
+        is_usual=True,
+    ),
+    *(_diffusion_cell("argmax", policy) for policy in ("fixed", "paper", "goodput")),
+    *(_diffusion_cell("cps", policy) for policy in ("fixed", "paper", "goodput")),
+    Cell(
+        "default", "the settings as they are: all sources joined, length policy goodput", drafter="real", is_usual=True
+    ),
+    Cell(
+        "garbage",
+        "a drafter as costly and as sure as the real one, and wrong; length policy goodput",
+        {"copying": False, "search": False, "policy": "goodput"},
+        drafter="garbage",
+    ),
+)
 
 
-class ShuffledDrafter(DiffusionDrafter):
-    """Costs what the real drafter costs, is as sure of itself, and is wrong: its vocabulary is shuffled."""
+class UnknownCellError(Exception):
+    """A name that is no cell's, or a cell that needs a drafter where there is none."""
 
-    def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
-        logits = super().propose(requests)
-        order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))
-        return logits[:, order.to(logits.device)]
+
+def choose_cells(names: Sequence[str] | None, everything: bool, has_drafter: bool) -> list[Cell]:
+    """The cells to measure, `plain` always first: by name, all, or the usual ones. Raises UnknownCellError."""
+    known = {cell.name: cell for cell in CELLS}
+    if names is None:
+        return [cell for cell in CELLS if (everything or cell.is_usual) and (has_drafter or cell.drafter == "none")]
+    for name in names:
+        if name not in known:
+            raise UnknownCellError(f"unknown cell {name!r}; there are {', '.join(known)}")
+        if known[name].drafter != "none" and not has_drafter:
+            raise UnknownCellError(f"the cell {name!r} needs a diffusion drafter: name its folder with --drafter")
+    return [known[name] for name in dict.fromkeys([PLAIN, *names])]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Loaded once, shared by all cells."""
+
+    target: TransformerConfig
+    drafters: Mapping[DrafterUse, Transformer]
+
+
+def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
+    """The cell's own pipeline, over shared weights."""
+    speculation = settings.speculation.model_copy(update=dict(cell.overrides))
+    if cell.kind == "prompt-lookup":
+        return PromptLookupDrafting(speculation.fixed_draft_tokens)
+    if cell.kind == "copy":
+        target = models.target
+        causal = CausalModel(target.vocabulary_size, end_tokens=target.end_token_ids)
+        options = PipelineOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
+        return DraftPipeline(causal, None, None, options, "copy")
+    changed = settings.model_copy(update={"speculation": speculation})
+    return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
+
+
+class ShiftedTransformer(Transformer):
+    """A drafter's weights made useless: every logit is given to the next token id."""
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(hidden).roll(1, dims=1)
 
 
 class PromptLookupDrafting:
-    """Published prompt lookup at a fixed length: the baseline that knows nothing of costs."""
+    """Published prompt lookup: the baseline that knows nothing of costs."""
 
     description = "prompt lookup"
     last_draft_seconds = last_search_seconds = 0.0
     last_diffusion_rows = 0
 
-    def __init__(self, max_draft_tokens: int) -> None:
-        self.max_draft_tokens = max_draft_tokens
+    def __init__(self, num_tokens: int) -> None:
+        """Always drafts `num_tokens`, where the text has something to copy."""
+        self.max_draft_tokens = num_tokens
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
         drafts = []
@@ -135,51 +139,3 @@ class PromptLookupDrafting:
     def release(self, request_id: str) -> None: ...
 
     def calibrate(self, verify_seconds: Mapping[int, float]) -> None: ...
-
-
-PLAIN = "plain"
-CELLS = (
-    Cell(PLAIN, "no drafts", lambda parts: PromptLookupDrafting(0), is_usual=True),
-    Cell(
-        "prompt-lookup",
-        f"published prompt lookup, always {FIXED_LENGTH} tokens",
-        lambda parts: PromptLookupDrafting(FIXED_LENGTH),
-        is_usual=True,
-    ),
-    Cell(
-        "copy",
-        "the request's own text, length policy goodput",
-        lambda parts: parts.pipeline("goodput", parts.causal(copying=True, ngram=False)),
-    ),
-    Cell(
-        "free",
-        "the request's own text and n-grams, length policy goodput: the best draft without a model",
-        lambda parts: parts.pipeline("goodput", parts.causal(copying=True)),
-        is_usual=True,
-    ),
-    _diffusion_cell("argmax", "fixed"),
-    _diffusion_cell("argmax", "paper"),
-    _diffusion_cell("argmax", "goodput", is_usual=True),
-    _diffusion_cell("search", "fixed"),
-    _diffusion_cell("search", "paper"),
-    _diffusion_cell("search", "goodput", is_usual=True),
-    Cell("default", "everything joined, length policy goodput", _default, needs_drafter=True, is_usual=True),
-    Cell("garbage", "a drafter that is always sure and wrong, length policy goodput", _garbage, needs_drafter=True),
-)
-
-
-class UnknownCellError(Exception):
-    """A name that is no cell's, or a cell that needs a drafter where there is none."""
-
-
-def choose_cells(names: Sequence[str] | None, everything: bool, has_drafter: bool) -> list[Cell]:
-    """The cells to measure, `plain` always first: by name, all, or the usual ones. Raises UnknownCellError."""
-    known = {cell.name: cell for cell in CELLS}
-    if names is None:
-        return [cell for cell in CELLS if (everything or cell.is_usual) and (has_drafter or not cell.needs_drafter)]
-    for name in names:
-        if name not in known:
-            raise UnknownCellError(f"unknown cell {name!r}; there are {', '.join(known)}")
-        if known[name].needs_drafter and not has_drafter:
-            raise UnknownCellError(f"the cell {name!r} needs a diffusion drafter: name its folder with --drafter")
-    return [known[name] for name in dict.fromkeys([PLAIN, *names])]

@@ -26,7 +26,7 @@ from service.bench.server import ServerClient, ServerContestant, ServerError
 from service.bench.table import legend, render_table
 from service.settings import Settings, SettingsError, load_settings
 from service.text.tokenizer import TokenizerError
-from transformer.checkpoint import CheckpointError
+from transformer.config import CheckpointError
 
 FEWEST_PAIRS = 4
 EXIT_DIFFERENT, EXIT_USAGE = 1, 2
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target", help="folder of the target")
     models.add_argument("--drafter", help="folder of the drafter, or prompt-lookup, or none")
     models.add_argument("--ngram", help="folder of the n-gram model")
-    models.add_argument("--num-threads", type=_count, help="CPU threads for torch")
+    models.add_argument("--threads", type=_count, help="CPU threads for torch")
     load_group = parser.add_argument_group("how much")
     load_group.add_argument(
         "--prompts", type=Path, metavar="FILE", help="whole prompts: .jsonl, or text with blank lines between"
@@ -155,7 +155,7 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
     if settings.model.num_threads is not None:
         torch.set_num_threads(settings.model.num_threads)
     _say(f"loading {settings.model.target}")
-    loaded = await asyncio.to_thread(load, settings, max(args.concurrency))
+    loaded = await asyncio.to_thread(load, settings, cells, max(args.concurrency))
 
     def encode(text: str) -> list[int]:
         return loaded.tokenizer.encode(text, add_special_tokens=False)
@@ -163,7 +163,7 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
     longest = loaded.verifier.context_length - args.max_tokens
     tasks = _tasks(args, encode, longest)
     _say(f"starting {', '.join(cell.name for cell in cells)}")
-    async with embedded_contestants(loaded, cells, settings) as embedded:
+    async with embedded_contestants(loaded, cells) as embedded:
         contestants: list[Contestant] = [*embedded]
         if args.against:
             from service.bench.transformers_generate import TransformersContestant
@@ -260,7 +260,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         "model.target": args.target,
         "model.drafter": args.drafter,
         "model.ngram": args.ngram,
-        "model.num_threads": args.num_threads,
+        "model.num_threads": args.threads,
     }
     return load_settings(args.config, {name: value for name, value in named.items() if value is not None})
 

@@ -1,5 +1,6 @@
-"""From settings to running engines: the target's weights are loaded once and shared by all."""
+"""From settings to running engines: weights are loaded once and shared by all."""
 
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -8,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from drafters.ngram import NgramModel
-from service.bench.cells import PLAIN, Cell, Parts
+from service.bench.cells import PLAIN, Cell, DrafterUse, Models, ShiftedTransformer, build
 from service.bench.embedded import EmbeddedContestant, StepLog
 from service.engine.drafting import Drafting
-from service.engine.embedded import EmbeddedEngine, Load, Progress
+from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
+from service.folders import find_mismatch, read_folder
 from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
 from service.text.tokenizer import TextTokenizer
+from service.wiring import build_tokenizer
+from transformer.config import CheckpointError
 from transformer.model import Transformer
 from verifiers.base import Verifier
 from verifiers.torch_lm import TorchVerifier
@@ -23,9 +26,10 @@ from verifiers.torch_lm import TorchVerifier
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    settings: Settings
     tokenizer: TextTokenizer
     verifier: Verifier
-    parts: Parts
+    models: Models
     facts: dict[str, str]
 
 
@@ -33,45 +37,40 @@ def has_drafter(settings: Settings) -> bool:
     return settings.model.drafter_choice not in (PROMPT_LOOKUP, NO_DRAFTER)
 
 
-def load(settings: Settings, num_slots: int) -> Loaded:
-    """Load target, tokenizer, and what drafts, with room for `num_slots` requests at the same time.
+def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
+    """Load what the cells need, with room for `num_slots` requests at the same time.
 
-    Raises CheckpointError, TokenizerError, NgramError.
+    Raises CheckpointError or TokenizerError.
     """
+    scheduler = settings.scheduler.model_copy(update={"max_running": num_slots, "max_waiting": 0})
+    settings = settings.model_copy(update={"scheduler": scheduler})
     model = settings.model
-    dtype = getattr(torch, model.dtype)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    tokenizer = build_tokenizer(model.target)
     target = Transformer.load(model.target, model.device, dtype)
-    config = target.config
-    tokenizer = TextTokenizer.from_folder(model.target, config.end_token_ids)
-    drafter = Transformer.load(Path(model.drafter_choice), model.device, dtype) if has_drafter(settings) else None
-    ngram = NgramModel.load(model.ngram_folder) if model.ngram_folder is not None else None
-    parts = Parts(
-        drafter=drafter,
-        ngram=ngram,
-        vocabulary_size=config.vocabulary_size,
-        end_tokens=config.end_token_ids,
-        num_slots=num_slots,
-        speculation=settings.speculation,
-    )
-    verifier = TorchVerifier(target, num_slots, config.max_positions, tokenizer.size)
-    facts = {
-        "target": f"{model.target}: {_describe(target)}, {model.dtype} on {model.device}",
-        "drafter": "none" if drafter is None else f"{model.drafter_choice}: {_describe(drafter)}",
-        "n-grams": "none"
-        if ngram is None
-        else f"{model.ngram_folder}: order {ngram.order}, {ngram.num_bytes / 1e6:.1f} MB",
-    }
-    return Loaded(tokenizer, verifier, parts, facts)
+    context = min(model.context_length or target.config.max_positions, target.config.max_positions)
+    facts = {"target": f"{_describe(model.target)}, {model.dtype} on {model.device}"}
+    drafters: dict[DrafterUse, Transformer] = {}
+    if any(cell.drafter != "none" for cell in cells):
+        folder = Path(model.drafter_choice)
+        if mismatch := find_mismatch(read_folder(model.target), read_folder(folder)):
+            raise CheckpointError(mismatch)
+        drafters["real"] = Transformer.load(folder, model.device, dtype)
+        drafters["garbage"] = ShiftedTransformer.load(folder, model.device, dtype)
+        facts["drafter"] = _describe(folder)
+    facts["n-grams"] = "none" if model.ngram_folder is None else str(model.ngram_folder)
+    verifier = TorchVerifier(target, num_slots, context, tokenizer.size)
+    return Loaded(settings, tokenizer, verifier, Models(target.config, drafters), facts)
 
 
 @asynccontextmanager
-async def embedded_contestants(
-    loaded: Loaded, cells: Sequence[Cell], settings: Settings
-) -> AsyncIterator[list[EmbeddedContestant]]:
+async def embedded_contestants(loaded: Loaded, cells: Sequence[Cell]) -> AsyncIterator[list[EmbeddedContestant]]:
     """One started engine per cell, over the same verifier: only one of them may work at any time."""
+    scheduler = loaded.settings.scheduler
     limits = SchedulerLimits(
-        max_running=loaded.parts.num_slots,
-        prefill_chunk_tokens=settings.scheduler.prefill_chunk_tokens,
+        max_running=scheduler.max_running,
+        max_waiting=scheduler.max_waiting,
+        prefill_chunk_tokens=scheduler.prefill_chunk_tokens,
         reuse_prefixes=False,  # every cell reads its prompts itself; and the slots belong to all of them in turn
     )
     engines: list[EmbeddedEngine] = []
@@ -79,7 +78,7 @@ async def embedded_contestants(
     try:
         for cell in cells:
             log = StepLog()
-            engine = EmbeddedEngine(_loader(loaded.verifier, cell, loaded.parts), limits, observers=[log])
+            engine = EmbeddedEngine(functools.partial(_parts, loaded, cell), limits, observers=[log])
             engines.append(engine)
             await engine.start()
             contestants.append(EmbeddedContestant(cell.name, engine, log, cell.name == PLAIN, time.perf_counter))
@@ -89,16 +88,14 @@ async def embedded_contestants(
             await engine.stop(drain_seconds=0)
 
 
-def _loader(verifier: Verifier, cell: Cell, parts: Parts) -> Load:
-    def build(progress: Progress) -> tuple[Verifier, Drafting]:
-        return verifier, cell.build(parts)
-
-    return build
+def _parts(loaded: Loaded, cell: Cell, progress: Progress) -> tuple[Verifier, Drafting]:
+    return loaded.verifier, build(cell, loaded.settings, loaded.models)
 
 
-def _describe(model: Transformer) -> str:
-    config = model.config
+def _describe(folder: Path) -> str:
+    facts = read_folder(folder)
+    config = facts.config
     return (
-        f"{config.architecture}, {config.num_layers} layers of {config.hidden_size}, "
-        f"vocabulary {config.vocabulary_size}"
+        f"{folder.name}: {config.architecture}, {facts.num_parameters / 1e6:.1f}M parameters, "
+        f"{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocabulary_size}"
     )
