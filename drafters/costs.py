@@ -50,6 +50,6 @@ class CostCurve:
 
 
 def _segment(rows: float) -> tuple[int, float]:
-    """The upper knot's index of the line that `rows` lies on, and how far along it (beyond the last knot: more than 1)."""
+    """Index of the upper knot of the line that `rows` lies on, and the share of that line (more than 1 beyond the end)."""
     i = min(max(bisect_left(KNOTS, rows), 1), len(KNOTS) - 1)
     return i, max((rows - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1]), 0.0)

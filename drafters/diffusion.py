@@ -1,9 +1,9 @@
 """The diffusion drafter: one forward pass proposes a distribution for every masked position of every request.
 
 A request's clean tokens run once and stay in the key-value cache; a draft runs the tokens committed since the last one,
-followed by the block of masks. With `attention = "block"` (causal over clean tokens, bidirectional in the block) that cache is
-exact. With `attention = "full"` clean tokens would also see what comes after them, so cached ones are an approximation,
-which verification makes safe; `reuse_prefix=False` recomputes everything, for comparison.
+followed by the block of masks. With `attention = "block"` (causal over clean tokens, bidirectional in the block) that
+cache is exact. With `attention = "full"` clean tokens would also see what comes after them, so that cached ones are an
+approximation, which verification makes safe; `reuse_prefix=False` recomputes everything, for comparison.
 """
 
 from collections.abc import Sequence
@@ -76,10 +76,14 @@ class DiffusionDrafter:
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
         """Run one pass and return the logits `[sum of lengths, vocabulary]` (float32) of every proposed position.
 
-        Mask tokens, and rows beyond the target's vocabulary, can't be proposed. Raises RuntimeError without a free slot.
+        Mask tokens and rows beyond the target's vocabulary are -inf. Raises RuntimeError without a free slot.
         """
         tokens: list[int] = []
-        slots, starts, counts, limits, predicting = [], [], [], [], []
+        slots: list[int] = []
+        starts: list[int] = []
+        counts: list[int] = []
+        limits: list[int] = []
+        predicting: list[int] = []
         for request in requests:
             cached = self._place(request)
             clean = request.tokens[cached.offset + cached.length :].tolist()

@@ -4,10 +4,10 @@ Every step it maximises expected committed tokens per second over the whole batc
 
     sum over requests of (1 + expected accepted)  /  (verification + diffusion pass + search + overhead) seconds,
 
-from two things that are measured while serving: how often a draft token of a given confidence is accepted, and what a
-pass of so many rows costs (`drafters.costs`). The decision has two parts. `choose_sources` runs BEFORE drafting and says
-which requests are worth a diffusion pass; `choose_lengths` runs after it, when the drafts and their confidences are
-known, and says how much of each is worth verifying. A useless drafter or a full batch ends at no draft at all.
+from two things that are measured while serving: how often a draft token of a given confidence is accepted, and what
+a pass of so many rows costs (`drafters.costs`). The decision has two parts. `choose_sources` runs BEFORE drafting and
+says which requests are worth a diffusion pass; `choose_lengths` runs after it, when the drafts and their confidences
+are known, and says how much of each is worth verifying. A useless drafter or a full batch ends at no draft at all.
 """
 
 from dataclasses import dataclass, field
@@ -34,14 +34,20 @@ def _seconds(rows: float, knots: Floats, seconds: Floats) -> float:
     while i < len(knots) - 1 and knots[i] < rows:
         i += 1
     share = max((rows - knots[i - 1]) / (knots[i] - knots[i - 1]), 0.0)
-    return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+    return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
 
 
 @compiled
 def _best_lengths(
-    accepted: Floats, caps: NDArray[np.int64], base_rows: float, base_seconds: float, knots: Floats, verify: Floats, margin: float
+    accepted: Floats,
+    caps: NDArray[np.int64],
+    base_rows: float,
+    base_seconds: float,
+    knots: Floats,
+    verify: Floats,
+    margin: float,
 ) -> tuple[NDArray[np.int64], float, float]:
-    """Lengths that maximise tokens per second, by coordinate ascent over the requests (Dinkelbach's method for the ratio).
+    """Lengths that maximise tokens per second: coordinate ascent over requests, Dinkelbach's method for the ratio.
 
     accepted: [requests, 1 + longest] expected accepted tokens by length; 0 at length 0.
     Returns the lengths, the expected tokens and the seconds of the step.
@@ -89,7 +95,7 @@ def _best_sources(
     draft: Floats,
     margin: float,
 ) -> NDArray[np.bool_]:
-    """Which requests should have a diffusion pass: start with all of them, drop those that gain least, keep the best rate.
+    """Which requests should have a diffusion pass: start with all, drop those that gain least, keep the best rate.
 
     copied, diffused: [requests, 1 + longest] expected accepted tokens by length, without and with a diffusion pass.
     draft_rows: [requests] rows that each adds to the pass.
@@ -149,7 +155,7 @@ class Calibration:
 
     def __call__(self, confidences: NDArray[np.floating]) -> Floats:
         """Estimated acceptance of each token, given that all before it are accepted; any shape."""
-        return np.interp(confidences, self._centres, self._rates)
+        return np.asarray(np.interp(confidences, self._centres, self._rates))
 
     def observe(self, confidences: NDArray[np.floating], num_accepted: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
@@ -193,7 +199,7 @@ def choose_sources(
     copied: Floats, diffused: Floats, caps: NDArray[np.int64], draft_rows: Floats, base_rows: int, costs: StepCosts
 ) -> NDArray[np.bool_]:
     """Before drafting: which requests of the batch are worth a diffusion pass (shapes as in `_best_sources`)."""
-    return _best_sources(  # type: ignore[no-any-return]
+    chosen: NDArray[np.bool_] = _best_sources(
         copied,
         diffused,
         caps,
@@ -206,16 +212,24 @@ def choose_sources(
         costs.draft.seconds,
         HYSTERESIS,
     )
+    return chosen
 
 
 def choose_lengths(
     accepted: Floats, caps: NDArray[np.int64], base_rows: int, spent_seconds: float, costs: StepCosts
 ) -> NDArray[np.int64]:
     """After drafting: how many tokens of each draft to verify, with `spent_seconds` on drafting already paid."""
+    lengths: NDArray[np.int64]
     lengths, _, _ = _best_lengths(
-        accepted, caps, float(base_rows), costs.overhead_seconds + spent_seconds, _KNOT_ROWS, costs.verify.seconds, HYSTERESIS
+        accepted,
+        caps,
+        float(base_rows),
+        costs.overhead_seconds + spent_seconds,
+        _KNOT_ROWS,
+        costs.verify.seconds,
+        HYSTERESIS,
     )
-    return lengths  # type: ignore[no-any-return]
+    return lengths
 
 
 class DiffusionForecast:
@@ -239,7 +253,7 @@ class DiffusionForecast:
 
     def rates(self, where: tuple[int, int]) -> Floats:
         """`[longest]` acceptance of each position, given that all before it are accepted."""
-        return self._rates[where]
+        return np.asarray(self._rates[where])
 
     def observe(self, where: tuple[int, int], rates: Floats) -> None:
         """Take in the calibrated confidences of a drafted path, before it was cut to the length worth verifying."""

@@ -5,10 +5,9 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
@@ -31,7 +30,9 @@ from drafters.path_search import Path, PathSearch
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
-MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit from it: it is charged no more rows
+MOST_CATCH_UP_ROWS = (
+    16  # a first pass reads the whole window, but later ones profit from it: it is charged no more rows
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class DraftPipeline:
             self._diffusion.release(request_id)
 
     def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
-        """Set the cost table at start-up: `verify_seconds` by rows from the engine; the drafter's own is measured here."""
+        """Set the cost table at start-up: `verify_seconds` by rows, and the drafter's own, which is measured here."""
         self._costs.verify = CostCurve(verify_seconds)
         if self._diffusion is not None:
             self._costs.draft = CostCurve(self._measure_diffusion(self._diffusion))

@@ -38,7 +38,9 @@ def block(tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, torch.
     return Transformer.load(folder), reference
 
 
-def test_block_drafts_equal_the_reference_with_and_without_a_cached_prefix(block: tuple[Transformer, torch.nn.Module]) -> None:
+def test_block_drafts_equal_the_reference_with_and_without_a_cached_prefix(
+    block: tuple[Transformer, torch.nn.Module],
+) -> None:
     model, reference = block
     masks = list(model.config.mask_token_ids)
     drafter = DiffusionDrafter(model, num_slots=2, vocabulary_size=VOCABULARY_SIZE, window=WINDOW)

@@ -21,7 +21,9 @@ LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
 
 
 def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> StepCosts:
-    return StepCosts(CostCurve(verify), CostCurve(draft or {1: 1e-5, 64: 1e-4}), search_seconds=0.0, overhead_seconds=0.0)
+    return StepCosts(
+        CostCurve(verify), CostCurve(draft or {1: 1e-5, 64: 1e-4}), search_seconds=0.0, overhead_seconds=0.0
+    )
 
 
 def constant_rates(requests: int, rate: float, longest: int = 16) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""The pipeline over a real tiny diffusion drafter: lengths, sources, containment, learning."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
+from drafters.causal_scorer import CausalModel
+from drafters.diffusion import DiffusionDrafter
+from drafters.path_search import PathSearch
+from drafters.pipeline import DraftPipeline, PipelineOptions
+from tests.checkpoints import VOCABULARY_SIZE
+from transformer.model import Transformer
+
+CHEAP_ROWS = {1: 1e-3, 1024: 1.1e-3}
+DEAR_ROWS = {1: 1e-3, 1024: 1.0}
+REAL_ROWS = {1: 1e-3, 64: 4e-3}
+
+
+def build(folder: Path | None, num_slots: int = 8, copying: bool = True, **options: object) -> DraftPipeline:
+    causal = CausalModel(VOCABULARY_SIZE, use_copy=copying)
+    diffusion = None if folder is None else DiffusionDrafter(Transformer.load(folder), num_slots, VOCABULARY_SIZE)
+    return DraftPipeline(
+        causal if copying else None,
+        PathSearch(causal),
+        diffusion,
+        PipelineOptions(**options),
+        "tiny",  # type: ignore[arg-type]
+    )
+
+
+def text(length: int, seed: int = 0) -> Tokens:
+    return np.random.default_rng(seed).integers(0, 256, length).astype(np.int32)
+
+
+def request(tokens: Tokens, cap: int = 32, name: str = "a", policy: PolicyName | None = None) -> DraftRequest:
+    return DraftRequest(name, tokens, cap, policy)
+
+
+def record(names: Sequence[str], drafts: Sequence[Draft], accepted: Sequence[int], seconds: float = 1e-3) -> StepRecord:
+    outcomes = [Outcome(name, draft, count) for name, draft, count in zip(names, drafts, accepted, strict=True)]
+    rows = len(names) + sum(len(draft.tokens) for draft in drafts)
+    return StepRecord(outcomes, rows, 0, PhaseSeconds(verify=seconds))
+
+
+@pytest.mark.parametrize("policy", ["goodput", "paper", "fixed"])
+@pytest.mark.parametrize("cap", [0, 1, 5, 32])
+def test_drafts_respect_their_caps_and_the_vocabulary(tiny_drafter: Path, policy: PolicyName, cap: int) -> None:
+    pipeline = build(tiny_drafter)
+    pipeline.calibrate(CHEAP_ROWS)
+    for step in range(5):
+        requests = [request(text(4 + 7 * i + step, seed=i), cap, str(i), policy) for i in range(4)]
+        drafts = pipeline.propose(requests)
+        for draft in drafts:
+            assert len(draft.tokens) <= cap
+            assert all(0 <= token < VOCABULARY_SIZE for token in draft.tokens)
+            assert len(draft.confidences) == len(draft.tokens)
+            assert bool(draft.bypass_reason) != bool(draft.tokens)
+        pipeline.observe(record([r.request_id for r in requests], drafts, [0] * 4))
+
+
+def test_fixed_policy_drafts_its_length_by_diffusion(tiny_drafter: Path) -> None:
+    pipeline = build(tiny_drafter, policy="fixed", fixed_length=6)
+    draft = pipeline.propose([request(text(20))])[0]
+    assert draft.source == "diffusion"
+    assert len(draft.tokens) <= 6
+    assert draft.lattice_width >= 1.0
+    assert draft.path_gain >= 0.0
+    assert pipeline.last_diffusion_rows == 20 + 6 - 1 + 1
+
+
+def test_paper_policy_falls_to_its_shortest_length(tiny_drafter: Path) -> None:
+    pipeline = build(tiny_drafter, policy="paper", copying=False)
+    first = pipeline.propose([request(text(20))])[0]
+    assert len(first.tokens) == 30
+    pipeline.observe(record(["a"], [first], [1]))
+    assert len(pipeline.propose([request(text(22))])[0].tokens) == 20
+
+
+def test_goodput_copies_repeated_text_without_a_diffusion_pass(tiny_drafter: Path) -> None:
+    pipeline = build(tiny_drafter)
+    pipeline.calibrate(CHEAP_ROWS)
+    repeated = np.tile(text(20), 6)
+    draft = pipeline.propose([request(repeated)])[0]
+    assert draft.source == "copy"
+    assert draft.tokens[:5] == tuple(repeated[:5].tolist())
+    assert draft.expected_accepted > 1.0
+
+
+def test_goodput_ends_at_nothing_when_nothing_is_accepted(tiny_drafter: Path) -> None:
+    """A useless drafter costs only its probes."""
+    pipeline = build(tiny_drafter)
+    pipeline.calibrate(DEAR_ROWS)
+    drafted = []
+    for _ in range(300):
+        drafts = pipeline.propose([request(text(30))])
+        drafted.append(len(drafts[0].tokens))
+        pipeline.observe(record(["a"], drafts, [0]))
+    assert np.mean(np.array(drafted[100:]) > 0) < 0.1
+
+
+def test_goodput_comes_back_when_drafts_are_accepted_again(tiny_drafter: Path) -> None:
+    pipeline = build(tiny_drafter)
+    pipeline.calibrate(REAL_ROWS)
+    repeated = np.tile(text(20), 6)
+    lengths = []
+    for _ in range(200):
+        drafts = pipeline.propose([request(repeated)])
+        lengths.append(len(drafts[0].tokens))
+        pipeline.observe(record(["a"], drafts, [0]))
+    assert np.mean(lengths[-50:]) < 2
+    lengths.clear()
+    for _ in range(600):
+        drafts = pipeline.propose([request(repeated)])
+        lengths.append(len(drafts[0].tokens))
+        pipeline.observe(record(["a"], drafts, [len(drafts[0].tokens)]))
+    assert np.mean(lengths[-50:]) > 4
+
+
+def test_a_failing_drafter_is_left_out_and_tried_again(tiny_drafter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = build(tiny_drafter, num_slots=1, policy="fixed")
+    both = [request(text(20), name="a"), request(text(20, seed=1), name="b")]
+    drafts = pipeline.propose(both)  # two requests, one slot: the drafter raises
+    assert [draft.source for draft in drafts] != ["diffusion", "diffusion"]
+    assert not pipeline.drafter_up
+    assert "the diffusion drafter failed" in caplog.text
+    pipeline.release("b")
+    for _ in range(300):
+        draft = pipeline.propose([both[0]])[0]
+    assert pipeline.drafter_up
+    assert draft.source == "diffusion"
+
+
+def test_release_forgets_everything(tiny_drafter: Path) -> None:
+    pipeline = build(tiny_drafter, num_slots=2, policy="fixed")
+    for i in range(20):  # more than there are slots
+        assert pipeline.propose([request(text(20), name=str(i))])[0].source == "diffusion"
+        pipeline.release(str(i))
+    pipeline.release("never seen")
+
+
+def test_without_any_source_nothing_is_drafted() -> None:
+    pipeline = build(None, copying=False)
+    assert pipeline.propose([request(text(20))])[0].bypass_reason == "no_candidates"
