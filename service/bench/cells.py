@@ -11,6 +11,7 @@ from drafters import prompt_lookup
 from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
 from drafters.pipeline import DraftPipeline, PipelineOptions
+from service.bench.records import Role
 from service.engine.drafting import Drafting
 from service.settings import Settings
 from service.wiring import build_pipeline
@@ -19,6 +20,9 @@ from transformer.model import Transformer
 
 Kind = Literal["service", "copy", "prompt-lookup"]
 DrafterUse = Literal["none", "real", "garbage"]
+
+
+PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,12 @@ class Cell:
     kind: Kind = "service"
     is_usual: bool = False  # measured if nothing else is asked for
 
+    @property
+    def role(self) -> Role:
+        if self.name == PLAIN:
+            return "reference"
+        return "free" if self.drafter == "none" else "other"
+
 
 def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     """The diffusion drafter by itself: nothing is copied, and the search knows n-grams alone."""
@@ -43,7 +53,6 @@ def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     return Cell(f"{mode}-{policy}", meaning, overrides, drafter="real", is_usual=policy == "goodput")
 
 
-PLAIN = "plain"
 CELLS = (
     Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
     Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import shlex
 import sys
 import time
@@ -170,6 +171,7 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
 
             dtype = getattr(torch, settings.model.dtype)
             contestants.append(TransformersContestant(settings.model.target, dtype, settings.model.device))
+        gc.freeze()  # what is loaded stays: collecting garbage between passes need not look at it
         records = await _measure_all(args, contestants, tasks)
     return loaded.facts | {"prompts": _source(args), "contestants": _meanings(cells)}, records
 

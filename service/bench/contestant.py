@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from service.bench.prompts import Prompt
-from service.bench.records import Mismatch, Pass, Workload
+from service.bench.records import Mismatch, Pass, Role, Workload
 
 
 class Contestant(Protocol):
@@ -12,8 +12,7 @@ class Contestant(Protocol):
     def name(self) -> str: ...
 
     @property
-    def is_reference(self) -> bool:
-        """Whether the others are compared with this one: plain decoding."""
+    def role(self) -> Role: ...
 
     @property
     def tolerated_margin(self) -> float | None:

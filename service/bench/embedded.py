@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from drafters.base import StepRecord
 from service.bench.prompts import Prompt
-from service.bench.records import DraftedStep, Generation, Mismatch, Pass, Phases, Workload
+from service.bench.records import DraftedStep, Generation, Mismatch, Pass, Phases, Role, Workload
 from service.engine.base import Engine, GenerationRequest
 from verifiers.base import SamplingRules, TokenLogprobs
 
@@ -32,9 +32,9 @@ class StepLog:
 class EmbeddedContestant:
     """One engine. `log` must be among its observers, and nobody else may use it meanwhile."""
 
-    def __init__(self, name: str, engine: Engine, log: StepLog, is_reference: bool, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, engine: Engine, log: StepLog, role: Role, clock: Callable[[], float]) -> None:
         self.name = name
-        self.is_reference = is_reference
+        self.role = role
         self.tolerated_margin: float | None = None
         self._engine, self._log, self._clock = engine, log, clock
         self._numbers = itertools.count()

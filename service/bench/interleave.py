@@ -31,7 +31,8 @@ async def measure(
     """
     workload = task.workload
     taking_part = [contestant for contestant in contestants if contestant.takes(workload)]
-    reference = next(contestant for contestant in taking_part if contestant.is_reference)
+    reference = next(contestant for contestant in taking_part if contestant.role == "reference")
+    free = tuple(contestant.name for contestant in taking_part if contestant.role == "free")
     passes: list[Pass] = []
     mismatches: list[Mismatch] = []
     for number, batch in enumerate(task.warm_up):
@@ -54,7 +55,7 @@ async def measure(
                 found = find_mismatches(taken[reference.name], taken[contestant.name])
                 mismatches += [await _with_margin(reference, contestant, batch, workload, entry) for entry in found]
         longest = max(longest, clock() - started)
-    return WorkloadRecord(workload, reference.name, tuple(passes), tuple(mismatches), len(task.batches))
+    return WorkloadRecord(workload, reference.name, free, tuple(passes), tuple(mismatches), len(task.batches))
 
 
 def rotated(contestants: Sequence[Contestant], pair: int) -> list[Contestant]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from service.bench.cells import PLAIN, Cell, DrafterUse, Models, ShiftedTransformer, build
+from service.bench.cells import Cell, DrafterUse, Models, ShiftedTransformer, build
 from service.bench.embedded import EmbeddedContestant, StepLog
 from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
@@ -81,7 +81,7 @@ async def embedded_contestants(loaded: Loaded, cells: Sequence[Cell]) -> AsyncIt
             engine = EmbeddedEngine(functools.partial(_parts, loaded, cell), limits, observers=[log])
             engines.append(engine)
             await engine.start()
-            contestants.append(EmbeddedContestant(cell.name, engine, log, cell.name == PLAIN, time.perf_counter))
+            contestants.append(EmbeddedContestant(cell.name, engine, log, cell.role, time.perf_counter))
         yield contestants
     finally:
         for engine in engines:

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from drafters.base import SourceName
+
+Role = Literal["reference", "free", "other"]
+"""`reference`: plain decoding, which the others are compared with. `free`: drafts without a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,7 @@ class WorkloadRecord:
 
     workload: Workload
     reference: str  # the contestant that the others are compared with
+    free: tuple[str, ...]  # contestants that draft without a model: what a drafter has to beat
     passes: tuple[Pass, ...]
     mismatches: tuple[Mismatch, ...]
     num_pairs_planned: int

@@ -44,6 +44,7 @@ def _workload(record: WorkloadRecord) -> dict[str, Any]:
     return {
         **asdict(record.workload),
         "reference": record.reference,
+        "free": record.free,
         "num_pairs": record.num_pairs,
         "num_pairs_planned": record.num_pairs_planned,
         "looping_share": looping_share(record),

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from service.bench.prompts import Prompt
-from service.bench.records import Acceptance, Generation, Mismatch, Pass, Workload
+from service.bench.records import Acceptance, Generation, Mismatch, Pass, Role, Workload
 
 COMPLETIONS, TOKENIZE, MODELS = "/v1/completions", "/tokenize", "/v1/models"
 
@@ -83,7 +83,7 @@ class ServerContestant:
         self, name: str, client: ServerClient, speculates: bool, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.name = name
-        self.is_reference = not speculates
+        self.role: Role = "other" if speculates else "reference"
         self._client, self._speculates, self._clock = client, speculates, clock
 
     def takes(self, workload: Workload) -> bool:

@@ -46,6 +46,7 @@ class Summary:
     speed_up: Spread | None  # of whole requests, prompt reading included; None for the reference itself
     decode_speed_up: Spread | None  # after the first tokens
     total_speed_up: float | None  # all seconds of the reference over all seconds of this one
+    free_speed_up: Spread | None  # over the fastest contestant that drafts without a model
     looping_speed_up: Spread | None  # of single requests whose continuation loops; only at concurrency 1
     other_speed_up: Spread | None  # of those that don't
     first_token_seconds: float | None  # median
@@ -88,16 +89,20 @@ def looping_share(record: WorkloadRecord) -> float:
 def summarize(record: WorkloadRecord) -> list[Summary]:
     """One summary per contestant, in the order in which they first appear."""
     names = dict.fromkeys(entry.contestant for entry in record.passes)
-    return [_summary(record, name) for name in names]
+    fastest_free = min(record.free, key=lambda name: sum(entry.seconds for entry in record.of(name)), default=None)
+    return [_summary(record, name, fastest_free) for name in names]
 
 
-def _summary(record: WorkloadRecord, contestant: str) -> Summary:
+def _summary(record: WorkloadRecord, contestant: str, fastest_free: str | None) -> Summary:
     passes = record.of(contestant)
     generations = [generation for entry in passes for generation in entry.generations]
     steps = [step for generation in generations for step in generation.steps]
     looping = [generation for generation in generations if is_looping(generation)]
     others = [generation for generation in generations if not is_looping(generation)]
-    pairs = _pairs(record, contestant)
+    pairs = _pairs(record, record.reference, contestant)
+    free_pairs = (
+        [] if fastest_free is None or contestant == record.reference else _pairs(record, fastest_free, contestant)
+    )
     single = [pair for pair in pairs if record.workload.concurrency == 1]
     drafted, accepted = _by_position(steps)
     phases = [entry.phases for entry in passes if entry.phases is not None]
@@ -108,9 +113,10 @@ def _summary(record: WorkloadRecord, contestant: str) -> Summary:
         num_passes=len(passes),
         num_tokens=sum(entry.num_tokens for entry in passes),
         seconds=sum(entry.seconds for entry in passes),
-        speed_up=Spread.of([ours.seconds / theirs.seconds for ours, theirs in pairs]),
+        speed_up=Spread.of([r.seconds / o.seconds for r, o in pairs]),
         decode_speed_up=Spread.of([r.decode_seconds / o.decode_seconds for r, o in pairs if o.decode_seconds > 0]),
         total_speed_up=sum(r.seconds for r, _ in pairs) / sum(o.seconds for _, o in pairs) if pairs else None,
+        free_speed_up=Spread.of([r.seconds / o.seconds for r, o in free_pairs]),
         looping_speed_up=Spread.of([r.seconds / o.seconds for r, o in single if is_looping(r.generations[0])]),
         other_speed_up=Spread.of([r.seconds / o.seconds for r, o in single if not is_looping(r.generations[0])]),
         first_token_seconds=_median([generation.first_token_seconds for generation in generations]),
@@ -131,12 +137,12 @@ def _summary(record: WorkloadRecord, contestant: str) -> Summary:
     )
 
 
-def _pairs(record: WorkloadRecord, contestant: str) -> list[tuple[Pass, Pass]]:
-    """(reference, contestant) of every pair that both took part in; empty for the reference itself."""
-    if contestant == record.reference:
+def _pairs(record: WorkloadRecord, baseline: str, contestant: str) -> list[tuple[Pass, Pass]]:
+    """(baseline, contestant) of every pair; empty for the baseline itself."""
+    if contestant == baseline:
         return []
-    reference = {entry.pair: entry for entry in record.of(record.reference)}
-    return [(reference[entry.pair], entry) for entry in record.of(contestant) if entry.pair in reference]
+    known = {entry.pair: entry for entry in record.of(baseline)}
+    return [(known[entry.pair], entry) for entry in record.of(contestant)]
 
 
 def _token_seconds(generation: Generation) -> float:

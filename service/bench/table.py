@@ -55,6 +55,7 @@ COLUMNS = (
     Column("speed-up", "plain's seconds over its own: median over pairs, quartiles", lambda s: _spread(s.speed_up)),
     Column("total", "all of plain's seconds over all of its own", lambda s: _number(s.total_speed_up)),
     Column("decode", "the median speed-up after the first tokens", lambda s: _median(s.decode_speed_up)),
+    Column("vs free", "median speed-up over the fastest without a model", lambda s: _median(s.free_speed_up)),
     Column("tokens/s", "all generated tokens over all seconds", lambda s: _number(s.tokens_per_second, 0)),
     Column("length", "acceptance length: tokens per step, with the extra one", lambda s: _number(s.acceptance.length)),
     Column("drafted", "the same over steps that had a draft", lambda s: _number(s.acceptance.length_when_drafted)),

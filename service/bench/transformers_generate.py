@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from service.bench.prompts import Prompt
-from service.bench.records import Generation, Mismatch, Pass, Workload
+from service.bench.records import Generation, Mismatch, Pass, Role, Workload
 
 NEAR_TIE_NATS = 1e-4  # another implementation rounds differently
 
@@ -18,7 +18,7 @@ class TransformersContestant:
     """Greedy only: its random draws are its own."""
 
     name = "transformers"
-    is_reference = False
+    role: Role = "other"
     tolerated_margin: float | None = NEAR_TIE_NATS
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter):
