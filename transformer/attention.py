@@ -28,27 +28,29 @@ class RowBatch:
 
 
 class Attention:
-    """One forward pass's cache writes and attention calls, by layer."""
+    """One forward pass's cache writes and attention calls, by layer. `group`: heads that share a key-value head."""
 
-    def __init__(self, rows: RowBatch, cache: KeyValueCache) -> None:
-        counts = np.asarray(rows.counts, dtype=np.int64)
-        starts = np.asarray(rows.starts, dtype=np.int64)
-        slots = np.asarray(rows.slots, dtype=np.int64)
-        self.num_sequences = len(counts)
-        if self.num_sequences == 1:
+    def __init__(self, rows: RowBatch, cache: KeyValueCache, group: int) -> None:
+        self._order: Tensor | None = None  # puts the calls' joined rows into flat order; None: they are in order
+        if len(rows.counts) == 1:
             start, stop = rows.starts[0], rows.starts[0] + rows.counts[0]
             self.positions: slice | Tensor = slice(start, stop)
             self._targets = cache.entries[:, rows.slots[0], :, start:stop].transpose(1, 2).unbind(0)
-            positions = np.arange(start, stop, dtype=np.int64)
-        else:
-            offsets = np.cumsum(counts) - counts
-            positions = np.arange(counts.sum(), dtype=np.int64) + np.repeat(starts - offsets, counts)
-            device = cache.entries.device
-            self.positions = torch.from_numpy(positions).to(device)
-            self._row_slots = torch.from_numpy(np.repeat(slots, counts)).to(device)
-            self._targets = cache.entries.unbind(0)
+            self._calls = [call_of_one(rows, cache, group)]
+            return
+        counts = np.array(rows.counts, dtype=np.int64)
+        slots = np.array(rows.slots, dtype=np.int64)
+        offsets = np.cumsum(counts) - counts
+        positions = np.arange(counts.sum()) + np.repeat(np.array(rows.starts, dtype=np.int64) - offsets, counts)
+        self.positions = torch.from_numpy(positions).to(cache.device)
+        self._row_slots = torch.from_numpy(np.repeat(slots, counts)).to(cache.device)
+        self._targets = cache.entries.unbind(0)
         limits = positions + 1 if rows.limits is None else rows.limits.cpu().numpy()
-        self._calls, self._order = plan_calls(slots, counts, limits, cache)
+        groups = padded_groups(counts)
+        self._calls = [padded_call(slots[g], counts[g], offsets[g], limits, cache, group) for g in groups]
+        if len(groups) > 1:
+            joined = np.concatenate([np.arange(offsets[i], offsets[i] + counts[i]) for g in groups for i in g])
+            self._order = torch.from_numpy(np.argsort(joined)).to(cache.device)
 
     def write(self, layer: int, keys_values: Tensor) -> None:
         """Store this pass's keys and values, [rows, 2 * kv_heads, head_dim]."""
@@ -65,81 +67,90 @@ class Attention:
         return torch.cat([call.attend(layer, queries) for call in self._calls]).index_select(0, self._order)
 
 
+@dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """One padded attention call over neighbouring slots.
+    """One padded attention call.
 
     The heads that share a key-value head are folded into the query axis, [sequences, kv_heads, queries * group,
     head_dim], so that keys and values are never repeated.
     """
 
-    def __init__(
-        self,
-        slots: Indices,  # [sequences]
-        counts: Indices,  # [sequences]
-        offsets: Indices,  # [sequences] flat index of each sequence's first row
-        limits: Indices,  # [all rows]
-        cache: KeyValueCache,
-    ) -> None:
-        device = cache.entries.device
-        places, chosen = slot_places(slots)
-        self._num_sequences = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
-        self._num_queries = int(counts.max())
-        padded = np.minimum(np.arange(self._num_queries), counts[:, None] - 1) + offsets[:, None]
-        gather = np.full((self._num_sequences, self._num_queries), offsets[0], dtype=np.int64)
-        gather[places] = padded
-        row_limits = limits[gather]  # gaps repeat some row: their result is dropped
-        length = int(row_limits.max())
-        scatter = np.concatenate([p * self._num_queries + np.arange(c) for p, c in zip(places, counts, strict=True)])
-        in_place = len(limits) == gather.size and np.array_equal(gather.ravel(), np.arange(gather.size))
-        self._gather = None if in_place else torch.from_numpy(gather.ravel()).to(device)
-        self._scatter = None if in_place else torch.from_numpy(scatter).to(device)
-        neighbours = chosen if isinstance(chosen, slice) else slice(None)
-        self._keys = cache.keys[:, neighbours, :, :length].unbind(0)
-        self._values = cache.values[:, neighbours, :, :length].unbind(0)
-        self._scattered = None if isinstance(chosen, slice) else torch.from_numpy(chosen).to(device)
-        self._mask: Tensor | None = None
-        self._row_limits = None if (row_limits == length).all() else torch.from_numpy(row_limits).to(device)
-        self._length = length
+    num_sequences: int  # gaps between the slots included
+    num_queries: int  # rows of the longest sequence
+    keys: Sequence[Tensor]  # by layer, [sequences or all slots, kv_heads, length, head_dim]
+    values: Sequence[Tensor]
+    scattered: Tensor | None = None  # [sequences] the slots, where `keys` are those of all slots
+    gather: Tensor | None = None  # [sequences * queries] flat row of each padded one; None: they are the flat rows
+    scatter: Tensor | None = None  # [rows of the call] padded row of each
+    mask: Tensor | None = None  # added to the scores, [sequences, 1, queries * group, length]; None: all see all
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         """Result of this call's rows, in their order: [rows of the call, heads * head_dim]."""
         num_heads, head_dim = queries.shape[1:]
-        keys, values = self._keys[layer], self._values[layer]
-        if self._scattered is not None:
-            keys, values = keys.index_select(0, self._scattered), values.index_select(0, self._scattered)
-        sequences, count, shared = self._num_sequences, self._num_queries, keys.shape[1]
-        group = num_heads // shared
-        if self._gather is not None:
-            queries = queries.index_select(0, self._gather)
+        keys, values = self.keys[layer], self.values[layer]
+        if self.scattered is not None:
+            keys, values = keys.index_select(0, self.scattered), values.index_select(0, self.scattered)
+        sequences, count, shared = self.num_sequences, self.num_queries, keys.shape[1]
+        if self.gather is not None:
+            queries = queries.index_select(0, self.gather)
         if count == 1:
-            folded = queries.view(sequences, shared, group, head_dim)
+            folded = queries.view(sequences, shared, -1, head_dim)
         else:
-            folded = queries.view(sequences, count, shared, group, head_dim).transpose(1, 2).flatten(2, 3)
-        if self._row_limits is not None and self._mask is None:
-            self._mask = additive_mask(self._row_limits, self._length, group, queries.dtype)
-        result = scaled_dot_product_attention(folded, keys, values, self._mask)
-        if count == 1:
-            result = result.view(sequences, num_heads * head_dim)
-        else:
-            unfolded = result.view(sequences, shared, count, group, head_dim).transpose(1, 2)
-            result = unfolded.reshape(sequences * count, num_heads * head_dim)
-        return result if self._scatter is None else result.index_select(0, self._scatter)
+            folded = queries.view(sequences, count, shared, -1, head_dim).transpose(1, 2).flatten(2, 3)
+        result = scaled_dot_product_attention(folded, keys, values, self.mask)
+        if count > 1:
+            result = result.view(sequences, shared, count, -1, head_dim).transpose(1, 2)
+        result = result.reshape(sequences * count, num_heads * head_dim)
+        return result if self.scatter is None else result.index_select(0, self.scatter)
 
 
-def plan_calls(
-    slots: Indices, counts: Indices, limits: Indices, cache: KeyValueCache
-) -> tuple[list[AttentionCall], Tensor | None]:
-    """The attention calls of a pass, and how their joined rows go back into flat order (None: they are in order)."""
-    offsets = np.cumsum(counts) - counts
+def call_of_one(rows: RowBatch, cache: KeyValueCache, group: int) -> AttentionCall:
+    """The call of a single sequence, whose rows need no padding."""
+    slot, start, count = rows.slots[0], rows.starts[0], rows.counts[0]
+    row_limits = None
+    if rows.limits is None:
+        length = start + count
+        if count > 1:
+            row_limits = torch.arange(start + 1, length + 1, device=cache.device)
+    else:
+        shortest, length = (int(limit) for limit in rows.limits.aminmax())
+        row_limits = None if shortest == length else rows.limits
+    mask = None if row_limits is None else additive_mask(row_limits.unsqueeze(0), length, group, cache.dtype)
+    keys, values = cache.keys[:, slot : slot + 1, :, :length], cache.values[:, slot : slot + 1, :, :length]
+    return AttentionCall(1, count, keys.unbind(0), values.unbind(0), mask=mask)
+
+
+def padded_call(
+    slots: Indices, counts: Indices, offsets: Indices, limits: Indices, cache: KeyValueCache, group: int
+) -> AttentionCall:
+    """One call for sequences with the flat rows `offsets[i]` to `offsets[i] + counts[i]`; `limits` is of all rows."""
+    places, chosen = slot_places(slots)
+    num_sequences = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
+    num_queries = int(counts.max())
+    padded = np.full((num_sequences, num_queries), offsets[0])  # gaps repeat some row: their result is dropped
+    padded[places] = np.minimum(np.arange(num_queries), counts[:, None] - 1) + offsets[:, None]
+    row_limits = limits[padded]
+    length = int(row_limits.max())
+    gather = scatter = mask = scattered = None
+    if padded.size != len(limits) or (padded.ravel() != np.arange(padded.size)).any():
+        gather = torch.from_numpy(padded.ravel()).to(cache.device)
+        rows = [place * num_queries + np.arange(count) for place, count in zip(places, counts, strict=True)]
+        scatter = torch.from_numpy(np.concatenate(rows)).to(cache.device)
+    if (row_limits != length).any():
+        mask = additive_mask(torch.from_numpy(row_limits).to(cache.device), length, group, cache.dtype)
+    if not isinstance(chosen, slice):
+        scattered, chosen = torch.from_numpy(chosen).to(cache.device), slice(None)
+    keys, values = cache.keys[:, chosen, :, :length].unbind(0), cache.values[:, chosen, :, :length].unbind(0)
+    return AttentionCall(num_sequences, num_queries, keys, values, scattered, gather, scatter, mask)
+
+
+def padded_groups(counts: Indices) -> list[Indices]:
+    """The sequences that share a call: all short ones, and each long one alone."""
     long = counts > LONGEST_PADDED
     if not long.any() or (counts == counts[0]).all():
-        return [AttentionCall(slots, counts, offsets, limits, cache)], None
-    groups = [np.array([index]) for index in np.flatnonzero(long)]
-    if not long.all():
-        groups.insert(0, np.flatnonzero(~long))
-    calls = [AttentionCall(slots[group], counts[group], offsets[group], limits, cache) for group in groups]
-    joined = np.concatenate([np.arange(offsets[i], offsets[i] + counts[i]) for group in groups for i in group])
-    return calls, torch.from_numpy(np.argsort(joined)).to(cache.entries.device)
+        return [np.arange(len(counts))]
+    short = [] if long.all() else [np.flatnonzero(~long)]
+    return [*short, *np.flatnonzero(long).reshape(-1, 1)]
 
 
 def slot_places(slots: Indices) -> tuple[Indices, slice | Indices]:
@@ -159,6 +170,6 @@ def additive_mask(limits: Tensor, length: int, group: int, dtype: torch.dtype) -
 
     `limits` is [sequences, queries].
     """
-    hidden = torch.arange(length, device=limits.device) >= limits.repeat_interleave(group, dim=1).unsqueeze(-1)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=limits.device)
-    return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
+    unseen = torch.arange(length, device=limits.device) >= limits.unsqueeze(-1)
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=limits.device).masked_fill_(unseen, float("-inf"))
+    return mask.unsqueeze(2).expand(-1, -1, group, -1).flatten(1, 2).unsqueeze(1)

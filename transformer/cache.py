@@ -27,6 +27,8 @@ class KeyValueCache:
         self.entries = lazy_zeros(shape, torch.device(device), dtype)
         self.keys = self.entries[:, :, :num_heads]
         self.values = self.entries[:, :, num_heads:]
+        self.device = self.entries.device
+        self.dtype = dtype
         self.num_slots = num_slots
         self.length = length
 
