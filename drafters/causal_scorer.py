@@ -6,12 +6,13 @@ earlier match of the current suffix in the request's own text and `m` is the len
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels import MAX_MATCH, greedy_chains, learn_copying
+from drafters.kernels import MAX_MATCH, copy_weight, greedy_chains, learn_copying, new_workspace
 from drafters.ngram import NgramModel
 
 WINDOW = 4096  # tokens of a request's text that copying looks at
@@ -36,18 +37,16 @@ class CopyCalibration:
         self.seen = np.full(MAX_MATCH + 1, prior_strength)
         self.right = self.seen * np.asarray(prior_weights, np.float64)
 
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """[17] mixing weight of the copied token by match length."""
-        weights = np.clip(self.right / self.seen, 0.0, 0.995)
-        weights[0] = 0.0
-        return weights.astype(np.float32)
+        self.weights = np.zeros(MAX_MATCH + 1, np.float32)  # [17] mixing weight of the copied token by match length
+        for length in range(1, MAX_MATCH + 1):
+            self.weights[length] = copy_weight(self.right[length], self.seen[length])
 
     def observe(self, match_length: int, was_right: bool) -> None:
-        """Take in whether the token copied after a match of `match_length` tokens was the right one."""
+        """Take in whether the token copied after a match of `match_length` tokens (at least 1) was the right one."""
         length = min(match_length, MAX_MATCH)
         self.right[length] = self.decay * self.right[length] + was_right
         self.seen[length] = self.decay * self.seen[length] + 1.0
+        self.weights[length] = copy_weight(self.right[length], self.seen[length])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +82,8 @@ class CausalModel:
         self.calibration = calibration or CopyCalibration()
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
         self.use_copy = use_copy
-
-    @property
-    def copy_weights(self) -> NDArray[np.float32]:
-        """[17] by match length; all zero if copying is off."""
-        return self.calibration.weights if self.use_copy else np.zeros(MAX_MATCH + 1, np.float32)
+        self.copy_weights = self.calibration.weights if use_copy else np.zeros(MAX_MATCH + 1, np.float32)
+        self.workspace = new_workspace(vocabulary_size, WINDOW)
 
     def greedy_chains(self, histories: Sequence[Tokens], max_tokens: Sequence[int]) -> list[Chain]:
         """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token."""
@@ -97,9 +93,11 @@ class CausalModel:
         caps = np.array(max_tokens, np.int64)
         tokens = np.zeros((len(histories), max(int(caps.max()), 1)), np.int32)
         confidences = np.zeros(tokens.shape)
-        lengths = greedy_chains(
-            text, starts, caps, self.end_tokens, self.ngram.arrays, self.copy_weights, tokens, confidences
-        )
+        lengths = np.zeros(len(caps), np.int64)
+        greedy_chains(
+            text, starts, caps, self.end_tokens, self.ngram.arrays, self.copy_weights, self.workspace,
+            lengths, tokens, confidences,
+        )  # fmt: skip
         return [
             Chain(tuple(row[:length].tolist()), confidence[:length])
             for row, confidence, length in zip(tokens, confidences, lengths.tolist(), strict=True)
@@ -112,13 +110,13 @@ class CausalModel:
         if self.use_copy and first < len(text):
             calibration = self.calibration
             learn_copying(
-                text, first, self.ngram.arrays, calibration.weights, calibration.decay, calibration.right, calibration.seen
-            )
+                text, first, self.ngram.arrays, calibration.weights, self.workspace,
+                calibration.decay, calibration.right, calibration.seen,
+            )  # fmt: skip
 
 
 def join(histories: Sequence[Tokens]) -> tuple[Tokens, NDArray[np.int64]]:
     """The last WINDOW tokens of each history in one array, and where each starts: [requests + 1]."""
     windows = [history[-WINDOW:] for history in histories]
-    starts = np.zeros(len(windows) + 1, np.int64)
-    np.cumsum([len(window) for window in windows], out=starts[1:])
+    starts = np.array([0, *accumulate(len(window) for window in windows)], np.int64)
     return np.concatenate(windows).astype(np.int32, copy=False), starts

@@ -14,15 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
+MAX_ORDER = 8
 NO_TOKEN = -1
+BEST_SUCCESSORS = 3  # of each context, from which the n-gram model's own proposals are taken
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable."""
+    sums = {"reassoc", "contract"}  # sums may be reordered, so that they vectorise; infinities and not-a-number stay
     try:
-        kernel: Callable[..., Any] = numba.njit(nogil=True, cache=True)(function)
+        kernel: Callable[..., Any] = numba.njit(nogil=True, fastmath=sums, cache=True)(function)
     except RuntimeError:  # numba found no writable place: a read-only install, as in some containers
-        kernel = numba.njit(nogil=True)(function)
+        kernel = numba.njit(nogil=True, fastmath=sums)(function)
     return kernel
 
 
@@ -40,27 +43,23 @@ class NgramArrays(NamedTuple):
     unigram: NDArray[np.float32]  # [vocabulary] sums to one
 
 
-class Scratch(NamedTuple):
-    """Working memory of one kernel call, clean between contexts and requests.
+class Workspace(NamedTuple):
+    """Working memory of the causal kernels, clean between calls: made once, so that a call allocates nothing."""
 
-    The n-gram model's distribution in one context is kept sparse: `p(t) = sums[t] + rest * unigram[t]`.
-    """
-
-    sums: NDArray[np.float32]  # [vocabulary] zero where not touched
-    touched: NDArray[np.int32]  # tokens with a sum
-    last: NDArray[np.int32]  # [vocabulary] last position of a token in the text, or -1
+    sums: NDArray[np.float32]  # [vocabulary] of the context at hand: `p(t) = sums[t] + rest * unigram[t]`; else zero
+    starts: NDArray[np.int64]  # [MAX_ORDER] first successor of each context found, shortest first
+    stops: NDArray[np.int64]  # [MAX_ORDER]
+    last: NDArray[np.int32]  # [vocabulary] last position of a token in the text at hand, or -1
     previous: NDArray[np.int32]  # [window] previous position of the same token, or -1
 
 
-@compiled
-def new_scratch(ngram: Any, window: int) -> Any:
-    vocabulary = len(ngram.unigram)
-    room = min(vocabulary, 255 * (ngram.order - 1)) + 1
-    return Scratch(
-        np.zeros(vocabulary, np.float32),
-        np.zeros(room, np.int32),
-        np.full(vocabulary, NO_TOKEN, np.int32),
-        np.zeros(window, np.int32),
+def new_workspace(vocabulary_size: int, window: int) -> Workspace:
+    return Workspace(
+        sums=np.zeros(vocabulary_size, np.float32),
+        starts=np.zeros(MAX_ORDER, np.int64),
+        stops=np.zeros(MAX_ORDER, np.int64),
+        last=np.full(vocabulary_size, NO_TOKEN, np.int32),
+        previous=np.zeros(window, np.int32),
     )
 
 
@@ -82,8 +81,9 @@ def fingerprint_of(state: np.uint64) -> np.uint16:
 
 
 @compiled
-def contains(values: Any, value: int) -> bool:
-    for index in range(len(values)):  # noqa: SIM110
+def contains(values: Any, count: int, value: int) -> bool:
+    """Whether `value` is among the first `count`."""
+    for index in range(count):  # noqa: SIM110
         if values[index] == value:
             return True
     return False
@@ -106,61 +106,58 @@ def locate_contexts(text: Any, ends: Any, width: int, num_buckets: int, buckets:
 
 
 @compiled
-def static_distribution(ngram: Any, text: Any, path: Any, length: int, scratch: Any) -> tuple[int, float]:
-    """Sum the n-gram model's successors of `text + path[:length]` into `scratch`; return (touched, rest)."""
+def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> tuple[int, float]:
+    """Sum the successors' shares after `text + path[:length]` into `work.sums`; return (contexts found, rest)."""
     end = len(text) + length
-    starts, counts = np.zeros(8, np.int64), np.zeros(8, np.int64)
     state = np.uint64(0)
     found = 0
-    num_buckets = len(ngram.bucket_successors)
     for width in range(1, min(ngram.order - 1, end) + 1):
         state = extend_hash(state, _token_at(text, path, end - width))
-        bucket = bucket_of(state, num_buckets)
+        bucket = bucket_of(state, len(ngram.bucket_successors))
         fingerprint = fingerprint_of(state)
         successor = np.int64(ngram.bucket_successors[bucket])
-        for context in range(ngram.bucket_contexts[bucket], ngram.bucket_contexts[bucket + 1]):
+        for context in range(np.int64(ngram.bucket_contexts[bucket]), np.int64(ngram.bucket_contexts[bucket + 1])):
+            count = np.int64(ngram.successor_counts[context])
             if ngram.fingerprints[context] == fingerprint:
-                starts[found], counts[found] = successor, ngram.successor_counts[context]
+                work.starts[found], work.stops[found] = successor, successor + count
                 found += 1
                 break
-            successor += ngram.successor_counts[context]
-    touched = 0
-    rest = 1.0
+            successor += count
+    sums, tokens, levels, shares = work.sums, ngram.tokens, ngram.levels, ngram.level_probabilities
+    rest = np.float32(1.0)
     for index in range(found - 1, -1, -1):
-        mass = 0.0
-        for successor in range(starts[index], starts[index] + counts[index]):
-            token = ngram.tokens[successor]
-            share = ngram.level_probabilities[ngram.levels[successor]]
+        mass = np.float32(0.0)
+        for successor in range(work.starts[index], work.stops[index]):
+            share = shares[levels[successor]]
             mass += share
-            if scratch.sums[token] == 0.0:
-                scratch.touched[touched] = token
-                touched += 1
-            scratch.sums[token] += rest * share
-        rest *= 1.0 - mass
-    return touched, rest
+            sums[tokens[successor]] += rest * share
+        rest *= np.float32(1.0) - mass
+    return found, rest
 
 
 @compiled
-def clear_static(scratch: Any, touched: int) -> None:
-    for index in range(touched):
-        scratch.sums[scratch.touched[index]] = 0.0
+def leave_context(ngram: Any, found: int, work: Any) -> None:
+    sums, tokens = work.sums, ngram.tokens
+    for index in range(found):
+        for successor in range(work.starts[index], work.stops[index]):
+            sums[tokens[successor]] = np.float32(0.0)
 
 
 @compiled
-def index_text(text: Any, first: int, stop: int, scratch: Any) -> None:
+def index_text(text: Any, first: int, stop: int, work: Any) -> None:
     """Chain the positions of equal tokens, so that a match is looked for only where its last token stands."""
     for position in range(first, stop):
         token = text[position]
-        if 0 <= token < len(scratch.last):
-            scratch.previous[position] = scratch.last[token]
-            scratch.last[token] = position
+        if 0 <= token < len(work.last):
+            work.previous[position] = work.last[token]
+            work.last[token] = position
 
 
 @compiled
-def clear_text(text: Any, scratch: Any) -> None:
+def clear_text(text: Any, work: Any) -> None:
     for position in range(len(text)):
-        if 0 <= text[position] < len(scratch.last):
-            scratch.last[text[position]] = NO_TOKEN
+        if 0 <= text[position] < len(work.last):
+            work.last[text[position]] = NO_TOKEN
 
 
 @compiled
@@ -177,98 +174,107 @@ def _match_length(text: Any, path: Any, position: int, end: int) -> int:
 
 
 @compiled
-def find_copy(text: Any, path: Any, length: int, scratch: Any) -> tuple[int, int]:
+def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[int, int]:
     """Longest earlier match of the end of `text + path[:length]`: (match length, token after it), or (0, -1).
 
     The most recent of equally long matches wins. A match may end, and its continuation lie, in the path itself.
     """
     end = len(text) + length
     if end < 2:
-        return 0, NO_TOKEN
+        return np.int64(0), np.int64(NO_TOKEN)
     last_token = _token_at(text, path, end - 1)
-    if not 0 <= last_token < len(scratch.last):
-        return 0, NO_TOKEN
+    if not 0 <= last_token < len(work.last):
+        return np.int64(0), np.int64(NO_TOKEN)
     best, best_position = 0, -1
     for position in range(end - 2, len(text) - 1, -1):  # the path is short and not chained
         match = _match_length(text, path, position, end)
         if match > best:
             best, best_position = match, position
-    position = scratch.last[last_token] if length > 0 else scratch.previous[len(text) - 1]
+    position = work.last[last_token] if length > 0 else work.previous[len(text) - 1]
     while position >= 0 and best < MAX_MATCH:
         match = _match_length(text, path, position, end)
         if match > best:
             best, best_position = match, position
-        position = scratch.previous[position]
+        position = work.previous[position]
     if best == 0:
-        return 0, NO_TOKEN
-    token = _token_at(text, path, best_position + 1)
-    if not 0 <= token < len(scratch.last):
-        return 0, NO_TOKEN
-    return best, token
+        return np.int64(0), np.int64(NO_TOKEN)
+    token = np.int64(_token_at(text, path, best_position + 1))
+    if not 0 <= token < len(work.last):
+        return np.int64(0), np.int64(NO_TOKEN)
+    return np.int64(best), token
 
 
 @compiled
 def greedy_chains(
-    flat: Any, starts: Any, caps: Any, ends: Any, ngram: Any, copy_weights: Any, tokens: Any, confidences: Any
-) -> Any:
-    """Per text, follow the mixture's most probable token up to `caps` times or to an end token; return the lengths."""
-    lengths = np.zeros(len(caps), np.int64)
-    scratch = new_scratch(ngram, np.max(np.diff(starts)))
+    flat: Any, starts: Any, caps: Any, ends: Any, ngram: Any, copy_weights: Any, work: Any, lengths: Any, tokens: Any,
+    confidences: Any,
+) -> None:  # fmt: skip
+    """Per text, follow the mixture's most probable token up to `caps` times or to an end token."""
     for request in range(len(caps)):
         text, path = flat[starts[request] : starts[request + 1]], tokens[request]
-        index_text(text, 0, len(text), scratch)
+        index_text(text, 0, len(text), work)
         for step in range(caps[request]):
-            match, copied = find_copy(text, path, step, scratch)
+            match, copied = find_copy(text, path, step, work)
             weight = copy_weights[match]
-            touched, rest = static_distribution(ngram, text, path, step, scratch)
-            best, best_probability = NO_TOKEN, 0.0
-            for index in range(touched):
-                token = scratch.touched[index]
-                probability = scratch.sums[token] + rest * ngram.unigram[token]
-                if probability > best_probability:
-                    best, best_probability = token, probability
-            probability = (1.0 - weight) * best_probability
+            found, rest = enter_context(ngram, text, path, step, work)
+            best, best_probability = np.int64(NO_TOKEN), 0.0
+            for index in range(found):
+                for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
+                    token = np.int64(ngram.tokens[successor])
+                    probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+                    if token == copied:
+                        probability += weight
+                    if probability > best_probability:
+                        best, best_probability = token, probability
             if weight > 0.0:
-                copied_probability = weight + (1.0 - weight) * (scratch.sums[copied] + rest * ngram.unigram[copied])
-                if copied_probability > probability:
-                    best, probability = copied, copied_probability
-            clear_static(scratch, touched)
+                probability = weight + (1.0 - weight) * (work.sums[copied] + rest * ngram.unigram[copied])
+                if probability > best_probability:
+                    best, best_probability = copied, probability
+            leave_context(ngram, found, work)
             if best == NO_TOKEN:
                 break
-            path[step], confidences[request, step] = best, probability
+            path[step], confidences[request, step] = best, best_probability
             lengths[request] = step + 1
-            if contains(ends, best):
+            if contains(ends, len(ends), best):
                 break
-        clear_text(text, scratch)
-    return lengths
+        clear_text(text, work)
 
 
 @compiled
-def learn_copying(text: Any, first: int, ngram: Any, copy_weights: Any, decay: float, right: Any, seen: Any) -> None:
-    """Predict `text[first:]` token by token, and move `right` and `seen` (both [17], by match length) accordingly.
+def copy_weight(right: float, seen: float) -> float:
+    return min(right / seen, 0.995)  # never so sure that all else becomes impossible
+
+
+@compiled
+def learn_copying(
+    text: Any, first: int, ngram: Any, copy_weights: Any, work: Any, decay: float, right: Any, seen: Any
+) -> None:
+    """Predict `text[first:]` token by token, and move `right`, `seen` and `copy_weights` (each
+    [17], by match length) accordingly.
 
     A right copy counts by its share of the mixture's probability (expectation maximisation): a token that the n-gram
     model expects anyway says little about copying.
     """
-    scratch = new_scratch(ngram, len(text))
-    index_text(text, 0, first, scratch)
+    index_text(text, 0, first, work)
     for position in range(first, len(text)):
         before = text[:position]
-        match, copied = find_copy(before, before, 0, scratch)
+        match, copied = find_copy(before, before, 0, work)
         if match > 0:
             credit = 0.0
             if copied == text[position]:
-                touched, rest = static_distribution(ngram, before, before, 0, scratch)
-                otherwise = scratch.sums[copied] + rest * ngram.unigram[copied]
-                clear_static(scratch, touched)
+                found, rest = enter_context(ngram, before, before, 0, work)
+                otherwise = work.sums[copied] + rest * ngram.unigram[copied]
+                leave_context(ngram, found, work)
                 credit = copy_weights[match] / (copy_weights[match] + (1.0 - copy_weights[match]) * otherwise)
             right[match] = decay * right[match] + credit
             seen[match] = decay * seen[match] + 1.0
-        index_text(text, position, position + 1, scratch)
+            copy_weights[match] = copy_weight(right[match], seen[match])
+        index_text(text, position, position + 1, work)
+    clear_text(text, work)
 
 
 class Search(NamedTuple):
-    """What one beam search needs besides the texts and the causal model."""
+    """What one beam search reads besides the texts and the causal model, and the room it works in."""
 
     row_starts: NDArray[np.int64]  # [requests + 1]
     candidates: NDArray[np.int32]  # [rows, most candidates]
@@ -276,80 +282,96 @@ class Search(NamedTuple):
     logits: NDArray[np.float32]  # [rows, drafter's vocabulary]
     log_normalisers: NDArray[np.float32]  # [rows]
     ends: NDArray[np.int32]
-    beam_width: int
     lattice_weight: float
     log_floor: float  # nats
-    most_successors: int  # of the n-gram model, joined to the lattice's candidates
+    option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
+    option_scores: NDArray[np.float64]  # [most options, 4] score, log lattice, log causal, confidence
+    paths: NDArray[np.int32]  # [2, beam width, longest] before and after a position
+    details: NDArray[np.float64]  # [2, beam width, longest, 4] as option_scores
+    sums: NDArray[np.float64]  # [2, beam width] scores summed over the path
+    picks: NDArray[np.int64]  # [beam width, 2] parent beam and token of each new beam
+    pick_scores: NDArray[np.float64]  # [beam width, 4]
 
 
 class Found(NamedTuple):
-    """Results of a search, filled by the kernel; [requests, longest] unless said otherwise."""
+    """Results of a search, filled by the kernel."""
 
-    tokens: NDArray[np.int32]
-    details: NDArray[np.float64]  # [requests, longest, 3] log lattice, log causal, confidence
+    tokens: NDArray[np.int32]  # [requests, longest]
+    details: NDArray[np.float64]  # [requests, longest, 4] score, log lattice, log causal, confidence
     lengths: NDArray[np.int64]  # [requests]
-    scores: NDArray[np.float64]  # [requests, 2] nats per token: of the path, of the raw argmax path
+    scores: NDArray[np.float64]  # [requests, 2] nats per token: of the path, of the raw argmax path; 0 of an empty one
+    mean_widths: NDArray[np.float64]  # [requests] lattice candidates per position
     raw_lengths: NDArray[np.int64]  # [requests]
 
 
 @compiled
-def expand(
-    search: Any, row: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int, scratch: Any, options: Any
-) -> int:
-    """Fill `options` [5, most] with token, score, log lattice, log causal and confidence of each next token; their number.
+def _join(tokens: Any, count: int, token: int, vocabulary: int) -> int:
+    """Append a token that is in the vocabulary and not there yet; return the new number."""
+    if not 0 <= token < vocabulary or contains(tokens, count, token):
+        return count
+    tokens[count] = token
+    return count + 1
 
-    Candidates are the lattice's of this position, the copied token and the n-gram model's best successors of this path.
-    A confidence is the candidate's share of the candidates' probability after mixing (a product of experts).
+
+@compiled
+def expand(
+    search: Any, row: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int, use_copy: bool, work: Any
+) -> int:
+    """Fill the options for the token after `text + path[:length]`; return their number.
+
+    They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
+    option's confidence is its share of their probabilities after mixing (a product of experts).
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
-    match, copied = 0, NO_TOKEN
-    if copy_weights[MAX_MATCH] > 0.0:
-        match, copied = find_copy(text, path, length, scratch)
+    tokens, scores = search.option_tokens, search.option_scores
+    match, copied = np.int64(0), np.int64(NO_TOKEN)
+    if use_copy:
+        match, copied = find_copy(text, path, length, work)
     weight = copy_weights[match]
-    touched, rest = static_distribution(ngram, text, path, length, scratch)
-    count = 0
+    found, rest = enter_context(ngram, text, path, length, work)
+    count = np.int64(0)
     for index in range(search.widths[row]):
-        if search.candidates[row, index] < vocabulary:
-            options[0, count] = search.candidates[row, index]
-            count += 1
-    if weight > 0.0 and copied < vocabulary and not contains(options[0, :count], copied):
-        options[0, count] = copied
-        count += 1
-    best, best_sums = np.empty(search.most_successors, np.int64), np.empty(search.most_successors)
-    known = 0
-    for index in range(touched):
-        token = scratch.touched[index]
-        at = known
-        while at > 0 and best_sums[at - 1] < scratch.sums[token]:
-            at -= 1
-        if at < search.most_successors and token < vocabulary:
-            known = min(known + 1, search.most_successors)
-            for later in range(known - 1, at, -1):
-                best[later], best_sums[later] = best[later - 1], best_sums[later - 1]
-            best[at], best_sums[at] = token, scratch.sums[token]
-    for index in range(known):
-        if not contains(options[0, :count], best[index]):
-            options[0, count] = best[index]
-            count += 1
+        count = _join(tokens, count, np.int64(search.candidates[row, index]), vocabulary)
+    if weight > 0.0:
+        count = _join(tokens, count, copied, vocabulary)
+    for index in range(found):
+        for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
+            count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
     total = 0.0
     for index in range(count):
-        token = np.int64(options[0, index])
+        token = tokens[index]
         log_lattice = search.log_floor
         if search.widths[row] > 0:
-            log_lattice = min(float(search.logits[row, token] - search.log_normalisers[row]), 0.0)
-            log_lattice = log_lattice if log_lattice > search.log_floor else search.log_floor
-        probability = (1.0 - weight) * (scratch.sums[token] + rest * ngram.unigram[token])
+            value = float(search.logits[row, token] - search.log_normalisers[row])
+            if value > search.log_floor:  # not-a-number is not
+                log_lattice = min(value, 0.0)
+        probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
         if token == copied:
             probability += weight
-        log_causal = max(np.log(max(probability, 1e-300)), search.log_floor)
+        log_causal = max(np.log(max(probability, 1e-30)), search.log_floor)
         score = search.lattice_weight * log_lattice + (1.0 - search.lattice_weight) * log_causal
-        options[1, index], options[2, index], options[3, index] = score, log_lattice, log_causal
-        options[4, index] = np.exp(score)
-        total += options[4, index]
+        scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
+        scores[index, 3] = np.exp(score)
+        total += scores[index, 3]
     for index in range(count):
-        options[4, index] /= total
-    clear_static(scratch, touched)
+        scores[index, 3] /= total
+    leave_context(ngram, found, work)
     return count
+
+
+@compiled
+def _copy_path(tokens: Any, details: Any, length: int, to_tokens: Any, to_details: Any) -> None:
+    for step in range(length):
+        to_tokens[step] = tokens[step]
+        for index in range(4):
+            to_details[step, index] = details[step, index]
+
+
+@compiled
+def _append(tokens: Any, details: Any, length: int, token: int, scores: Any) -> None:
+    tokens[length] = token
+    for index in range(4):
+        details[length, index] = scores[index]
 
 
 @compiled
@@ -359,79 +381,86 @@ def raw_argmax(search: Any, first: int, stop: int, path: Any) -> int:
         if search.widths[row] == 0:
             return row - first
         path[row - first] = search.candidates[row, 0]
-        if contains(search.ends, path[row - first]):
+        if contains(search.ends, len(search.ends), path[row - first]):
             return row - first + 1
     return stop - first
 
 
 @compiled
-def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: Any, use_beams: bool, found: Any) -> None:
+def search_paths(
+    flat: Any, starts: Any, ngram: Any, copy_weights: Any, use_copy: bool, use_beams: bool, search: Any, work: Any,
+    found: Any,
+) -> None:  # fmt: skip
     """Beam search (Eq. 8) for every request; without `use_beams` the raw argmax path is only scored."""
-    longest = found.tokens.shape[1]
-    most = search.candidates.shape[1] + 1 + search.most_successors
-    width = search.beam_width
-    scratch = new_scratch(ngram, np.max(np.diff(starts)))
-    options = np.empty((5, most))
-    # Beams and their successors: tokens, and per token [log lattice, log causal, confidence].
-    paths, new_paths = np.zeros((width, longest), np.int32), np.zeros((width, longest), np.int32)
-    beam_details, new_details = np.zeros((width, longest, 3)), np.zeros((width, longest, 3))
-    sums, new_sums = np.zeros(width), np.zeros(width)
-    parents, picks = np.zeros(width, np.int64), np.zeros((width, 4))
+    width = len(search.picks)
     for request in range(len(starts) - 1):
         text = flat[starts[request] : starts[request + 1]]
         first, stop = search.row_starts[request], search.row_starts[request + 1]
-        index_text(text, 0, len(text), scratch)
-        # The raw argmax path is the first hypothesis, so that the search never ends below it.
         tokens, details = found.tokens[request], found.details[request]
-        length = raw_argmax(search, first, stop, tokens)
-        ended = length > 0 and contains(search.ends, tokens[length - 1])
-        found.raw_lengths[request] = length - 1 if ended else length
-        found.lengths[request] = length
-        score = 0.0
-        for step in range(length):
-            count = expand(search, first + step, ngram, copy_weights, text, tokens, step, scratch, options)
+        if use_copy:
+            index_text(text, 0, len(text), work)
+        # The raw argmax path is the first hypothesis, so that the search never ends below it.
+        raw_length = raw_argmax(search, first, stop, tokens)
+        ended = raw_length > 0 and contains(search.ends, len(search.ends), tokens[raw_length - 1])
+        found.raw_lengths[request] = raw_length - 1 if ended else raw_length
+        found.lengths[request] = raw_length
+        total = 0.0
+        for step in range(raw_length):
+            count = expand(search, first + step, ngram, copy_weights, text, tokens, step, use_copy, work)
             for index in range(count):
-                if options[0, index] == tokens[step]:
-                    score += options[1, index]
-                    details[step] = options[2:, index]
-        best_score = score / length if length > 0 else -np.inf
-        found.scores[request] = best_score
-        num_beams, length, sums[0] = 1, 0, 0.0
+                if search.option_tokens[index] == tokens[step]:
+                    total += search.option_scores[index, 0]
+                    _append(tokens, details, step, np.int64(tokens[step]), search.option_scores[index])
+        best_score = total / raw_length if raw_length > 0 else -np.inf
+        if raw_length > 0:
+            found.scores[request, 1] = best_score
+        side, num_beams, length = np.int64(0), np.int64(1), np.int64(0)  # not literals, which would compile it all twice
+        search.sums[0, 0] = 0.0
         for row in range(first, stop if use_beams else first):
             num_new = 0
             for beam in range(num_beams):
-                count = expand(search, row, ngram, copy_weights, text, paths[beam], length, scratch, options)
+                path = search.paths[side, beam]
+                count = expand(search, row, ngram, copy_weights, text, path, length, use_copy, work)
                 for index in range(count):
-                    score = sums[beam] + options[1, index]
-                    if contains(search.ends, options[0, index]):
+                    token, scores = search.option_tokens[index], search.option_scores[index]
+                    score = search.sums[side, beam] + scores[0]
+                    if contains(search.ends, len(search.ends), token):
                         if score / (length + 1) > best_score:
                             best_score = score / (length + 1)
+                            _copy_path(path, search.details[side, beam], length, tokens, details)
+                            _append(tokens, details, length, token, scores)
                             found.lengths[request] = length + 1
-                            tokens[:length], details[:length] = paths[beam, :length], beam_details[beam, :length]
-                            tokens[length], details[length] = options[0, index], options[2:, index]
                         continue
                     at = num_new
-                    while at > 0 and new_sums[at - 1] < score:
+                    while at > 0 and search.sums[1 - side, at - 1] < score:
                         at -= 1
                     if at < width:
                         num_new = min(num_new + 1, width)
                         for later in range(num_new - 1, at, -1):
-                            new_sums[later], parents[later] = new_sums[later - 1], parents[later - 1]
-                            picks[later] = picks[later - 1]
-                        new_sums[at], parents[at] = score, beam
-                        picks[at, 0], picks[at, 1:] = options[0, index], options[2:, index]
+                            search.sums[1 - side, later] = search.sums[1 - side, later - 1]
+                            for part in range(2):
+                                search.picks[later, part] = search.picks[later - 1, part]
+                            for part in range(4):
+                                search.pick_scores[later, part] = search.pick_scores[later - 1, part]
+                        search.sums[1 - side, at] = score
+                        search.picks[at, 0], search.picks[at, 1] = beam, token
+                        for part in range(4):
+                            search.pick_scores[at, part] = scores[part]
             if num_new == 0:
                 break
             for beam in range(num_new):
-                parent = parents[beam]
-                new_paths[beam, :length], new_details[beam, :length] = paths[parent, :length], beam_details[parent, :length]
-                new_paths[beam, length], new_details[beam, length] = picks[beam, 0], picks[beam, 1:]
-                sums[beam] = new_sums[beam]
-            paths, new_paths, beam_details, new_details = new_paths, paths, new_details, beam_details
-            num_beams, length = num_new, length + 1
-        if length > 0 and sums[0] / length > best_score:
-            best_score = sums[0] / length
+                parent, new_path = search.picks[beam, 0], search.paths[1 - side, beam]
+                new_details = search.details[1 - side, beam]
+                _copy_path(search.paths[side, parent], search.details[side, parent], length, new_path, new_details)
+                _append(new_path, new_details, length, search.picks[beam, 1], search.pick_scores[beam])
+            side, num_beams, length = 1 - side, num_new, length + 1
+        if length > 0 and search.sums[side, 0] / length > best_score:
+            best_score = search.sums[side, 0] / length
+            _copy_path(search.paths[side, 0], search.details[side, 0], length, tokens, details)
             found.lengths[request] = length
-            tokens[:length], details[:length] = paths[0, :length], beam_details[0, :length]
-        found.scores[request, 0] = best_score
-        clear_text(text, scratch)
+        if found.lengths[request] > 0:
+            found.scores[request, 0] = best_score
+        for row in range(first, stop):
+            found.mean_widths[request] += search.widths[row] / (stop - first)
+        if use_copy:
+            clear_text(text, work)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class DraftLattice:
     """
 
     row_starts: NDArray[np.int64]  # [requests + 1]
+    longest: int  # most positions of a request
     tokens: NDArray[np.int32]  # [rows, most candidates] best first, then end tokens; -1: none
     log_probs: NDArray[np.float32]  # [rows, most candidates] nats; -inf: none
     widths: NDArray[np.int64]  # [rows] number of candidates; 0 for a row without a finite maximum
@@ -49,8 +51,7 @@ class DraftLattice:
 
         Tokens that must not be drafted are -inf in them already. Raises ValueError if the shapes do not fit.
         """
-        row_starts = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=row_starts[1:])
+        row_starts = np.array([0, *accumulate(lengths)], np.int64)
         if logits.ndim != 2 or len(logits) != row_starts[-1]:
             raise ValueError(f"lengths sum to {row_starts[-1]} rows, but the logits have shape {tuple(logits.shape)}")
         values = logits.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -59,6 +60,7 @@ class DraftLattice:
         width = min(options.max_candidates, vocabulary) + len(ends)
         lattice = cls(
             row_starts=row_starts,
+            longest=max(lengths, default=0),
             tokens=np.full((rows, width), -1, np.int32),
             log_probs=np.full((rows, width), -np.inf, np.float32),
             widths=np.zeros(rows, np.int64),
@@ -107,17 +109,9 @@ def _exponentials(logits: Any, maximum: np.float32, scales: Any, fractions: Any)
 
 
 @compiled
-def _dot(left: Any, right: Any) -> float:
-    """Sum of products in sixteen lanes, so that it vectorises without loosening floating point."""
-    lanes = np.zeros(16, np.float32)
-    whole = len(left) // 16 * 16
-    for start in range(0, whole, 16):
-        for lane in range(16):
-            lanes[lane] += left[start + lane] * right[start + lane]
-    total = 0.0
-    for lane in range(16):
-        total += lanes[lane]
-    for index in range(whole, len(left)):
+def _dot(left: Any, right: Any) -> np.float32:
+    total = np.float32(0.0)
+    for index in range(len(left)):
         total += left[index] * right[index]
     return total
 
@@ -162,10 +156,11 @@ def _select(
     for row in range(len(logits)):
         _order_keys(bits[row], keys)
         count = _best_of_row(keys, most, block_best, best, tokens[row])
-        if count == 0 or not np.isfinite(logits[row, tokens[row, 0]]):
-            tokens[row] = -1
+        maximum = logits[row, tokens[row, 0]] if count > 0 else np.float32(-np.inf)
+        if not -np.inf < maximum < np.inf:
+            for index in range(count):
+                tokens[row, index] = -1
             continue
-        maximum = logits[row, tokens[row, 0]]
         _exponentials(logits[row], maximum, scales, fractions)
         log_normalisers[row] = maximum + np.float32(np.log(_dot(scales.view(np.float32), fractions)))
         mass, width = 0.0, 0
@@ -173,9 +168,10 @@ def _select(
             log_probs[row, width] = logits[row, tokens[row, width]] - log_normalisers[row]
             mass += np.exp(log_probs[row, width])
             width += 1
-        tokens[row, width:] = -1
+        for index in range(width, count):
+            tokens[row, index] = -1
         for end in ends:
-            if logits[row, end] > -np.inf and not contains(tokens[row, :width], end):
+            if logits[row, end] > -np.inf and not contains(tokens[row], width, end):
                 tokens[row, width], log_probs[row, width] = end, logits[row, end] - log_normalisers[row]
                 width += 1
         widths[row] = width

@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels import NgramArrays, new_scratch, static_distribution
+from drafters.kernels import MAX_ORDER, NgramArrays, enter_context, new_workspace
 
-MAX_ORDER = 8
 MAX_SUCCESSORS = 255  # of one context
 LEVELS_PER_NAT = 25.0
 LEVEL_PROBABILITIES = (0.9995 * np.exp(-np.arange(256) / LEVELS_PER_NAT)).astype(np.float32)  # down to 4e-5, 4% apart
@@ -108,10 +107,10 @@ class NgramModel:
 
     def distribution(self, context: Tokens) -> NDArray[np.float32]:
         """Probability of every token after `context`: [vocabulary], sums to one. For tests and evaluation."""
-        scratch = new_scratch(self.arrays, 0)
+        work = new_workspace(self.vocabulary_size, 0)
         text = np.ascontiguousarray(context, np.int32)
-        _, rest = static_distribution(self.arrays, text, text[:0], 0, scratch)
-        return (scratch.sums + np.float32(rest) * self.arrays.unigram).astype(np.float32)
+        _, rest = enter_context(self.arrays, text, text[:0], 0, work)
+        return (work.sums + np.float32(rest) * self.arrays.unigram).astype(np.float32)
 
     def log_probability(self, token: int, context: Tokens) -> float:
         """Natural log of `p(token | context)`."""

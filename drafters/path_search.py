@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Tokens
 from drafters.causal_scorer import CausalModel, join
-from drafters.kernels import Found, Search, search_paths
+from drafters.kernels import BEST_SUCCESSORS, Found, Search, search_paths
 from drafters.lattice import DraftLattice
 
 LOG_FLOOR = -20.0  # nats
@@ -52,23 +52,20 @@ class PathSearch:
         end_tokens: Sequence[int] = (),
         beam_width: int = 3,
         lattice_weight: float = 0.5,
-        max_successors: int = 3,
         mode: Literal["search", "argmax"] = "search",
     ) -> None:
-        """lattice_weight: λ of Eq. 8. max_successors: best next tokens of the n-gram model that join the lattice.
+        """lattice_weight: λ of Eq. 8. mode: `argmax` takes the raw argmax path, as a baseline.
 
-        mode: `argmax` takes the raw argmax path, as a baseline. Raises ValueError for values out of range.
+        Raises ValueError for values out of range.
         """
-        if beam_width < 1 or max_successors < 0 or not 0.0 <= lattice_weight <= 1.0:
+        if beam_width < 1 or not 0.0 <= lattice_weight <= 1.0:
             raise ValueError(
-                "beam_width must be at least 1, max_successors at least 0 and lattice_weight in 0..1; "
-                f"got {beam_width}, {max_successors} and {lattice_weight}"
+                f"beam_width must be at least 1 and lattice_weight in 0..1; got {beam_width} and {lattice_weight}"
             )
         self.causal = causal
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
         self.beam_width = beam_width
-        self.lattice_weight = lattice_weight
-        self.max_successors = max_successors
+        self.lattice_weight = float(lattice_weight)
         self.mode = mode
 
     def search(self, histories: Sequence[Tokens], lattice: DraftLattice) -> list[Path]:
@@ -81,59 +78,57 @@ class PathSearch:
         if not histories:
             return []
         text, starts = join(histories)
-        lengths = np.diff(lattice.row_starts)
-        found = _room(len(histories), max(int(lengths.max()), 1))
-        search = Search(
+        longest = max(lattice.longest, 1)
+        found = Found(
+            tokens=np.zeros((len(histories), longest), np.int32),
+            details=np.zeros((len(histories), longest, 4)),
+            lengths=np.zeros(len(histories), np.int64),
+            scores=np.zeros((len(histories), 2)),
+            raw_lengths=np.zeros(len(histories), np.int64),
+            mean_widths=np.zeros(len(histories)),
+        )
+        causal = self.causal
+        search_paths(
+            text, starts, causal.ngram.arrays, causal.copy_weights, causal.use_copy, self.mode == "search",
+            self._arguments(lattice, longest), causal.workspace, found,
+        )  # fmt: skip
+        return _paths(found)
+
+    def _arguments(self, lattice: DraftLattice, longest: int) -> Search:
+        most_options = lattice.tokens.shape[1] + 1 + BEST_SUCCESSORS * (self.causal.ngram.order - 1)
+        return Search(
             row_starts=lattice.row_starts,
             candidates=lattice.tokens,
             widths=lattice.widths,
             logits=lattice.logits,
             log_normalisers=lattice.log_normalisers,
             ends=self.end_tokens,
-            beam_width=self.beam_width,
-            lattice_weight=float(self.lattice_weight),
+            lattice_weight=self.lattice_weight,
             log_floor=LOG_FLOOR,
-            most_successors=self.max_successors,
+            option_tokens=np.empty(most_options, np.int64),
+            option_scores=np.empty((most_options, 4)),
+            paths=np.empty((2, self.beam_width, longest), np.int32),
+            details=np.empty((2, self.beam_width, longest, 4)),
+            sums=np.empty((2, self.beam_width)),
+            picks=np.empty((self.beam_width, 2), np.int64),
+            pick_scores=np.empty((self.beam_width, 4)),
         )
-        causal = self.causal
-        search_paths(text, starts, causal.ngram.arrays, causal.copy_weights, search, self.mode == "search", found)
-        return _paths(found, lattice)
 
 
-def _room(requests: int, longest: int) -> Found:
-    return Found(
-        tokens=np.zeros((requests, longest), np.int32),
-        details=np.zeros((requests, longest, 3)),
-        lengths=np.zeros(requests, np.int64),
-        scores=np.zeros((requests, 2)),
-        raw_lengths=np.zeros(requests, np.int64),
-    )
-
-
-def _paths(found: Found, lattice: DraftLattice) -> list[Path]:
-    before = np.zeros(len(lattice.widths) + 1)
-    np.cumsum(lattice.widths, out=before[1:])
-    lengths = np.diff(lattice.row_starts)
-    widths = (before[lattice.row_starts[1:]] - before[lattice.row_starts[:-1]]) / np.maximum(lengths, 1)
-    scores = np.where(np.isfinite(found.scores), found.scores, 0.0)
+def _paths(found: Found) -> list[Path]:
+    columns = (found.lengths, found.scores, found.raw_lengths, found.mean_widths)
     return [
         Path(
             tokens=tuple(tokens[:length]),
-            confidences=details[:length, 2],
-            log_lattice=details[:length, 0],
-            log_causal=details[:length, 1],
-            score=score,
-            raw_score=raw_score,
+            confidences=details[:length, 3],
+            log_lattice=details[:length, 1],
+            log_causal=details[:length, 2],
+            score=scores[0],
+            raw_score=scores[1],
             raw_length=raw_length,
-            lattice_width=width,
+            lattice_width=mean_width,
         )
-        for tokens, details, length, (score, raw_score), raw_length, width in zip(
-            found.tokens.tolist(),
-            found.details,
-            found.lengths.tolist(),
-            scores.tolist(),
-            found.raw_lengths.tolist(),
-            widths.tolist(),
-            strict=True,
+        for tokens, details, length, scores, raw_length, mean_width in zip(
+            found.tokens.tolist(), found.details, *(column.tolist() for column in columns), strict=True
         )
     ]

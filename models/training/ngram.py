@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels import NgramArrays, locate_contexts
-from drafters.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_ORDER, MAX_SUCCESSORS, NgramModel, assemble
+from drafters.kernels import MAX_ORDER, NgramArrays, locate_contexts
+from drafters.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
 
 CONTEXTS_PER_BUCKET = 4
 NEW_WORD_WEIGHT = 3.0  # w above; flat between 2 and 4.5 on held-out text
