@@ -143,6 +143,7 @@ class SchedulerSettings(SettingsGroup):
     kv_cache_tokens: int | None = Field(
         default=None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
     )
+    prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
     hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
 
 

@@ -54,6 +54,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
         max_waiting=settings.scheduler.max_waiting,
         prefill_chunk_tokens=settings.scheduler.prefill_chunk_tokens,
         kv_cache_tokens=settings.scheduler.kv_cache_tokens,
+        reuse_prefixes=settings.scheduler.prefix_cache,
     )
     hang_seconds = settings.scheduler.hang_seconds
     return EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds), load_tokenizer

@@ -10,6 +10,8 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError, UnsupportedMediaError
 
+MOST_DROPPED_BYTES = 64 << 20
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -35,15 +37,22 @@ async def read_body(request: Request, model: type[Body], max_bytes: int, timeout
 
 
 async def _read_bytes(request: Request, max_bytes: int) -> bytes:
-    too_large = BodyTooLargeError(f"The body is larger than the {max_bytes} bytes that this server takes.")
+    """The body, if it is not too large. What is too large is read on and dropped for a while: a client that is cut off
+    while it sends would not see the answer."""
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
-        raise too_large
+    total = int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > max_bytes:
-            raise too_large
+    if total <= max_bytes + MOST_DROPPED_BYTES:
+        total = 0
+        async for piece in request.stream():
+            total += len(piece)
+            if total <= max_bytes:
+                data += piece
+            elif total > max_bytes + MOST_DROPPED_BYTES:
+                break
+    if total > max_bytes:
+        cut = {"Connection": "close"} if total > max_bytes + MOST_DROPPED_BYTES else None
+        raise BodyTooLargeError(f"The body is larger than the {max_bytes} bytes that this server takes.", headers=cut)
     return bytes(data)
 
 

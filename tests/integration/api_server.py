@@ -1,0 +1,74 @@
+"""A real server on a free port, in a thread of its own, so that blocking clients can talk to it."""
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.engine.base import Engine
+from service.settings import Settings, load_settings
+from service.text.tokenizer import TextTokenizer
+from service.wiring import build_engine, build_metrics, build_tokenizer
+
+
+@contextmanager
+def serving(app: FastAPI, *, wait_until_ready: bool = True) -> Iterator[str]:
+    """Yield the URL of `app`."""
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        _wait_for(lambda: server.started, 30)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        if wait_until_ready:
+            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 240)  # numba may have to compile
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} seconds"
+        time.sleep(0.02)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Fail unless `condition` holds within `seconds`."""
+    _wait_for(condition, seconds)
+
+
+def embedded_app(target: Path, drafter: Path, **overrides: Any) -> FastAPI:
+    """The application as `diffuspec serve` builds it, over tiny models."""
+    settings = load_settings(
+        overrides={
+            "model.target": str(target),
+            "model.drafter": str(drafter),
+            "model.num_threads": 1,
+            "model.served_model_name": "tiny",
+            **overrides,
+        }
+    )
+    metrics = build_metrics(settings)
+    engine, load_tokenizer = build_engine(settings, metrics)
+    return create_app(settings, engine, load_tokenizer, metrics)
+
+
+def scripted_app(engine: Engine, target: Path, settings: Settings | None = None, **options: Any) -> FastAPI:
+    """An application over any engine, with the tiny target's tokenizer."""
+    settings = settings or load_settings(overrides={"model.served_model_name": "tiny"})
+    load_tokenizer: Callable[[], TextTokenizer] = options.pop(
+        "load_tokenizer", functools.partial(build_tokenizer, target)
+    )
+    return create_app(settings, engine, load_tokenizer, build_metrics(settings), **options)

@@ -1,0 +1,338 @@
+"""The `openai` client, unchanged, against the real engine over tiny models."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.api_server import embedded_app, serving
+
+PROMPT = "def f(x):\n    return f(x) + f(x) + "
+
+
+@pytest.fixture(scope="module")
+def url(tiny_target: Path, tiny_drafter: Path) -> Iterator[str]:
+    with serving(embedded_app(tiny_target, tiny_drafter)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(url: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    answer = httpx.post(url + path, json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    return content
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_a_completion(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0)
+    assert answer.object == "text_completion"
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(PROMPT)
+    assert 1 <= answer.usage.completion_tokens <= 20
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_the_default_is_16_tokens_for_completions_and_the_context_for_chats(url: str) -> None:
+    assert post(url, prompt=PROMPT, temperature=0, ignore_eos=True)["usage"]["completion_tokens"] == 16
+    body = {"messages": [{"role": "user", "content": "x" * 480}], "temperature": 0, "ignore_eos": True}
+    usage = post(url, "/v1/chat/completions", **body)["usage"]
+    assert usage["total_tokens"] == 512
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculation_never_changes_the_text(client: openai.OpenAI, temperature: float) -> None:
+    texts, drafted = [], []
+    for speculative in ({}, {"enabled": False}, {"policy": "fixed", "max_draft_tokens": 8}, {"policy": "paper"}):
+        answer = client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=48,
+            temperature=temperature,
+            seed=11,
+            extra_body={"speculative": speculative, "return_token_ids": True, "ignore_eos": True},
+        )
+        texts.append(answer.choices[0].token_ids)  # type: ignore[attr-defined]
+        drafted.append(answer.metrics["speculative_decoding"]["num_draft_tokens"])  # type: ignore[attr-defined]
+    assert texts[1:] == texts[:1] * 3
+    assert drafted[1] == 0
+    assert drafted[2] > 0
+
+
+@pytest.mark.parametrize("stop", [None, ["n"]])
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI, stop: list[str] | None) -> None:
+    options: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "seed": 3, "stop": stop}
+    whole = client.completions.create(**options)
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    *pieces, last = chunks
+    assert "".join(chunk.choices[0].text for chunk in pieces) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in pieces if chunk.choices[0].finish_reason] == [
+        whole.choices[0].finish_reason
+    ]
+    assert all(chunk.usage is None for chunk in pieces)
+    assert last.choices == []
+    assert last.usage == whole.usage.model_copy(update={"prompt_tokens_details": last.usage.prompt_tokens_details})
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_async_streams_run_side_by_side(url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+
+        async def text(seed: int) -> str:
+            stream = await client.completions.create(model="tiny", prompt=PROMPT, max_tokens=32, seed=seed, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        together = await asyncio.gather(*(text(seed) for seed in range(6)))
+        alone = [await text(seed) for seed in range(6)]
+    assert together == alone
+
+
+def test_chats(client: openai.OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
+    whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, seed=5)
+    chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, seed=5, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    history = [*messages, whole.choices[0].message, {"role": "user", "content": "more"}]
+    again = client.chat.completions.create(model="tiny", messages=history, max_completion_tokens=4)
+    assert again.usage is not None
+    assert again.usage.completion_tokens <= 4
+
+
+def test_choice_zero_of_n_is_the_single_choice_and_choice_i_has_seed_plus_i(client: openai.OpenAI) -> None:
+    def texts(seed: int, n: int) -> list[str]:
+        answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=12, seed=seed, n=n)
+        assert [choice.index for choice in answer.choices] == list(range(n))
+        return [choice.text for choice in answer.choices]
+
+    assert texts(7, 3) == [*texts(7, 1), *texts(8, 1), *texts(9, 1)]
+
+
+def test_several_prompts_in_every_shape(url: str) -> None:
+    first, second = "ab ab ab", "xyz"
+    single = [post(url, prompt=prompt, temperature=0)["choices"][0]["text"] for prompt in (first, second)]
+    shapes: list[Any] = [[first, second], [list(first.encode()), list(second.encode())]]
+    for prompt in shapes:
+        answer = post(url, prompt=prompt, temperature=0, n=2)
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        assert [choice["text"] for choice in answer["choices"]] == [single[0]] * 2 + [single[1]] * 2
+        assert answer["usage"]["prompt_tokens"] == len(first) + len(second)
+    assert post(url, prompt=list(first.encode()), temperature=0)["choices"][0]["text"] == single[0]
+
+
+def test_logprobs_of_a_completion_match_its_text(url: str) -> None:
+    answer = post(url, prompt=PROMPT, max_tokens=10, temperature=0, logprobs=3, return_token_ids=True)
+    choice = answer["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(choice["token_ids"]) == answer["usage"]["completion_tokens"]
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == logprob == max(top.values())  # greedy
+        assert len(top) == 3
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+
+
+def test_echo_scores_the_prompt_as_the_harness_wants_it(url: str) -> None:
+    whole = PROMPT + "é "
+    answer = post(url, prompt=whole, max_tokens=1, temperature=0, logprobs=1, echo=True, ignore_eos=True)
+    choice = answer["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith(whole)
+    assert len(logprobs["tokens"]) == len(whole.encode()) + 1
+    assert logprobs["token_logprobs"][0] is None
+    assert all(logprob < 0 for logprob in logprobs["token_logprobs"][1:])
+    assert all(token in top for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True))
+    assert logprobs["text_offset"][: len(PROMPT)] == list(range(len(PROMPT)))
+    assert logprobs["tokens"][len(PROMPT) : len(PROMPT) + 2] == ["bytes:\\xc3", "bytes:\\xa9"]
+    # A second request finds the prompt cached; its scores must not suffer.
+    again = post(url, prompt=whole, max_tokens=1, temperature=0, logprobs=1, echo=True, ignore_eos=True)
+    scores = again["choices"][0]["logprobs"]["token_logprobs"]
+    assert scores[1:] == pytest.approx(logprobs["token_logprobs"][1:], rel=1e-4)
+
+
+def test_the_prompts_scores_are_those_of_the_model(url: str, tiny_target: Path) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    tokens = list(PROMPT.encode())
+    model = LlamaForCausalLM.from_pretrained(tiny_target).eval()
+    with torch.inference_mode():
+        scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = [float(scores[position, token]) for position, token in enumerate(tokens[1:])]
+    answer = post(url, prompt=tokens, max_tokens=0, logprobs=0, echo=True)
+    choice = answer["choices"][0]
+    assert choice["text"] == PROMPT
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_streamed_echo_and_logprobs_are_the_whole_ones(url: str) -> None:
+    body = {"prompt": "é" + PROMPT, "max_tokens": 8, "seed": 1, "logprobs": 2, "echo": True, "return_token_ids": True}
+    whole = post(url, **body)["choices"][0]
+    text, tokens, offsets, ids = "", [], [], []
+    with httpx.stream("POST", url + "/v1/completions", json={**body, "stream": True}) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                text += choice["text"]
+                tokens += choice["logprobs"]["tokens"]
+                offsets += choice["logprobs"]["text_offset"]
+                ids += choice["token_ids"]
+    assert text == whole["text"]
+    assert tokens == whole["logprobs"]["tokens"]
+    assert offsets == whole["logprobs"]["text_offset"]
+    assert ids == whole["token_ids"]
+
+
+def test_chat_logprobs_have_bytes(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=6, logprobs=True, top_logprobs=2
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == answer.usage.completion_tokens  # type: ignore[union-attr]
+    data = bytes(byte for entry in logprobs.content for byte in entry.bytes or ())
+    assert data.decode("utf-8", "replace").replace("<|endoftext|>", "") == answer.choices[0].message.content
+    assert all(len(entry.top_logprobs) == 2 for entry in logprobs.content)
+
+
+def test_stop_strings_cut_the_text_and_only_it(url: str) -> None:
+    full = post(url, prompt=PROMPT, max_tokens=60, temperature=0, ignore_eos=True)["choices"][0]["text"]
+    place = 20
+    stop = full[place : place + 3]
+    first = full.index(stop)
+    body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True, "stop": ["never seen", stop]}
+    answer = post(url, **body)
+    choice = answer["choices"][0]
+    assert choice["text"] == full[:first]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+    assert answer["usage"]["completion_tokens"] < 60
+    assert post(url, **body, include_stop_str_in_output=True)["choices"][0]["text"] == full[: first + len(stop)]
+
+
+def test_stop_tokens_end_the_text(url: str) -> None:
+    ids = post(url, prompt=PROMPT, max_tokens=30, temperature=0, ignore_eos=True, return_token_ids=True)["choices"][0][
+        "token_ids"
+    ]
+    stop = ids[10]
+    answer = post(
+        url, prompt=PROMPT, max_tokens=30, temperature=0, ignore_eos=True, return_token_ids=True, stop_token_ids=[stop]
+    )
+    choice = answer["choices"][0]
+    assert choice["token_ids"] == ids[: ids.index(stop) + 1]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+
+
+def test_repeated_prompts_report_cached_tokens(url: str) -> None:
+    prompt = "cached " * 20
+    post(url, prompt=prompt)
+    assert post(url, prompt=prompt)["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
+
+
+def test_traces_account_for_every_token(url: str) -> None:
+    speculative = {"trace": True, "policy": "fixed", "max_draft_tokens": 6}
+    answer = post(url, prompt="ab" * 40, max_tokens=40, temperature=0, speculative=speculative, return_token_ids=True)
+    choice, counts = answer["choices"][0], answer["metrics"]["speculative_decoding"]
+    steps = choice["trace"]
+    assert [token["token_id"] for step in steps for token in step["tokens"]] == choice["token_ids"]
+    kinds = [token["kind"] for step in steps for token in step["tokens"]]
+    assert set(kinds) <= {"drafted", "recovered", "bonus"}
+    drafting = [step for step in steps if step["source"] != "none"]
+    assert len(drafting) == counts["num_spec_steps"] > 0
+    assert counts["num_spec_tokens"] == 6
+    assert sum(counts["acceptance_histogram"]) == counts["num_spec_steps"]
+    assert len(counts["acceptance_histogram"]) == 7
+    weighted = sum(accepted * count for accepted, count in enumerate(counts["acceptance_histogram"]))
+    assert weighted == counts["num_accepted_draft_tokens"]
+    assert counts["mean_acceptance_length"] == pytest.approx(1 + weighted / counts["num_spec_steps"])
+
+
+def test_without_speculation_the_counts_are_zero(url: str) -> None:
+    answer = post(url, prompt=PROMPT, speculative={"enabled": False})
+    counts = answer["metrics"]["speculative_decoding"]
+    assert set(counts) == {
+        "num_spec_steps",
+        "num_spec_tokens",
+        "num_draft_tokens",
+        "num_accepted_draft_tokens",
+        "mean_acceptance_length",
+        "draft_acceptance_rate",
+        "acceptance_histogram",
+    }
+    assert sum(counts["acceptance_histogram"]) == 0
+    assert counts["num_draft_tokens"] == counts["draft_acceptance_rate"] == 0
+
+
+def test_truncation_keeps_the_end(url: str) -> None:
+    answer = post(url, prompt="x" * 600 + "abc", truncate_prompt_tokens=3, return_token_ids=True, echo=True)
+    choice = answer["choices"][0]
+    assert choice["prompt_token_ids"] == list(b"abc")
+    assert choice["text"].startswith("abc")
+
+
+def test_tokens_there_and_back(url: str) -> None:
+    answer = post(url, "/tokenize", prompt="é<|endoftext|>", return_token_strs=True)
+    assert answer["tokens"] == [0xC3, 0xA9, 256]
+    assert answer["token_strs"] == ["bytes:\\xc3", "bytes:\\xa9", "<|endoftext|>"]
+    assert (answer["count"], answer["max_model_len"]) == (3, 512)
+    assert post(url, "/detokenize", tokens=answer["tokens"]) == {"prompt": "é<|endoftext|>"}
+    chat = post(url, "/tokenize", messages=[{"role": "user", "content": "hi"}])
+    assert bytes(chat["tokens"]) == b"<user>hi<assistant>"
+    info = httpx.get(url + "/tokenizer_info").json()
+    assert (info["size"], info["vocabulary_size"]) == (257, 272)
+    assert info["special_tokens"]["eos_token"] == "<|endoftext|>"
+
+
+def test_prometheus_sees_what_was_served(url: str) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def read() -> dict[str, float]:
+        text = httpx.get(url + "/metrics").text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return {sample.name: sample.value for sample in samples if len(sample.labels) == 1}
+
+    before = read()
+    usage = post(url, prompt=PROMPT, max_tokens=16, seed=2)["usage"]
+    after = read()
+    assert after["vllm:prompt_tokens_total"] - before["vllm:prompt_tokens_total"] == usage["prompt_tokens"]
+    assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] == usage["completion_tokens"]
+    assert after["vllm:time_to_first_token_seconds_count"] - before["vllm:time_to_first_token_seconds_count"] == 1
+    assert after["diffuspec_steps_total"] > before["diffuspec_steps_total"]
+    assert after["diffuspec_drafter_up"] == 1
+    assert after["vllm:num_requests_running"] == 0
+
+
+def test_openapi_describes_bodies_and_answers(url: str) -> None:
+    document = httpx.get(url + "/openapi.json").json()
+    operation = document["paths"]["/v1/completions"]["post"]
+    reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+    assert schema["required"] == ["prompt"]
+    assert schema["examples"]
+    assert "422" not in json.dumps(document["paths"])
+    assert all(operation.get("summary") for methods in document["paths"].values() for operation in methods.values())
+    names = json.dumps(document).split('"#/components/schemas/')[1:]
+    assert {name.partition('"')[0] for name in names} <= set(document["components"]["schemas"])

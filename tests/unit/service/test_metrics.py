@@ -1,0 +1,92 @@
+"""Metrics say what the step's record says."""
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
+from service.metrics import ServiceMetrics
+
+DRAFTED = Draft(
+    tokens=(1, 2, 3), source="diffusion", expected_accepted=1.5, lattice_width=4.0, path_gain=0.3, raw_length=3
+)
+STEP = StepRecord(
+    outcomes=(
+        Outcome("a", DRAFTED, 2),
+        Outcome("b", Draft(tokens=(5,), source="copy", expected_accepted=0.5), 0),
+        Outcome("c", Draft(bypass_reason="not_worth_it"), 0),
+        Outcome("d", Draft(bypass_reason="a reason nobody foresaw"), 0),
+    ),
+    num_rows=20,
+    num_prefill_rows=12,
+    seconds=PhaseSeconds(draft=0.01, search=0.001, verify=0.02, commit=0.0005),
+    num_diffusion_rows=9,
+)
+
+
+@pytest.fixture
+def metrics() -> ServiceMetrics:
+    return ServiceMetrics(CollectorRegistry(), "tiny", max_draft_tokens=4)
+
+
+def value(metrics: ServiceMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, {"model_name": "tiny", **labels})
+
+
+def test_a_step_is_counted_by_vllms_names(metrics: ServiceMetrics) -> None:
+    metrics.observe(STEP)
+    metrics.observe(STEP)
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 4
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 8
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 4
+    by_position = [
+        value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(4)
+    ]
+    assert by_position == [2, 2, 0, 0]
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="4") is None
+
+
+def test_a_step_is_counted_by_our_names(metrics: ServiceMetrics) -> None:
+    metrics.observe(STEP)
+    assert value(metrics, "diffuspec_expected_committed_tokens_total") == 4.0
+    assert value(metrics, "diffuspec_realised_committed_tokens_total") == 4
+    assert value(metrics, "diffuspec_rows_total", kind="prefill") == 12
+    assert value(metrics, "diffuspec_rows_total", kind="decode") == 8
+    assert value(metrics, "diffuspec_rows_total", kind="diffusion") == 9
+    assert value(metrics, "diffuspec_step_seconds_sum", phase="verify") == 0.02
+    assert value(metrics, "diffuspec_draft_length_sum", source="diffusion") == 3
+    assert value(metrics, "diffuspec_draft_length_count", source="none") == 2
+    assert value(metrics, "diffuspec_lattice_width_sum") == 4.0
+    assert value(metrics, "diffuspec_path_gain_nats_sum") == 0.3
+    assert value(metrics, "diffuspec_speculation_bypassed_total", reason="not_worth_it") == 1
+    assert value(metrics, "diffuspec_speculation_bypassed_total", reason="other") == 1
+    assert value(metrics, "diffuspec_policy_info", policy="goodput") == 1
+
+
+def test_tokens_of_one_step_share_its_time(metrics: ServiceMetrics) -> None:
+    metrics.observe_first_token(7, 0.5, 0.75)
+    metrics.observe_tokens(1, None)
+    metrics.observe_tokens(4, 0.02)
+    metrics.observe_end("length", 1.0)
+    assert value(metrics, "vllm:prompt_tokens_total") == 7
+    assert value(metrics, "vllm:generation_tokens_total") == 5
+    assert value(metrics, "vllm:time_to_first_token_seconds_sum") == 0.75
+    assert value(metrics, "vllm:request_queue_time_seconds_sum") == 0.5
+    assert value(metrics, "vllm:inter_token_latency_seconds_count") == 4
+    assert value(metrics, "vllm:inter_token_latency_seconds_sum") == pytest.approx(0.02)
+    assert value(metrics, "vllm:request_success_total", finished_reason="length") == 1
+
+
+def test_nothing_a_client_sends_becomes_a_label(metrics: ServiceMetrics) -> None:
+    before = len(generate_latest(metrics.registry).splitlines())
+    for i in range(50):
+        record = StepRecord((Outcome(f"id-{i}", Draft(bypass_reason=f"r{i}"), 0),), 1, 0, PhaseSeconds())
+        metrics.observe(record)
+    assert len(generate_latest(metrics.registry).splitlines()) == before
+
+
+def test_the_drafters_state_is_asked_for(metrics: ServiceMetrics) -> None:
+    state = {"is_up": True}
+    metrics.watch_drafter(lambda: state["is_up"])
+    assert value(metrics, "diffuspec_drafter_up") == 1
+    state["is_up"] = False
+    assert value(metrics, "diffuspec_drafter_up") == 0
