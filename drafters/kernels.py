@@ -90,7 +90,7 @@ def contains(values: Any, count: int, value: int) -> bool:
 
 
 @compiled
-def _token_at(text: Any, path: Any, position: int) -> np.int32:
+def _token_at(text: Any, path: Any, position: int) -> Any:
     return text[position] if position < len(text) else path[position - len(text)]
 
 
@@ -106,23 +106,23 @@ def locate_contexts(text: Any, ends: Any, width: int, num_buckets: int, buckets:
 
 
 @compiled
-def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> tuple[int, float]:
+def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, np.float32]:
     """Sum the successors' shares after `text + path[:length]` into `work.sums`; return (contexts found, rest)."""
     end = len(text) + length
     state = np.uint64(0)
-    found = 0
+    found = np.int64(0)
     for width in range(1, min(ngram.order - 1, end) + 1):
         state = extend_hash(state, _token_at(text, path, end - width))
         bucket = bucket_of(state, len(ngram.bucket_successors))
         fingerprint = fingerprint_of(state)
-        successor = np.int64(ngram.bucket_successors[bucket])
+        first = np.int64(ngram.bucket_successors[bucket])
         for context in range(np.int64(ngram.bucket_contexts[bucket]), np.int64(ngram.bucket_contexts[bucket + 1])):
             count = np.int64(ngram.successor_counts[context])
             if ngram.fingerprints[context] == fingerprint:
-                work.starts[found], work.stops[found] = successor, successor + count
-                found += 1
+                work.starts[found], work.stops[found] = first, first + count
+                found = np.int64(found + 1)
                 break
-            successor += count
+            first += count
     sums, tokens, levels, shares = work.sums, ngram.tokens, ngram.levels, ngram.level_probabilities
     rest = np.float32(1.0)
     for index in range(found - 1, -1, -1):
@@ -174,7 +174,7 @@ def _match_length(text: Any, path: Any, position: int, end: int) -> int:
 
 
 @compiled
-def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[int, int]:
+def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, np.int64]:
     """Longest earlier match of the end of `text + path[:length]`: (match length, token after it), or (0, -1).
 
     The most recent of equally long matches wins. A match may end, and its continuation lie, in the path itself.
@@ -219,7 +219,9 @@ def greedy_chains(
             found, rest = enter_context(ngram, text, path, step, work)
             best, best_probability = np.int64(NO_TOKEN), 0.0
             for index in range(found):
-                for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
+                for successor in range(
+                    work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])
+                ):
                     token = np.int64(ngram.tokens[successor])
                     probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
                     if token == copied:
@@ -305,7 +307,7 @@ class Found(NamedTuple):
 
 
 @compiled
-def _join(tokens: Any, count: int, token: int, vocabulary: int) -> int:
+def _join(tokens: Any, count: np.int64, token: np.int64, vocabulary: int) -> np.int64:
     """Append a token that is in the vocabulary and not there yet; return the new number."""
     if not 0 <= token < vocabulary or contains(tokens, count, token):
         return count
@@ -316,7 +318,7 @@ def _join(tokens: Any, count: int, token: int, vocabulary: int) -> int:
 @compiled
 def expand(
     search: Any, row: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int, use_copy: bool, work: Any
-) -> int:
+) -> np.int64:
     """Fill the options for the token after `text + path[:length]`; return their number.
 
     They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
@@ -375,10 +377,10 @@ def _append(tokens: Any, details: Any, length: int, token: int, scores: Any) -> 
 
 
 @compiled
-def raw_argmax(search: Any, first: int, stop: int, path: Any) -> int:
-    """The lattice's first candidates, up to a row without any or an end token (which is included); their number."""
+def raw_argmax(search: Any, first: int, stop: int, vocabulary: int, path: Any) -> int:
+    """The lattice's first candidates, up to an end token (which is included), or to a row without a usable one."""
     for row in range(first, stop):
-        if search.widths[row] == 0:
+        if search.widths[row] == 0 or search.candidates[row, 0] >= vocabulary:
             return row - first
         path[row - first] = search.candidates[row, 0]
         if contains(search.ends, len(search.ends), path[row - first]):
@@ -400,7 +402,7 @@ def search_paths(
         if use_copy:
             index_text(text, 0, len(text), work)
         # The raw argmax path is the first hypothesis, so that the search never ends below it.
-        raw_length = raw_argmax(search, first, stop, tokens)
+        raw_length = raw_argmax(search, first, stop, len(ngram.unigram), tokens)
         ended = raw_length > 0 and contains(search.ends, len(search.ends), tokens[raw_length - 1])
         found.raw_lengths[request] = raw_length - 1 if ended else raw_length
         found.lengths[request] = raw_length
@@ -414,7 +416,11 @@ def search_paths(
         best_score = total / raw_length if raw_length > 0 else -np.inf
         if raw_length > 0:
             found.scores[request, 1] = best_score
-        side, num_beams, length = np.int64(0), np.int64(1), np.int64(0)  # not literals, which would compile it all twice
+        side, num_beams, length = (
+            np.int64(0),
+            np.int64(1),
+            np.int64(0),
+        )  # not literals, which would compile it all twice
         search.sums[0, 0] = 0.0
         for row in range(first, stop if use_beams else first):
             num_new = 0
@@ -453,7 +459,7 @@ def search_paths(
                 new_details = search.details[1 - side, beam]
                 _copy_path(search.paths[side, parent], search.details[side, parent], length, new_path, new_details)
                 _append(new_path, new_details, length, search.picks[beam, 1], search.pick_scores[beam])
-            side, num_beams, length = 1 - side, num_new, length + 1
+            side, num_beams, length = np.int64(1) - side, np.int64(num_new), length + np.int64(1)
         if length > 0 and search.sums[side, 0] / length > best_score:
             best_score = search.sums[side, 0] / length
             _copy_path(search.paths[side, 0], search.details[side, 0], length, tokens, details)
@@ -464,3 +470,20 @@ def search_paths(
             found.mean_widths[request] += search.widths[row] / (stop - first)
         if use_copy:
             clear_text(text, work)
+
+
+@compiled
+def score_text(text: Any, ngram: Any, work: Any, log_probabilities: Any, is_best: Any) -> None:
+    """For evaluation: every token's natural log probability in the n-gram model, and whether it was the best."""
+    for position in range(len(text)):
+        before = text[:position]
+        found, rest = enter_context(ngram, before, before, 0, work)
+        probability = work.sums[text[position]] + rest * ngram.unigram[text[position]]
+        is_best[position] = found > 0
+        for index in range(found):
+            for successor in range(work.starts[index], work.stops[index]):
+                token = np.int64(ngram.tokens[successor])
+                if work.sums[token] + rest * ngram.unigram[token] > probability:
+                    is_best[position] = False
+        leave_context(ngram, found, work)
+        log_probabilities[position] = np.log(max(probability, 1e-30))

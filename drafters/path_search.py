@@ -1,7 +1,7 @@
 """Causal-consistency path search (CPS): one path through the lattice of every request (Eq. 8).
 
-The search maximises `sum(λ * log q_lattice(token) + (1 - λ) * log p_causal(token | path so far))` from left to right, in
-natural logarithms floored at LOG_FLOOR so that a single impossible token does not rule out a whole path.
+The search maximises `sum(λ * log q_lattice(token) + (1 - λ) * log p_causal(token | path so far))` from left to right,
+in natural logarithms, floored at LOG_FLOOR so that a single impossible token does not rule out a whole path.
 
 End of text. The paper always keeps it as a candidate and stops a path at its first one; taken together, one improbable
 end token could then win merely because it ends the sum of negative terms early. Here an end token competes with its own

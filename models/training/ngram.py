@@ -2,9 +2,9 @@
 
 Witten-Bell smoothing, interpolated: a context gives the shorter one the weight `w * types / (w * types + count)`, where
 `types` is how many different tokens followed it. Of all n-grams those are kept that gain the most,
-`count * (log p(token | context) - log p(token | shorter context))`. On held-out text this beat absolute discounting with
-Chen and Goodman's three discounts at equal size; Kneser-Ney's continuation counts are wrong for contexts whose longer
-ones were pruned, which here is most.
+`count * (log p(token | context) - log p(token | shorter context))`. On held-out text this beat absolute discounting
+with Chen and Goodman's three discounts at equal size; Kneser-Ney's continuation counts are wrong for contexts whose
+longer ones were pruned, which here is most.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels import MAX_ORDER, NgramArrays, locate_contexts
+from drafters.kernels import MAX_ORDER, NgramArrays, locate_contexts, new_workspace, score_text
 from drafters.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
 
 CONTEXTS_PER_BUCKET = 4
@@ -48,11 +48,16 @@ def fit_ngram(
 ) -> NgramModel:
     """Fit on token arrays (n-grams do not cross from one to the next) and save to `folder`, if given.
 
-    `max_bytes` bounds the stored successors and contexts; the unigram comes on top. Raises ValueError without tokens.
+    `max_bytes` bounds the stored successors and contexts; the unigram comes on top. Raises ValueError without
+    tokens, or for tokens or an order out of range.
     """
     text = np.concatenate([np.asarray(part, np.int64) for part in tokens])
     if not len(text):
         raise ValueError("the n-gram model needs at least one token to be fitted on")
+    if text.min() < 0 or text.max() >= vocabulary_size:
+        raise ValueError(f"token ids run from {text.min()} to {text.max()}, outside a vocabulary of {vocabulary_size}")
+    if not 1 <= order <= MAX_ORDER:
+        raise ValueError(f"order must be in 1..{MAX_ORDER}, not {order}")
     offsets = np.concatenate([np.arange(len(part)) for part in tokens])
     unigram = np.bincount(text, minlength=vocabulary_size) + 0.1
     unigram = (unigram / unigram.sum()).astype(np.float32)
@@ -63,6 +68,23 @@ def fit_ngram(
     if folder is not None:
         model.save(folder)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class NgramQuality:
+    """How an n-gram model does on text that it was not fitted on."""
+
+    perplexity: float
+    accuracy: float  # share of tokens that were the model's most probable one
+    num_bytes: int
+
+
+def evaluate_ngram(model: NgramModel, tokens: NDArray[np.int32]) -> NgramQuality:
+    """Score one array of held-out tokens."""
+    text = np.ascontiguousarray(tokens, np.int32)
+    log_probabilities, is_best = np.zeros(len(text)), np.zeros(len(text), np.bool_)
+    score_text(text, model.arrays, new_workspace(model.vocabulary_size, 0), log_probabilities, is_best)
+    return NgramQuality(float(np.exp(-log_probabilities.mean())), float(is_best.mean()), model.num_bytes)
 
 
 def _count(text: Ids, offsets: Ids, order: int, unigram: NDArray[np.float32]) -> list[_Grams]:
@@ -82,7 +104,7 @@ def _count(text: Ids, offsets: Ids, order: int, unigram: NDArray[np.float32]) ->
         totals = np.bincount(context_of, weights=counts)
         last_end = np.zeros(len(keys), np.int64)
         last_end[gram_of] = ends
-        share = np.where(counts < 2, 0.0, counts / (totals + rest_weight)[context_of])
+        share = np.asarray(np.where(counts < 2, 0.0, counts / (totals + rest_weight)[context_of]), np.float64)
         rest = 1.0 - np.bincount(context_of, weights=share, minlength=len(contexts))
         probability = share + rest[context_of] * probabilities[last_end]
         gain = counts * np.log(probability / probabilities[last_end])
@@ -92,7 +114,8 @@ def _count(text: Ids, offsets: Ids, order: int, unigram: NDArray[np.float32]) ->
         ids[ends[repeated]] = gram_of[repeated]
         worth = np.flatnonzero((share > LEVEL_PROBABILITIES[-1]) & (gain > 0))
         token = text[last_end[worth]]
-        grams.append(_Grams(size, token, last_end[worth], context_of[worth], share[worth], gain[worth]))
+        gains = np.asarray(gain[worth], np.float64)
+        grams.append(_Grams(size, token, last_end[worth], context_of[worth], share[worth], gains))
     return grams
 
 
@@ -105,7 +128,7 @@ def _prune(grams: list[_Grams], max_bytes: int) -> list[_Grams]:
     def size(threshold: float) -> int:
         total = 0
         for gram, keep in zip(grams, chosen(threshold), strict=True):
-            contexts = np.count_nonzero(np.bincount(gram.context[keep]))
+            contexts = int(np.count_nonzero(np.bincount(gram.context[keep])))
             total += BYTES_PER_SUCCESSOR * int(keep.sum()) + BYTES_PER_CONTEXT * contexts
         return total
 
@@ -157,4 +180,5 @@ def _levels(gram: _Grams) -> Ids:
     scale = -np.log(np.clip(gram.share / LEVEL_PROBABILITIES[0], None, 1.0)) * LEVELS_PER_NAT
     nearest = np.clip(np.rint(scale), 0, 255).astype(np.int64)
     sums = np.bincount(gram.context, weights=LEVEL_PROBABILITIES[nearest])
-    return np.where(sums[gram.context] > MAX_MASS, np.clip(np.ceil(scale), 0, 255).astype(np.int64), nearest)
+    lower = np.clip(np.ceil(scale), 0, 255).astype(np.int64)
+    return np.asarray(np.where(sums[gram.context] > MAX_MASS, lower, nearest), np.int64)

@@ -1,0 +1,173 @@
+"""Copying, its calibration and the free draft, against plain Python."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafters.causal_scorer import WINDOW, CausalModel, CopyCalibration
+from drafters.kernels import MAX_MATCH, new_workspace
+from drafters.kernels import find_copy as compiled_find_copy
+from drafters.kernels import index_text as compiled_index_text
+from drafters.ngram import NgramModel
+from models.training.ngram import fit_ngram
+
+VOCABULARY = 12
+
+
+def tokens(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def find_copy(text: list[int]) -> tuple[int, int]:
+    """Longest earlier match of the end of `text` and the token after it, by trying all."""
+    best, token = 0, -1
+    for position in range(len(text) - 1):
+        match = 0
+        while match < MAX_MATCH and match <= position and text[position - match] == text[len(text) - 1 - match]:
+            match += 1
+        if match and match >= best:
+            best, token = match, text[position + 1]
+    return best, token
+
+
+def mixture(model: CausalModel, text: list[int]) -> np.ndarray:
+    match, copied = find_copy(text)
+    weight = float(model.copy_weights[match])
+    distribution = model.ngram.distribution(tokens(text)).astype(np.float64) * (1 - weight)
+    if match:
+        distribution[copied] += weight
+    return distribution
+
+
+@pytest.fixture(scope="module")
+def ngram() -> NgramModel:
+    text = np.random.default_rng(0).integers(0, VOCABULARY, 3_000).cumsum() % VOCABULARY
+    return fit_ngram([np.tile(text[:300], 4).astype(np.int32), text.astype(np.int32)], VOCABULARY, order=4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.lists(st.integers(0, 2), max_size=40),
+    path=st.lists(st.integers(0, 2), max_size=8),
+    period=st.integers(1, 5),
+)
+def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int], period: int) -> None:
+    for history in (text, (text[:period] * 12)[:40]):
+        work = new_workspace(VOCABULARY, WINDOW)
+        compiled_index_text(tokens(history), 0, len(history), work)
+        found = compiled_find_copy(tokens(history), tokens(path), len(path), work)
+        assert (int(found[0]), int(found[1])) == find_copy(history + path)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    histories=st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=30), min_size=1, max_size=4),
+    length=st.integers(0, 6),
+    use_copy=st.booleans(),
+    use_ngram=st.booleans(),
+)
+def test_a_chain_follows_the_mixtures_most_probable_token(
+    ngram: NgramModel, histories: list[list[int]], length: int, use_copy: bool, use_ngram: bool
+) -> None:
+    model = CausalModel(VOCABULARY, ngram if use_ngram else None, use_copy=use_copy)
+    chains = model.greedy_chains([tokens(history) for history in histories], [length] * len(histories))
+    for history, chain in zip(histories, chains, strict=True):
+        assert len(chain.tokens) <= length
+        text = list(history)
+        for token, confidence in zip(chain.tokens, chain.confidences, strict=True):
+            distribution = mixture(model, text)
+            assert confidence == pytest.approx(distribution[token], rel=1e-3)
+            assert confidence == pytest.approx(distribution.max(), rel=0.05)  # the best few of each context are tried
+            text.append(token)
+        if not use_copy and not use_ngram:
+            assert chain.tokens == ()
+
+
+def test_a_batch_gives_what_single_requests_give(ngram: NgramModel) -> None:
+    model = CausalModel(VOCABULARY, ngram, end_tokens=(3,))
+    random = np.random.default_rng(5)
+    histories = [random.integers(0, VOCABULARY, int(size)).astype(np.int32) for size in (0, 1, 2, 50, 5_000)]
+    caps = [4, 0, 7, 5, 3]
+    together = model.greedy_chains(histories, caps)
+    for history, cap, chain in zip(histories, caps, together, strict=True):
+        (alone,) = model.greedy_chains([history], [cap])
+        assert alone.tokens == chain.tokens
+        np.testing.assert_array_equal(alone.confidences, chain.confidences)
+
+
+def test_a_chain_ends_with_the_first_end_token() -> None:
+    model = CausalModel(VOCABULARY, end_tokens=(9,))
+    (chain,) = model.greedy_chains([tokens([1, 2, 9, 4, 5, 1])], [5])
+    assert chain.tokens == (2, 9)
+
+
+def test_a_repeating_text_is_continued_beyond_its_end() -> None:
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([1, 2, 3] * 4)], [7])
+    assert chain.tokens == (1, 2, 3, 1, 2, 3, 1)
+
+
+def test_ids_outside_the_vocabulary_are_never_copied() -> None:
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([1, 500, -4, 1])], [5])
+    assert chain.tokens == ()
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([500, 1, 500])], [5])
+    assert chain.tokens == ()
+
+
+def test_text_before_the_window_is_not_copied() -> None:
+    history = np.concatenate([tokens([1, 2]), np.zeros(WINDOW - 2, np.int32), tokens([1])])
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([history], [1])
+    assert chain.tokens == ()
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([history[1:]], [1])
+    assert chain.tokens == ()
+    (chain,) = CausalModel(VOCABULARY).greedy_chains([np.delete(history, 5)], [1])
+    assert chain.tokens == (2,)
+
+
+def test_no_requests_no_chains() -> None:
+    assert CausalModel(VOCABULARY).greedy_chains([], []) == []
+
+
+def test_learning_moves_the_weight_towards_what_was_seen() -> None:
+    repeating, random = tokens([1, 2, 3, 4, 5] * 100), np.random.default_rng(0).integers(0, 12, 500).astype(np.int32)
+    model = CausalModel(VOCABULARY)
+    before = model.copy_weights.copy()
+    model.learn(repeating, 100)
+    assert model.copy_weights[MAX_MATCH] > before[MAX_MATCH]
+    model.learn(random, 0)
+    assert model.copy_weights[1] < before[1]
+    assert model.copy_weights[0] == 0.0
+
+
+def test_copies_that_are_right_by_chance_earn_no_weight() -> None:
+    """In random text a copy is right once in twelve times, which the uniform rest explains."""
+    text = np.random.default_rng(1).integers(0, VOCABULARY, 4_000).astype(np.int32)
+    calibration = CopyCalibration(prior_strength=1.0, decay=1.0)
+    CausalModel(VOCABULARY, calibration=calibration).learn(text, 0)
+    assert 0.0 <= calibration.weights[1] < 0.04
+
+
+def test_learning_only_what_is_new_equals_learning_all_at_once() -> None:
+    text = np.random.default_rng(2).integers(0, 4, 400).astype(np.int32)
+    at_once, by_parts = CausalModel(VOCABULARY), CausalModel(VOCABULARY)
+    at_once.learn(text, 100)
+    for end in range(103, 401, 3):
+        by_parts.learn(text[:end], end - 3)
+    np.testing.assert_allclose(at_once.copy_weights, by_parts.copy_weights, rtol=1e-6)
+
+
+def test_observing_counts_and_forgets() -> None:
+    calibration = CopyCalibration(prior_strength=4.0, decay=0.9)
+    for _ in range(200):
+        calibration.observe(99, True)
+    assert calibration.weights[MAX_MATCH] > 0.99
+    for _ in range(200):
+        calibration.observe(MAX_MATCH, False)
+    assert calibration.weights[MAX_MATCH] < 0.01
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="17 values"):
+        CopyCalibration(prior_weights=(0.0, 0.5))
+    with pytest.raises(ValueError, match="7 token ids, the target has 12"):
+        CausalModel(VOCABULARY, NgramModel.uniform(7))

@@ -1,0 +1,107 @@
+"""The lattice: candidates by mass against a plain sort, end tokens, rows that cannot be used."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drafters.lattice import DraftLattice, LatticeOptions
+
+
+def random_logits(seed: int, rows: int, vocabulary: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn((rows, vocabulary), generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    vocabulary=st.sampled_from([1, 2, 63, 64, 65, 300]),
+    rows=st.integers(1, 5),
+    mass=st.sampled_from([0.0, 0.5, 0.8, 0.99, 1.0]),
+    most=st.integers(1, 20),
+    scale=st.sampled_from([0.1, 3.0, 40.0]),
+)
+def test_candidates_are_the_smallest_top_set_that_reaches_the_mass(
+    seed: int, vocabulary: int, rows: int, mass: float, most: int, scale: float
+) -> None:
+    logits = random_logits(seed, rows, vocabulary, scale)
+    lattice = DraftLattice.from_logits(logits, [rows], LatticeOptions(mass, most))
+    log_probs = torch.log_softmax(logits.double(), -1).numpy()
+    for row in range(rows):
+        order = np.argsort(-logits[row].numpy(), kind="stable")
+        width = int(lattice.widths[row])
+        assert lattice.tokens[row, :width].tolist() == order[:width].tolist()
+        assert (lattice.tokens[row, width:] == -1).all()
+        np.testing.assert_allclose(lattice.log_probs[row, :width], log_probs[row, order[:width]], atol=2e-5)
+        reached = np.exp(log_probs[row, order]).cumsum()
+        assert 1 <= width <= min(most, vocabulary)
+        if width < min(most, vocabulary):
+            assert reached[width - 1] >= mass - 1e-5
+        if width > 1:
+            assert reached[width - 2] < mass + 1e-5
+
+
+def test_log_prob_of_any_token_matches_log_softmax() -> None:
+    logits = random_logits(0, 3, 1000)
+    lattice = DraftLattice.from_logits(logits, [1, 2], LatticeOptions())
+    expected = torch.log_softmax(logits, -1)
+    for row, token in ((0, 0), (1, 999), (2, 500)):
+        assert lattice.log_prob(row, token) == pytest.approx(float(expected[row, token]), abs=1e-5)
+
+
+def test_end_tokens_are_always_candidates_with_their_own_log_probability() -> None:
+    logits = random_logits(1, 4, 50)
+    logits[:, 7] = -9.0
+    logits[0, 7] = 30.0  # a top token already: not twice
+    lattice = DraftLattice.from_logits(logits, [4], LatticeOptions(0.8, 3, end_tokens=(7, 9, 4000)))
+    for row in range(4):
+        kept = lattice.tokens[row, : lattice.widths[row]].tolist()
+        assert kept.count(7) == 1
+        assert kept.count(9) == 1
+        expected = torch.log_softmax(logits[row], -1)[7]
+        assert lattice.log_probs[row, kept.index(7)] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_excluded_tokens_are_never_candidates() -> None:
+    logits = torch.full((2, 40), float("-inf"))
+    logits[:, 5], logits[:, 6] = 1.0, 0.0
+    lattice = DraftLattice.from_logits(logits, [2], LatticeOptions(1.0, 10, end_tokens=(3,)))
+    assert lattice.tokens[0, :3].tolist() == [5, 6, -1]
+    assert lattice.widths.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
+def test_rows_without_a_finite_maximum_have_no_candidates(value: float) -> None:
+    logits = random_logits(2, 3, 130)
+    logits[1] = value
+    lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(end_tokens=(0,)))
+    assert lattice.widths[1] == 0
+    assert (lattice.tokens[1] == -1).all()
+    assert (lattice.widths[[0, 2]] > 0).all()
+
+
+def test_not_a_number_among_numbers_is_no_candidate() -> None:
+    logits = random_logits(3, 1, 130)
+    logits[0, ::2] = float("nan")
+    lattice = DraftLattice.from_logits(logits, [1], LatticeOptions(1.0, 100))
+    kept = lattice.tokens[0, : lattice.widths[0]]
+    assert len(kept) == 65
+    assert (kept % 2 == 1).all()
+    expected = torch.logsumexp(logits[0, 1::2], 0)
+    assert lattice.log_normalisers[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_lengths_and_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="sum to 3 rows"):
+        DraftLattice.from_logits(torch.zeros(2, 5), [1, 2], LatticeOptions())
+    with pytest.raises(ValueError, match="candidate_mass"):
+        LatticeOptions(candidate_mass=1.5)
+    with pytest.raises(ValueError, match="max_candidates"):
+        LatticeOptions(max_candidates=0)
+
+
+def test_no_rows_give_an_empty_lattice() -> None:
+    lattice = DraftLattice.from_logits(torch.zeros(0, 5), [0, 0], LatticeOptions())
+    assert lattice.num_requests == 2
+    assert lattice.longest == 0
