@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
 MAX_ORDER = 8
 NO_TOKEN = -1
-BEST_SUCCESSORS = 3  # of each context, from which the n-gram model's own proposals are taken
+BEST_SUCCESSORS = 3  # of each context, that join the lattice as the n-gram model's proposals
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,9 +219,7 @@ def greedy_chains(
             found, rest = enter_context(ngram, text, path, step, work)
             best, best_probability = np.int64(NO_TOKEN), 0.0
             for index in range(found):
-                for successor in range(
-                    work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])
-                ):
+                for successor in range(work.starts[index], work.stops[index]):
                     token = np.int64(ngram.tokens[successor])
                     probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
                     if token == copied:

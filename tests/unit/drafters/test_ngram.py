@@ -131,3 +131,11 @@ def test_successors_outside_the_vocabulary_are_refused(model: NgramModel, tmp_pa
     np.save(tmp_path / "tokens.npy", tokens)
     with pytest.raises(NgramError, match="outside the vocabulary"):
         NgramModel.load(tmp_path)
+
+
+def test_large_vocabularies_are_stored_in_wider_integers() -> None:
+    text = np.tile(np.array([69_999, 5, 66_000], np.int32), 200)
+    model = fit_ngram([text], 70_000, order=3)
+    assert model.arrays.tokens.dtype == np.uint32
+    assert model.distribution(np.array([5], np.int32)).argmax() == 66_000
+    assert model.distribution(np.array([5, 66_000], np.int32)).argmax() == 69_999
