@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+BLOCK_SIZE = 32  # most tokens of a draft
+
 
 @dataclass(frozen=True)
 class BlockBatch:
@@ -57,20 +59,21 @@ def draw_blocks(
     prompt_lengths: NDArray[np.int64],
     length: int,
     mask_rows: int,
-    mean_size: float,
-    most: int,
+    mean_masks: float,
+    long_share: float,
     random: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Draw blocks until `mask_rows` rows are full; anchors from the last prompt token on.
 
     Returns anchors, offsets, blocks, each `[sequences, mask_rows]`.
 
-    Block sizes are 1 + geometric, at most `most` mask rows; one in eight is uniform, so that long drafts are seen too.
+    A block's number of masks is geometric, but uniform for `long_share` of them, so that long drafts are seen too.
     """
     sequences = len(prompt_lengths)
     shape = (sequences, mask_rows)
-    sizes = np.minimum(1 + random.geometric(1 / (mean_size - 1), shape), most)
-    sizes = np.where(random.random(shape) < 0.125, random.integers(1, most + 1, shape), sizes)
+    most = BLOCK_SIZE - 1
+    sizes = np.minimum(random.geometric(1 / mean_masks, shape), most)
+    sizes = np.where(random.random(shape) < long_share, random.integers(1, most + 1, shape), sizes)
     ends = sizes.cumsum(1)
     rows = np.arange(mask_rows)
     blocks = (rows[None, :, None] >= ends[:, None, :]).sum(2)

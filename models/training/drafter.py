@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from models.training.blocks import BlockBatch, attach_blocks, draw_blocks
+from models.training.blocks import BLOCK_SIZE, BlockBatch, attach_blocks, draw_blocks
 from models.training.checkpoint import Checkpoint
 from models.training.continuations import Continuations
 from models.training.target import optimizers_of, rate_factor
 
 SAVE_EVERY = 250  # steps
-BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,15 @@ class DrafterRecipe:
     layers: tuple[int, ...] = (0, -1)  # of the target, to start from
     start_steps: int = 2000  # on the continuations of the small model that the target grew from
     steps: int = 4000
-    sequences: int = 8  # per step
-    mask_rows: int = 224  # per sequence
-    mean_block: float = 6.0
-    offset_decay: float = 0.75  # weight of mask j is this to the power j; far masks are also fewer
-    mask_weight: float = 2.0  # of all mask rows together, against all clean rows
+    sequences: int = 6  # per step
+    mask_rows: int = 288  # per sequence
+    mean_masks: float = 5.0  # per block
+    long_share: float = 1 / 32  # of the blocks, with any number of masks
+    offset_decay: float = 0.8  # weight of mask j is this to the power j; far masks are also fewer
+    mask_weight: float = 3.0  # of all mask rows together, against all clean rows
     label_temperature: float = 0.5
-    prompt_weight: float = 0.1  # of the clean rows inside the prompt
+    first_labelled: int = 96  # clean rows before it carry no loss, which saves their logits
+    prompt_weight: float = 0.1  # of the other clean rows inside the prompt
     decay_share: float = 0.7
     muon_rate: float = 0.015
     adam_rate: float = 2e-3
@@ -105,7 +106,7 @@ def block_hidden(drafter: Qwen2ForCausalLM, batch: BlockBatch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Example:
-    """One step's input and, for every row, its label distribution (`[sequences, rows, candidates]`) and weight."""
+    """One step's input, and for every row from the first labelled one on its label distribution and its weight."""
 
     batch: BlockBatch
     label_ids: torch.Tensor
@@ -139,14 +140,15 @@ def _example(
     prompt_lengths = data.prompt_lengths[chosen].astype(np.int64)
     anchors, offsets, blocks = map(
         torch.from_numpy,
-        draw_blocks(prompt_lengths, length, recipe.mask_rows, recipe.mean_block, BLOCK_SIZE - 1, random),
+        draw_blocks(prompt_lengths, length, recipe.mask_rows, recipe.mean_masks, recipe.long_share, random),
     )
     tokens = torch.from_numpy(data.tokens[chosen].astype(np.int64))
     batch = attach_blocks(tokens, anchors, offsets, blocks, mask_token_ids)
-    labels = (batch.positions + 1).clamp(max=length - 1)[:, :, None].expand(-1, -1, data.candidates.shape[2])
+    first = recipe.first_labelled
+    labels = (batch.positions[:, first:] + 1).clamp(max=length - 1)[:, :, None].expand(-1, -1, data.candidates.shape[2])
     ids = torch.from_numpy(data.candidates[chosen].astype(np.int64)).gather(1, labels)
     logs = torch.from_numpy(data.log_probabilities[chosen].astype(np.float32)).gather(1, labels)
-    clean = torch.arange(length - 1) + 1 >= torch.from_numpy(prompt_lengths)[:, None]
+    clean = torch.arange(first, length - 1) + 1 >= torch.from_numpy(prompt_lengths)[:, None]
     clean_weights = torch.where(clean, 1.0, recipe.prompt_weight)
     mask_weights = recipe.offset_decay**offsets
     clean_weights = clean_weights / clean_weights.sum()
@@ -163,7 +165,8 @@ class DistillationLoss(torch.nn.Module):
         self.drafter = drafter
 
     def forward(self, example: Example) -> torch.Tensor:
-        logits = self.drafter.lm_head(block_hidden(self.drafter, example.batch))
+        hidden = block_hidden(self.drafter, example.batch)[:, -example.weights.shape[1] :]
+        logits = self.drafter.lm_head(hidden)
         chosen = logits.gather(2, example.label_ids)
         losses = logits.logsumexp(-1) - (chosen * example.label_shares).sum(-1)
         loss: torch.Tensor = (losses * example.weights).sum()

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from drafters.ngram import NgramModel
-from models.training.blocks import attach_blocks
+from models.training.blocks import BLOCK_SIZE, attach_blocks
 from models.training.continuations import Continuations, continue_prompts, random_prompts
-from models.training.drafter import BLOCK_SIZE, block_hidden
+from models.training.drafter import block_hidden
 
 PROMPT_LENGTH = 192  # tokens
 NEW_TOKENS = 128

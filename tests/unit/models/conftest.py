@@ -13,7 +13,14 @@ from models.training.target import TargetRecipe, build_target
 
 VOCABULARY_SIZE = 64
 RECIPE = DrafterRecipe(
-    intermediate_size=16, start_steps=2, steps=4, sequences=2, mask_rows=24, decay_share=0.5, compiled=False
+    intermediate_size=16,
+    first_labelled=4,
+    start_steps=2,
+    steps=4,
+    sequences=2,
+    mask_rows=24,
+    decay_share=0.5,
+    compiled=False,
 )
 LENGTH = 80
 

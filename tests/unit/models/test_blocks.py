@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from models.training.blocks import attach_blocks, draw_blocks
-from models.training.drafter import BLOCK_SIZE, block_hidden, build_drafter
+from models.training.blocks import BLOCK_SIZE, attach_blocks, draw_blocks
+from models.training.drafter import block_hidden, build_drafter
 from tests.unit.models.conftest import RECIPE, VOCABULARY_SIZE
 
 MASKS = torch.arange(VOCABULARY_SIZE, VOCABULARY_SIZE + BLOCK_SIZE)
@@ -35,7 +35,7 @@ def test_a_row_sees_what_it_would_see_when_drafting() -> None:
 
 def test_drawn_blocks_are_whole_and_inside_the_continuation() -> None:
     prompt_lengths, length, rows = np.array([10, 60]), 100, 200
-    anchors, offsets, blocks = draw_blocks(prompt_lengths, length, rows, 6.0, BLOCK_SIZE - 1, np.random.default_rng(1))
+    anchors, offsets, blocks = draw_blocks(prompt_lengths, length, rows, 5.0, 0.1, np.random.default_rng(1))
     for sequence, prompt_length in enumerate(prompt_lengths):
         assert anchors[sequence].min() >= prompt_length - 1
         assert (anchors + offsets)[sequence].max() + 1 < length

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
-from models.training.drafter import BLOCK_SIZE, Phase, build_drafter, distil, save_drafter, train_drafter
+from models.training.drafter import Phase, build_drafter, distil, save_drafter, train_drafter
 from models.training.evaluate import accepted_at_every_anchor, drafts_at, walk
 from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE
 from transformer.model import Transformer
