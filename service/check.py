@@ -1,6 +1,5 @@
 """`diffuspec check`: what the model folders hold and whether they fit together, without starting anything."""
 
-import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -9,7 +8,7 @@ from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
 from transformer.config import CheckpointError
 
 
-def check(settings: Settings, output: TextIO = sys.stdout) -> int:
+def check(settings: Settings, output: TextIO) -> int:
     """Print a table; returns 0 if the server could load this, else 1."""
     try:
         target = read_folder(settings.model.target)

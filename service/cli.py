@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings = _settings(arguments)
             from service.serve import serve
 
-            return serve(settings)
+            return serve(settings, sys.stderr)
         if arguments.command == "check":
             from service.check import check
 
-            return check(_settings(arguments))
+            return check(_settings(arguments), sys.stdout)
     except SettingsError as error:
         print(f"diffuspec: {error}", file=sys.stderr)
         return 2
@@ -116,7 +116,7 @@ def _complete(arguments: argparse.Namespace) -> int:
         speculate=not arguments.no_speculation,
         api_key=arguments.api_key,
     )
-    return complete(options)
+    return complete(options, sys.stdout, sys.stderr)
 
 
 def _bench(argv: Sequence[str]) -> int:

@@ -1,7 +1,6 @@
 """`diffuspec complete`: stream a completion from a running server to the terminal."""
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -37,7 +36,7 @@ class CompletionOptions:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-def complete(options: CompletionOptions, output: TextIO = sys.stdout, messages: TextIO = sys.stderr) -> int:
+def complete(options: CompletionOptions, output: TextIO, messages: TextIO) -> int:
     """Print prompt and completion, then the figures on `messages`; returns the exit status."""
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     address = options.url.rstrip("/").removesuffix("/v1") + "/v1/completions"

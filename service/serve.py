@@ -5,7 +5,6 @@ import logging
 import shlex
 import signal
 import socket
-import sys
 from types import FrameType
 from typing import TextIO
 
@@ -25,7 +24,7 @@ POLL_SECONDS = 0.1
 CLOSING_SECONDS = 5  # for connections, once the requests have been drained
 
 
-def serve(settings: Settings, output: TextIO = sys.stderr) -> int:
+def serve(settings: Settings, output: TextIO) -> int:
     """Serve until a signal; returns the exit status: 1 if the address or the model cannot be had."""
     configure_logging(settings.logging.format, settings.logging.level)
     try:

@@ -188,6 +188,7 @@ def test_a_server_starts_serves_and_drains_on_sigterm(tiny_target: Path, tiny_dr
         process.kill()
         process.wait()
         reader.join()
+        process.stderr.close()
 
 
 def test_a_server_without_a_model_ends_with_one_sentence(tmp_path: Path) -> None:
