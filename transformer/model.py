@@ -1,8 +1,8 @@
 """A Llama-like transformer over a key-value cache: ragged rows in, hidden states out.
 
 Written for small batches on a CPU, where a step costs its weights' memory traffic plus the overhead of every torch
-call: matrices are stored [in, out] (which multiplies few rows fastest), projections of the same input are one matrix,
-norm weights are folded into the matrix that follows, and residuals are added by the matrix product itself.
+call: matrices are multiplied by a kernel for few rows (`transformer.matrix`), projections of the same input are one
+matrix, norm weights are folded into the matrix that follows, and residuals are added by the matrix product itself.
 """
 
 import math
@@ -20,6 +20,7 @@ from transformer.attention import Attention, RowBatch
 from transformer.cache import KeyValueCache
 from transformer.checkpoint import CheckpointError, load_weights
 from transformer.config import TransformerConfig
+from transformer.matrix import Matrix
 from transformer.rotary import interleave, rotary_table
 
 __all__ = ["CheckpointError", "RowBatch", "Transformer"]
@@ -29,13 +30,13 @@ __all__ = ["CheckpointError", "RowBatch", "Transformer"]
 class Layer:
     """Weights of one layer; matrices are [in, out], and the two norms are folded into `qkv` and `gate_up`."""
 
-    qkv: Tensor  # [hidden, (heads + 2 * kv_heads) * head_dim]
+    qkv: Matrix  # [hidden, (heads + 2 * kv_heads) * head_dim]
     qkv_bias: Tensor | None
     query_key_norm: Tensor | None  # [heads + kv_heads, head_dim]
-    output: Tensor  # [heads * head_dim, hidden]
+    output: Matrix  # [heads * head_dim, hidden]
     output_bias: Tensor | None
-    gate_up: Tensor  # [hidden, 2 * intermediate]
-    down: Tensor  # [intermediate, hidden]
+    gate_up: Matrix  # [hidden, 2 * intermediate]
+    down: Matrix  # [intermediate, hidden]
 
 
 class Transformer:
@@ -48,7 +49,7 @@ class Transformer:
             self._embedding = weights.pop("model.embed_tokens.weight")
             head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
             # A tied head is transposed into a copy on the CPU only: there it is worth its memory.
-            self._head = head.t().contiguous() if head.device.type == "cpu" else head.t()
+            self._head = Matrix(head.t().contiguous() if head.device.type == "cpu" else head.t())
             self._final_norm = folded_norm(weights.pop("model.norm.weight")).to(self.dtype)
             self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
             self._rotations = rotary_table(config, config.max_positions).to(self.device)
@@ -89,19 +90,18 @@ class Transformer:
         hidden = self._embedding.index_select(0, rows.tokens)
         for index, layer in enumerate(self._layers):
             hidden = self._attend(hidden, index, layer, attention, rotations)
-            gate, up = (self._normalized(hidden) @ layer.gate_up).chunk(2, dim=-1)
-            hidden = torch.addmm(hidden, silu(gate).mul_(up), layer.down)
+            gate, up = layer.gate_up.multiply(self._normalized(hidden)).chunk(2, dim=-1)
+            hidden = layer.down.add_product(hidden, silu(gate).mul_(up))
         return self._normalized(hidden) * self._final_norm
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [n, hidden], float32 [n, vocabulary]."""
-        return (hidden @ self._head).float()
+        return self._head.multiply(hidden).float()
 
     def _attend(self, hidden: Tensor, index: int, layer: Layer, attention: Attention, rotations: Tensor) -> Tensor:
         normalized = self._normalized(hidden)
-        bias = layer.qkv_bias
-        qkv = normalized @ layer.qkv if bias is None else torch.addmm(bias, normalized, layer.qkv)
+        qkv = layer.qkv.multiply(normalized, layer.qkv_bias)
         num_heads, num_shared = self.config.num_heads, self.config.num_key_value_heads
         heads = qkv.view(len(qkv), -1, self.config.head_dim)
         turned = heads[:, : num_heads + num_shared]
@@ -110,7 +110,7 @@ class Transformer:
         rotate(turned, rotations)
         attention.write(index, heads[:, num_heads:])
         attended = attention.attend(index, heads[:, :num_heads])
-        hidden = torch.addmm(hidden, attended, layer.output)
+        hidden = layer.output.add_product(hidden, attended)
         return hidden if layer.output_bias is None else hidden + layer.output_bias
 
     def _normalized(self, hidden: Tensor) -> Tensor:
@@ -147,9 +147,9 @@ def take_layer(config: TransformerConfig, weights: dict[str, Tensor], name: str)
     def take(part: str) -> Tensor:
         return weights.pop(f"{name}.{part}")
 
-    def fused(norm: str, *matrices: Tensor) -> Tensor:
+    def fused(norm: str, *matrices: Tensor) -> Matrix:
         folded = torch.cat(matrices).float() * folded_norm(take(f"{norm}.weight"))
-        return folded.t().to(matrices[0].dtype).contiguous()
+        return Matrix(folded.t().to(matrices[0].dtype).contiguous())
 
     head_dim = config.head_dim
     query, key, value = (take(f"self_attn.{part}_proj.weight") for part in "qkv")
@@ -165,8 +165,8 @@ def take_layer(config: TransformerConfig, weights: dict[str, Tensor], name: str)
         qkv=fused("input_layernorm", interleave(query, head_dim), interleave(key, head_dim), value),
         qkv_bias=bias,
         query_key_norm=norm,
-        output=take("self_attn.o_proj.weight").t().contiguous(),
+        output=Matrix(take("self_attn.o_proj.weight").t().contiguous()),
         output_bias=take("self_attn.o_proj.bias") if config.output_bias else None,
         gate_up=fused("post_attention_layernorm", take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")),
-        down=take("mlp.down_proj.weight").t().contiguous(),
+        down=Matrix(take("mlp.down_proj.weight").t().contiguous()),
     )
