@@ -50,6 +50,6 @@ class CostCurve:
 
 
 def _segment(rows: float) -> tuple[int, float]:
-    """Index of the upper knot of the line that `rows` lies on, and the share of that line (more than 1 beyond the end)."""
+    """Upper knot of the line that `rows` lies on, and the share of that line before it (more than 1 beyond the end)."""
     i = min(max(bisect_left(KNOTS, rows), 1), len(KNOTS) - 1)
     return i, max((rows - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1]), 0.0)

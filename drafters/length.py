@@ -1,4 +1,4 @@
-"""Draft lengths by rule: a fixed length, and the paper's adaptive one (ADL). The default, `goodput`, has a file of its own."""
+"""The paper's adaptive draft length (ADL). The default policy, `goodput`, has a file of its own."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
 """Weight matrices, multiplied with the few rows of a decoding step.
 
 Library matrix products are made for many rows: on a CPU four rows cost them up to twice as much as one, though both
-read the same weights. Verification lives from that not being so. Small float32 matrices on the CPU are therefore kept in
-panels of 16 columns too, and multiplied by a kernel that reads each panel once for up to six rows, its sums in registers.
-The kernel is written in LLVM's language, through the compiler that numba brings along, since numba itself cannot be
-made to keep the sums in registers. Every sum runs over the inputs in order, whatever the number of rows: a row's result
-is the same to the last bit in any batch.
+read the same weights. Verification lives from that not being so. Small float32 matrices on the CPU are therefore kept
+in panels of 16 columns too, and multiplied by a kernel that reads each panel once for up to six rows, its sums in
+registers. The kernel is written in LLVM's language, through the compiler that numba brings along, since numba itself
+cannot be made to keep the sums in registers. Every sum runs over the inputs in order, whatever the number of rows: a
+row's result is the same to the last bit in any batch.
 """
 
 import ctypes
