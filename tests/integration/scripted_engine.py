@@ -30,9 +30,11 @@ class ScriptedEngine:
     default_draft_tokens: int = 16
     drafter_description: str = "a script"
 
+    def __post_init__(self) -> None:
+        self._idle.set()
+
     async def start(self) -> None:
         self.phase = "loading"
-        self._idle.set()
         await asyncio.sleep(self.start_seconds)
         if self.start_error is not None:
             raise self.start_error
