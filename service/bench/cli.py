@@ -20,7 +20,7 @@ from service.bench.environment import describe_environment
 from service.bench.interleave import Task, measure
 from service.bench.loading import embedded_contestants, has_drafter, load
 from service.bench.page import to_html
-from service.bench.prompts import Encode, Prompt, PromptError, batches
+from service.bench.prompts import Encode, PromptError, batches
 from service.bench.records import Workload, WorkloadRecord
 from service.bench.report import Report, to_json
 from service.bench.server import ServerClient, ServerContestant, ServerError
@@ -68,6 +68,10 @@ def _count(text: str) -> int:
     return value
 
 
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `diffuspec bench` understands."""
     what = parser.add_argument_group("what is measured")
@@ -101,7 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concurrency", type=_counts, default=[1], help="requests at the same time, e.g. 1,4,16 (1)"
     )
     load_group.add_argument("--repeats", type=_count, default=1, help="how often every prompt is measured (1)")
-    load_group.add_argument("--warmup", type=int, default=3, help="batches that every configuration runs before (3)")
+    load_group.add_argument(
+        "--warmup", type=_count_or_none, default=3, help="batches that every configuration runs before (3)"
+    )
     load_group.add_argument("--seed", type=int, default=0, help="of the prompts' places and the random draws (0)")
     load_group.add_argument(
         "--budget-seconds", type=float, default=900.0, help="stop cleanly after about so long (900)"
@@ -172,7 +178,10 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
             dtype = getattr(torch, settings.model.dtype)
             contestants.append(TransformersContestant(settings.model.target, dtype, settings.model.device))
         gc.freeze()  # what is loaded stays: collecting garbage between passes need not look at it
-        records = await _measure_all(args, contestants, tasks)
+        try:
+            records = await _measure_all(args, contestants, tasks)
+        finally:
+            gc.unfreeze()
     return loaded.facts | {"prompts": _source(args), "contestants": _meanings(cells)}, records
 
 
@@ -226,14 +235,20 @@ async def _measure_all(
 
 def _tasks(args: argparse.Namespace, encode: Encode, longest: int) -> list[Task]:
     """One task for every concurrency and temperature; prompts are the same at every temperature."""
+    if longest < 1:
+        raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in the model's context")
+    length = min(args.prompt_tokens, longest)
+    held_out = prompt_sources.held_out_texts()
+    whole = None if args.prompts is None else prompt_sources.file_texts(args.prompts)
+    texts = held_out if args.prompt_source is None else prompt_sources.folder_texts(args.prompt_source)
     tasks = []
     for concurrency in args.concurrency:
-        num_pairs = max(-(-args.num_prompts // concurrency), FEWEST_PAIRS)
-        measured = _prompts(args, num_pairs * concurrency, encode, longest)
-        length = min(args.prompt_tokens, longest)
-        warm_up = prompt_sources.cut_prompts(
-            prompt_sources.held_out_texts(), max(args.warmup, 0) * concurrency, length, encode, args.seed + 1
-        )
+        count = concurrency * max(-(-args.num_prompts // concurrency), FEWEST_PAIRS)
+        if whole is None:
+            measured = prompt_sources.cut_prompts(texts, count, length, encode, args.seed)
+        else:
+            measured = prompt_sources.whole_prompts(whole, count, longest, encode)
+        warm_up = prompt_sources.cut_prompts(held_out, args.warmup * concurrency, length, encode, args.seed + 1)
         tasks += [
             Task(
                 Workload(concurrency, temperature, args.max_tokens),
@@ -243,18 +258,6 @@ def _tasks(args: argparse.Namespace, encode: Encode, longest: int) -> list[Task]
             for temperature in args.temperatures
         ]
     return tasks
-
-
-def _prompts(args: argparse.Namespace, count: int, encode: Encode, longest: int) -> list[Prompt]:
-    if longest < 1:
-        raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in the model's context")
-    if args.prompts is not None:
-        return prompt_sources.whole_prompts(prompt_sources.file_texts(args.prompts), count, longest, encode)
-    if args.prompt_source is None:
-        texts = prompt_sources.held_out_texts()
-    else:
-        texts = prompt_sources.folder_texts(args.prompt_source)
-    return prompt_sources.cut_prompts(texts, count, min(args.prompt_tokens, longest), encode, args.seed)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
