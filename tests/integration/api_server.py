@@ -72,3 +72,24 @@ def scripted_app(engine: Engine, target: Path, settings: Settings | None = None,
         "load_tokenizer", functools.partial(build_tokenizer, target)
     )
     return create_app(settings, engine, load_tokenizer, build_metrics(settings), **options)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error, in the one shape there is."""
+    content = answer.json()
+    assert set(content) == {"error"}
+    error: dict[str, Any] = content["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"]
+    return error
+
+
+def post(url: str, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    """The answer to a body that must be right."""
+    answer = httpx.post(url + path, json=body, timeout=120)
+    assert answer.status_code == 200, answer.text
+    content: dict[str, Any] = answer.json()
+    return content
