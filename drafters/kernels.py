@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
 MAX_ORDER = 8
 NO_TOKEN = -1
-BEST_SUCCESSORS = 3  # of each context, that join the lattice as the n-gram model's proposals
+BEST_SUCCESSORS = 3  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable."""
-    sums = {"reassoc", "contract"}  # sums may be reordered, so that they vectorise; infinities and not-a-number stay
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",  # divisions need no check for zero
+        "fastmath": {"reassoc", "contract"},  # sums may be reordered, to vectorise; infinities and not-a-number stay
+    }
     try:
-        kernel: Callable[..., Any] = numba.njit(nogil=True, fastmath=sums, cache=True)(function)
+        kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no writable place: a read-only install, as in some containers
-        kernel = numba.njit(nogil=True, fastmath=sums)(function)
+        kernel = numba.njit(**options)(function)
     return kernel
 
 
@@ -123,6 +127,8 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
                 found = np.int64(found + 1)
                 break
             first += count
+        if found < width:
+            break  # a context is hardly ever kept without the shorter one: looking for it would only cost time
     sums, tokens, levels, shares = work.sums, ngram.tokens, ngram.levels, ngram.level_probabilities
     rest = np.float32(1.0)
     for index in range(found - 1, -1, -1):
@@ -286,8 +292,8 @@ class Search(NamedTuple):
     log_floor: float  # nats
     option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
     option_scores: NDArray[np.float64]  # [most options, 4] score, log lattice, log causal, confidence
-    paths: NDArray[np.int32]  # [2, beam width, longest] before and after a position
-    details: NDArray[np.float64]  # [2, beam width, longest, 4] as option_scores
+    paths: NDArray[np.int32]  # [2, beam width + 1, longest] before and after a position
+    details: NDArray[np.float64]  # [2, beam width + 1, longest, 4] as option_scores
     sums: NDArray[np.float64]  # [2, beam width] scores summed over the path
     picks: NDArray[np.int64]  # [beam width, 2] parent beam and token of each new beam
     pick_scores: NDArray[np.float64]  # [beam width, 4]
@@ -334,7 +340,7 @@ def expand(
         count = _join(tokens, count, np.int64(search.candidates[row, index]), vocabulary)
     if weight > 0.0:
         count = _join(tokens, count, copied, vocabulary)
-    for index in range(found):
+    for index in range(max(found - 2, 0), found):  # the two longest contexts
         for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
             count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
     total = 0.0
@@ -387,83 +393,93 @@ def raw_argmax(search: Any, first: int, stop: int, vocabulary: int, path: Any) -
 
 
 @compiled
+def _keep_best(search: Any, side: int, num_kept: int, score: float, beam: int, option: int) -> int:
+    """Sort one option of one beam into the new beams, if it is good enough; return their number."""
+    sums, picks, pick_scores = search.sums[1 - side], search.picks, search.pick_scores
+    width = len(picks)
+    at = num_kept
+    while at > 0 and sums[at - 1] < score:
+        at -= 1
+    if at == width:
+        return num_kept
+    num_kept = min(num_kept + 1, width)
+    for later in range(num_kept - 1, at, -1):
+        sums[later], picks[later, 0], picks[later, 1] = sums[later - 1], picks[later - 1, 0], picks[later - 1, 1]
+        for part in range(4):
+            pick_scores[later, part] = pick_scores[later - 1, part]
+    sums[at], picks[at, 0], picks[at, 1] = score, beam, search.option_tokens[option]
+    for part in range(4):
+        pick_scores[at, part] = search.option_scores[option, part]
+    return num_kept
+
+
+@compiled
 def search_paths(
     flat: Any, starts: Any, ngram: Any, copy_weights: Any, use_copy: bool, use_beams: bool, search: Any, work: Any,
     found: Any,
 ) -> None:  # fmt: skip
-    """Beam search (Eq. 8) for every request; without `use_beams` the raw argmax path is only scored."""
+    """Beam search (Eq. 8) for every request; without `use_beams` the raw argmax path is only scored.
+
+    The raw argmax path is scored along, and takes part at the end, so that the search never ends below it. Behind the
+    beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
+    """
     width = len(search.picks)
+    raw_path, raw_details = search.paths[0, width], search.details[0, width]
+    finished_path, finished_details = search.paths[1, width], search.details[1, width]
     for request in range(len(starts) - 1):
         text = flat[starts[request] : starts[request + 1]]
-        first, stop = search.row_starts[request], search.row_starts[request + 1]
-        tokens, details = found.tokens[request], found.details[request]
         if use_copy:
             index_text(text, 0, len(text), work)
-        # The raw argmax path is the first hypothesis, so that the search never ends below it.
-        raw_length = raw_argmax(search, first, stop, len(ngram.unigram), tokens)
-        ended = raw_length > 0 and contains(search.ends, len(search.ends), tokens[raw_length - 1])
-        found.raw_lengths[request] = raw_length - 1 if ended else raw_length
-        found.lengths[request] = raw_length
-        total = 0.0
-        for step in range(raw_length):
-            count = expand(search, first + step, ngram, copy_weights, text, tokens, step, use_copy, work)
-            for index in range(count):
-                if search.option_tokens[index] == tokens[step]:
-                    total += search.option_scores[index, 0]
-                    _append(tokens, details, step, np.int64(tokens[step]), search.option_scores[index])
-        best_score = total / raw_length if raw_length > 0 else -np.inf
-        if raw_length > 0:
-            found.scores[request, 1] = best_score
-        side, num_beams, length = (
-            np.int64(0),
-            np.int64(1),
-            np.int64(0),
-        )  # not literals, which would compile it all twice
+        first, stop = search.row_starts[request], search.row_starts[request + 1]
+        raw_length = raw_argmax(search, first, stop, len(ngram.unigram), raw_path)
+        raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
+        side, num_beams, length = np.int64(0), np.int64(1 if use_beams else 0), np.int64(0)  # not literals: one kernel
         search.sums[0, 0] = 0.0
-        for row in range(first, stop if use_beams else first):
-            num_new = 0
-            for beam in range(num_beams):
-                path = search.paths[side, beam]
-                count = expand(search, row, ngram, copy_weights, text, path, length, use_copy, work)
-                for index in range(count):
-                    token, scores = search.option_tokens[index], search.option_scores[index]
-                    score = search.sums[side, beam] + scores[0]
-                    if contains(search.ends, len(search.ends), token):
-                        if score / (length + 1) > best_score:
-                            best_score = score / (length + 1)
-                            _copy_path(path, search.details[side, beam], length, tokens, details)
-                            _append(tokens, details, length, token, scores)
-                            found.lengths[request] = length + 1
+        for row in range(first, stop):
+            step = row - first
+            num_new = np.int64(0)
+            for beam in range(width + 1):
+                if beam >= num_beams and not (beam == width and step < raw_length):
+                    continue
+                path = raw_path if beam == width else search.paths[side, beam]
+                count = expand(search, row, ngram, copy_weights, text, path, step, use_copy, work)
+                for option in range(count):
+                    token = search.option_tokens[option]
+                    if beam == width:
+                        if token == raw_path[step]:
+                            raw_sum += search.option_scores[option, 0]
+                            _append(raw_path, raw_details, step, token, search.option_scores[option])
                         continue
-                    at = num_new
-                    while at > 0 and search.sums[1 - side, at - 1] < score:
-                        at -= 1
-                    if at < width:
-                        num_new = min(num_new + 1, width)
-                        for later in range(num_new - 1, at, -1):
-                            search.sums[1 - side, later] = search.sums[1 - side, later - 1]
-                            for part in range(2):
-                                search.picks[later, part] = search.picks[later - 1, part]
-                            for part in range(4):
-                                search.pick_scores[later, part] = search.pick_scores[later - 1, part]
-                        search.sums[1 - side, at] = score
-                        search.picks[at, 0], search.picks[at, 1] = beam, token
-                        for part in range(4):
-                            search.pick_scores[at, part] = scores[part]
-            if num_new == 0:
-                break
+                    score = search.sums[side, beam] + search.option_scores[option, 0]
+                    if not contains(search.ends, len(search.ends), token):
+                        num_new = _keep_best(search, side, num_new, score, beam, option)
+                    elif score / (step + 1) > finished_score:
+                        finished_score, finished_length = score / (step + 1), step + 1
+                        _copy_path(path, search.details[side, beam], step, finished_path, finished_details)
+                        _append(finished_path, finished_details, step, token, search.option_scores[option])
             for beam in range(num_new):
                 parent, new_path = search.picks[beam, 0], search.paths[1 - side, beam]
                 new_details = search.details[1 - side, beam]
-                _copy_path(search.paths[side, parent], search.details[side, parent], length, new_path, new_details)
-                _append(new_path, new_details, length, search.picks[beam, 1], search.pick_scores[beam])
-            side, num_beams, length = np.int64(1) - side, np.int64(num_new), length + np.int64(1)
+                _copy_path(search.paths[side, parent], search.details[side, parent], step, new_path, new_details)
+                _append(new_path, new_details, step, search.picks[beam, 1], search.pick_scores[beam])
+            if num_new > 0:
+                side, length = np.int64(1) - side, np.int64(step + 1)
+            num_beams = num_new
+        best, best_side, best_score, best_length = np.int64(width), np.int64(0), -np.inf, np.int64(0)
+        if raw_length > 0:
+            best_score, best_length = raw_sum / raw_length, np.int64(raw_length)
+            found.scores[request, 1] = best_score
+            ended = contains(search.ends, len(search.ends), raw_path[raw_length - 1])
+            found.raw_lengths[request] = raw_length - 1 if ended else raw_length
+        if finished_score > best_score:
+            best_side, best_score, best_length = np.int64(1), finished_score, np.int64(finished_length)
         if length > 0 and search.sums[side, 0] / length > best_score:
-            best_score = search.sums[side, 0] / length
-            _copy_path(search.paths[side, 0], search.details[side, 0], length, tokens, details)
-            found.lengths[request] = length
-        if found.lengths[request] > 0:
+            best, best_side, best_score, best_length = np.int64(0), side, search.sums[side, 0] / length, length
+        if best_length > 0:
             found.scores[request, 0] = best_score
+            found.lengths[request] = best_length
+            path, details = search.paths[best_side, best], search.details[best_side, best]
+            _copy_path(path, details, best_length, found.tokens[request], found.details[request])
         for row in range(first, stop):
             found.mean_widths[request] += search.widths[row] / (stop - first)
         if use_copy:

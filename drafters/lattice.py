@@ -61,8 +61,8 @@ class DraftLattice:
         lattice = cls(
             row_starts=row_starts,
             longest=max(lengths, default=0),
-            tokens=np.full((rows, width), -1, np.int32),
-            log_probs=np.full((rows, width), -np.inf, np.float32),
+            tokens=np.empty((rows, width), np.int32),
+            log_probs=np.empty((rows, width), np.float32),
             widths=np.zeros(rows, np.int64),
             logits=values,
             log_normalisers=np.zeros(rows, np.float32),
@@ -143,6 +143,12 @@ def _best_of_row(keys: Any, most: int, block_best: Any, best: Any, tokens: Any) 
 
 
 @compiled
+def _blank(tokens: Any, log_probs: Any, first: int) -> None:
+    for index in range(first, len(tokens)):
+        tokens[index], log_probs[index] = -1, -np.inf
+
+
+@compiled
 def _select(
     logits: Any, bits: Any, candidate_mass: float, most: int, ends: Any,
     tokens: Any, log_probs: Any, widths: Any, log_normalisers: Any,
@@ -158,8 +164,7 @@ def _select(
         count = _best_of_row(keys, most, block_best, best, tokens[row])
         maximum = logits[row, tokens[row, 0]] if count > 0 else np.float32(-np.inf)
         if not -np.inf < maximum < np.inf:
-            for index in range(count):
-                tokens[row, index] = -1
+            _blank(tokens[row], log_probs[row], 0)
             continue
         _exponentials(logits[row], maximum, scales, fractions)
         log_normalisers[row] = maximum + np.float32(np.log(_dot(scales.view(np.float32), fractions)))
@@ -168,8 +173,7 @@ def _select(
             log_probs[row, width] = logits[row, tokens[row, width]] - log_normalisers[row]
             mass += np.exp(log_probs[row, width])
             width += 1
-        for index in range(width, count):
-            tokens[row, index] = -1
+        _blank(tokens[row], log_probs[row], width)
         for end in ends:
             if logits[row, end] > -np.inf and not contains(tokens[row], width, end):
                 tokens[row, width], log_probs[row, width] = end, logits[row, end] - log_normalisers[row]

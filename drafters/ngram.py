@@ -3,8 +3,8 @@
 A context's successors stand together, with the discounted share of each on a scale of 256 levels; what the shares
 leave of one goes to the context that is one token shorter (interpolation), down to the unigram. One walk of the
 successors of at most `order - 1` contexts therefore gives the whole distribution, which always sums to one.
-Contexts are found by a hash: a bucket, then a fingerprint of 16 bits; about one absent context in 15,000 is taken
-for another one, which costs a draft and never an output.
+Contexts are looked for from the shortest to the first that is absent, by a hash: a bucket, then a fingerprint of 16
+bits; about one absent context in 15,000 is taken for another one, which costs a draft and never an output.
 """
 
 import json

@@ -95,7 +95,7 @@ class PathSearch:
         return _paths(found)
 
     def _arguments(self, lattice: DraftLattice, longest: int) -> Search:
-        most_options = lattice.tokens.shape[1] + 1 + BEST_SUCCESSORS * (self.causal.ngram.order - 1)
+        most_options = lattice.tokens.shape[1] + 1 + 2 * BEST_SUCCESSORS
         return Search(
             row_starts=lattice.row_starts,
             candidates=lattice.tokens,
@@ -107,8 +107,8 @@ class PathSearch:
             log_floor=LOG_FLOOR,
             option_tokens=np.empty(most_options, np.int64),
             option_scores=np.empty((most_options, 4)),
-            paths=np.empty((2, self.beam_width, longest), np.int32),
-            details=np.empty((2, self.beam_width, longest, 4)),
+            paths=np.empty((2, self.beam_width + 1, longest), np.int32),
+            details=np.empty((2, self.beam_width + 1, longest, 4)),
             sums=np.empty((2, self.beam_width)),
             picks=np.empty((self.beam_width, 2), np.int64),
             pick_scores=np.empty((self.beam_width, 4)),
