@@ -47,6 +47,7 @@ $(VENV)/bin/python:
 $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.13,<2.14"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/diffuspec compile
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

@@ -1,10 +1,13 @@
-"""`diffuspec check`: what the model folders hold and whether they fit together, without starting anything."""
+"""`diffuspec check` and `diffuspec compile`: look at the model folders, or load them once, without serving."""
 
 from pathlib import Path
 from typing import TextIO
 
+from drafters.ngram import NgramError
 from service.folders import FolderFacts, find_mismatch, read_folder
 from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.text.tokenizer import TokenizerError
+from service.wiring import build_tokenizer, load_parts
 from transformer.config import CheckpointError
 
 
@@ -32,6 +35,16 @@ def check(settings: Settings, output: TextIO) -> int:
     if drafter is not None:
         share = drafter.num_bytes / target.num_bytes
         print(f"\nThe vocabularies match; the drafter has {share:.0%} of the target's bytes.", file=output)
+    return 0
+
+
+def compile_kernels(settings: Settings, output: TextIO) -> int:
+    """Load everything as `serve` would, which compiles what is not compiled yet, and let go of it."""
+    try:
+        load_parts(settings, build_tokenizer(settings.model.target).size, lambda what, done: None)
+    except (CheckpointError, NgramError, TokenizerError, ValueError) as error:
+        print(f"diffuspec: {error}", file=output)
+        return 1
     return 0
 
 

@@ -49,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Say what the target's and the drafter's folders hold, and whether they fit together.",
     )
     _add_settings(check, MODEL_FLAGS)
+    warm = commands.add_parser(
+        "compile",
+        help="compile the drafting kernels now",
+        description="Load the models once and compile the drafting kernels, so that the first start need not.",
+    )
+    _add_settings(warm, MODEL_FLAGS)
     commands.add_parser("bench", help="compare plain and speculative decoding side by side")
     return parser
 
@@ -96,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from service.check import check
 
             return check(_settings(arguments), sys.stdout)
+        if arguments.command == "compile":
+            from service.check import compile_kernels
+
+            return compile_kernels(_settings(arguments), sys.stderr)
     except SettingsError as error:
         print(f"diffuspec: {error}", file=sys.stderr)
         return 2

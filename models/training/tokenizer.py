@@ -22,10 +22,10 @@ SPLIT = r" ?[A-Za-z_]+|\d| ?[^\sA-Za-z_\d]+|\s+(?!\S)|\s+"
 
 # A base model has no turns; the chat template renders the conversation as Python comments followed by code.
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{ message['content'] }}\n"
-    "{%- else -%}# {{ message['content'] | replace('\n', '\n# ') }}\n{%- endif -%}"
-    "{%- endfor -%}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n"
+    "{% else %}# {{ message['content'] | replace('\n', '\n# ') }}\n{% endif %}"
+    "{% endfor %}"
 )
 
 

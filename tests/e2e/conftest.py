@@ -1,0 +1,58 @@
+"""A real server process on the bundled pair, started as a user would."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 180  # a bound, not a claim: numba may have to compile first, on a busy machine
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Return when the server accepts requests; fail the test if it ends or takes too long."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended before it was ready"
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"the server was not ready within {START_SECONDS} s")
+
+
+@pytest.fixture(scope="session")
+def bundled_server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of `diffuspec serve` without arguments but the port."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "serve", "--port", str(unused_port)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            url = f"http://127.0.0.1:{unused_port}"
+            wait_until_ready(url, process)
+            yield url
+        finally:
+            process.terminate()
+            assert process.wait(timeout=60) == 0, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
