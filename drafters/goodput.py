@@ -10,6 +10,7 @@ says which requests are worth a diffusion pass; `choose_lengths` runs after it, 
 are known, and says how much of each is worth verifying. A useless drafter or a full batch ends at no draft at all.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,24 +145,32 @@ class StepCosts:
 
 
 class Calibration:
-    """From a draft token's raw confidence to how often such tokens are accepted, learned from what was verified."""
+    """From a draft token's raw confidence to how often such tokens are accepted, learned from what was verified.
 
-    BINS = 20
+    Piecewise linear between knots; one table for each class of temperatures, since acceptance falls with it.
+    """
 
-    def __init__(self, prior_scale: float = 0.9, rate: float = 0.02) -> None:
-        self._centres: Floats = (np.arange(self.BINS) + 0.5) / self.BINS
-        self._rates: Floats = self._centres * prior_scale
+    KNOTS = 21  # confidences 0, 0.05, ..., 1
+
+    def __init__(self, prior_scale: float = 0.9, rate: float = 0.03) -> None:
+        """prior_scale: acceptance over confidence before anything was verified. rate: weight of one draft token."""
+        self._confidences: Floats = np.linspace(0.0, 1.0, self.KNOTS)
+        self._rates: Floats = np.tile(self._confidences * prior_scale, (len(TEMPERATURES) + 1, 1))
         self._rate = rate
 
-    def __call__(self, confidences: NDArray[np.floating]) -> Floats:
-        """Estimated acceptance of each token, given that all before it are accepted; any shape."""
-        return np.asarray(np.interp(confidences, self._centres, self._rates))
+    def estimate(self, confidences: NDArray[np.floating], heat: int) -> Floats:
+        """Acceptance of each token, given that all before it are accepted. heat: from `temperature_class`."""
+        return np.asarray(np.interp(confidences, self._confidences, self._rates[heat]))
 
-    def observe(self, confidences: NDArray[np.floating], num_accepted: int) -> None:
+    def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
-        for position, confidence in enumerate(confidences[: num_accepted + 1]):
-            i = min(int(confidence * self.BINS), self.BINS - 1)
-            self._rates[i] += self._rate * (float(position < num_accepted) - self._rates[i])
+        rates = self._rates[heat]
+        for position, confidence in enumerate(confidences[: num_accepted + 1].tolist()):
+            place = confidence * (self.KNOTS - 1)
+            i = min(int(place), self.KNOTS - 2)
+            share = place - i
+            for knot, weight in ((i, 1.0 - share), (i + 1, share)):
+                rates[knot] += self._rate * weight * (float(position < num_accepted) - rates[knot])
 
 
 @dataclass(slots=True)
@@ -232,6 +241,14 @@ def choose_lengths(
     return lengths
 
 
+TEMPERATURES = (0.0, 0.6, 0.9)  # upper edges of the classes; the last class is everything hotter
+
+
+def temperature_class(temperature: float) -> int:
+    """Estimates of acceptance are kept apart by this."""
+    return bisect_left(TEMPERATURES, temperature)
+
+
 class DiffusionForecast:
     """What a diffusion pass would bring, known before paying for it.
 
@@ -239,17 +256,17 @@ class DiffusionForecast:
     free draft promised at that step: where the text is being copied, the pass adds nothing.
     """
 
-    TEMPERATURES = (0.0, 0.6, 0.9)  # upper edges; the last class is everything hotter
     PROMISES = (0.4, 0.9, 1.8, 4.0)  # expected accepted tokens of the free draft, upper edges
 
     def __init__(self, longest: int, prior: float = 0.6, rate: float = 0.04) -> None:
-        self._rates: Floats = np.full((len(self.TEMPERATURES) + 1, len(self.PROMISES) + 1, longest), prior)
+        self._rates: Floats = np.full((len(TEMPERATURES) + 1, len(self.PROMISES) + 1, longest), prior)
         self._since_probe = np.zeros(self._rates.shape[:2], dtype=np.int64)
         self._probe_interval = np.full(self._rates.shape[:2], FIRST_PROBE_INTERVAL, dtype=np.int64)
         self._rate = rate
 
-    def classes(self, temperature: float, promise: float) -> tuple[int, int]:
-        return int(np.searchsorted(self.TEMPERATURES, temperature)), int(np.searchsorted(self.PROMISES, promise))
+    def classes(self, heat: int, promise: float) -> tuple[int, int]:
+        """heat: from `temperature_class`. promise: expected accepted tokens of the free draft."""
+        return heat, bisect_left(self.PROMISES, promise)
 
     def rates(self, where: tuple[int, int]) -> Floats:
         """`[longest]` acceptance of each position, given that all before it are accepted."""

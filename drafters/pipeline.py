@@ -22,6 +22,7 @@ from drafters.goodput import (
     choose_lengths,
     choose_sources,
     expected_accepted,
+    temperature_class,
 )
 from drafters.lattice import DraftLattice, LatticeOptions
 from drafters.length import PaperLength, PaperLengthOptions
@@ -55,6 +56,7 @@ class _RequestState:
     goodput: GoodputState = field(default_factory=GoodputState)
     raw_confidences: Floats = field(default_factory=lambda: np.empty(0))  # of the draft that is being verified
     num_learned: int = 0  # committed tokens that the causal model has learned from
+    heat: int = 0  # class of its temperature
 
 
 @dataclass(slots=True)
@@ -154,7 +156,8 @@ class DraftPipeline:
     def _candidate(self, request: DraftRequest) -> _Candidate:
         state = self._states.get(request.request_id)
         if state is None:
-            state = self._states[request.request_id] = _RequestState(PaperLength(self._options.paper))
+            state = _RequestState(PaperLength(self._options.paper), heat=temperature_class(request.temperature))
+            self._states[request.request_id] = state
         cap = min(request.max_draft_tokens, self.max_draft_tokens)
         return _Candidate(request, state, request.policy or self._options.policy, cap)
 
@@ -193,7 +196,7 @@ class DraftPipeline:
         draft_rows = np.empty(len(adaptive))
         for i, candidate in enumerate(adaptive):
             promise = copied[i, min(candidate.cap, 8)]
-            candidate.forecast_class = self._forecast.classes(candidate.request.temperature, promise)
+            candidate.forecast_class = self._forecast.classes(candidate.state.heat, promise)
             known = self._forecast.rates(candidate.forecast_class)
             size = min(candidate.cap, longest)
             rates[i, :size] = np.minimum(known[:size] * candidate.state.goodput.diffusion.factor, 0.99)
@@ -258,8 +261,11 @@ class DraftPipeline:
         """Calibrated conditional acceptance of the candidate's tokens, in its request's light."""
         state = candidate.state.goodput
         if candidate.path is None:
-            return np.minimum(self._copy_calibration(candidate.copied_confidences) * state.copy.factor, 0.99)
-        calibrated = self._path_calibration(candidate.path.confidences)
+            return np.minimum(
+                self._copy_calibration.estimate(candidate.copied_confidences, candidate.state.heat) * state.copy.factor,
+                0.99,
+            )
+        calibrated = self._path_calibration.estimate(candidate.path.confidences, candidate.state.heat)
         self._forecast.observe(candidate.forecast_class, calibrated)
         return np.minimum(calibrated * state.diffusion.factor, 0.99)[: candidate.cap]
 
@@ -281,7 +287,8 @@ class DraftPipeline:
         if length == 0:
             reason = "no_room" if candidate.cap == 0 else "not_worth_it" if tokens else "no_candidates"
             return Draft(raw_length=raw_length, lattice_width=width, path_gain=gain, bypass_reason=reason)
-        calibrated = (self._path_calibration if path else self._copy_calibration)(state.raw_confidences)
+        calibration = self._path_calibration if path else self._copy_calibration
+        calibrated = calibration.estimate(state.raw_confidences, state.heat)
         return Draft(
             tokens=tokens[:length],
             source="diffusion" if path else "copy",
@@ -302,7 +309,7 @@ class DraftPipeline:
         calibration = self._path_calibration if drafted_by_diffusion else self._copy_calibration
         agreement = goodput.diffusion if drafted_by_diffusion else goodput.copy
         agreement.observe(outcome.num_accepted, draft.expected_accepted)
-        calibration.observe(state.raw_confidences, outcome.num_accepted)
+        calibration.observe(state.raw_confidences, outcome.num_accepted, state.heat)
         if drafted_by_diffusion:
             state.paper.observe(draft.raw_length, outcome.num_accepted)
 

@@ -14,6 +14,7 @@ from drafters.goodput import (
     choose_lengths,
     choose_sources,
     expected_accepted,
+    temperature_class,
 )
 
 FLAT = {1: 1e-3, 64: 1e-3}  # rows are free, as on a GPU at small batches
@@ -93,9 +94,22 @@ def test_calibration_learns_how_often_a_confidence_is_right() -> None:
     calibration = Calibration()
     confidences = np.array([0.9, 0.9, 0.9])
     for _ in range(400):
-        calibration.observe(confidences, 1)  # one right, one wrong, the third never reached: half
-    assert calibration(np.array([0.875, 0.925])).mean() == pytest.approx(0.5, abs=0.15)
-    assert calibration(np.array([0.1]))[0] < 0.2  # others are untouched
+        calibration.observe(confidences, 1, heat=1)  # one right, one wrong, the third never reached: half
+    assert calibration.estimate(np.array([0.9]), 1)[0] == pytest.approx(0.5, abs=0.15)
+    assert calibration.estimate(np.array([0.1]), 1)[0] < 0.2  # other confidences are untouched
+    assert calibration.estimate(np.array([0.9]), 0)[0] > 0.8  # and other temperatures
+
+
+def test_calibration_forgets_a_confidence_that_is_never_right() -> None:
+    calibration = Calibration()
+    for _ in range(400):
+        calibration.observe(np.array([0.97]), 0, heat=0)
+    assert calibration.estimate(np.array([0.97]), 0)[0] < 0.02
+
+
+@pytest.mark.parametrize(("temperature", "heat"), [(0.0, 0), (0.2, 1), (0.6, 1), (0.8, 2), (1.2, 3)])
+def test_temperatures_have_classes(temperature: float, heat: int) -> None:
+    assert temperature_class(temperature) == heat
 
 
 def test_agreement_returns_to_the_prior_without_drafts() -> None:
@@ -110,7 +124,7 @@ def test_agreement_returns_to_the_prior_without_drafts() -> None:
 
 def test_a_class_that_loses_is_probed_ever_more_rarely() -> None:
     forecast = DiffusionForecast(longest=4)
-    where = forecast.classes(0.0, 0.1)
+    where = forecast.classes(0, 0.1)
     probes = [step for step in range(20_000) if forecast.is_probe_due(where, chosen=False)]
     gaps = np.diff(probes)
     assert 4 < len(probes) < 30
