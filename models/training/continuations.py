@@ -22,7 +22,7 @@ CANDIDATES = 8  # tokens of the target's distribution kept per position
 class ContinuationRecipe:
     """Sizes of the run. A row is a prompt from the corpus and the target's continuation, `length` tokens together."""
 
-    shards: int = 64
+    shards: int = 42
     rows: int = 128  # per shard
     length: int = 288
     shortest_prompt: int = 32

@@ -29,8 +29,8 @@ class DrafterRecipe:
 
     intermediate_size: int = 240
     layers: tuple[int, ...] = (0, -1)  # of the target, to start from
-    start_steps: int = 2000  # on the continuations of the small model that the target grew from
-    steps: int = 4000
+    start_steps: int = 750  # on the continuations of the small model that the target grew from
+    steps: int = 1500
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
     mean_masks: float = 5.0  # per block
