@@ -22,6 +22,7 @@ from drafters.kernels import compiled
 Floats = NDArray[np.float64]
 
 _KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
+PRIOR_STRENGTH = 8.0  # observations that a prior counts for: estimates start as means and become moving averages
 HYSTERESIS = 0.02  # a draft must promise this much more than none: the estimates are noisy, plain decoding is not
 MAX_SWEEPS = 3
 
@@ -153,9 +154,10 @@ class Calibration:
     KNOTS = 21  # confidences 0, 0.05, ..., 1
 
     def __init__(self, prior_scale: float = 0.9, rate: float = 0.03) -> None:
-        """prior_scale: acceptance over confidence before anything was verified. rate: weight of one draft token."""
+        """prior_scale: acceptance over confidence before anything was verified. rate: least weight of a draft token."""
         self._confidences: Floats = np.linspace(0.0, 1.0, self.KNOTS)
         self._rates: Floats = np.tile(self._confidences * prior_scale, (len(TEMPERATURES) + 1, 1))
+        self._seen: Floats = np.full(self._rates.shape, PRIOR_STRENGTH)
         self._rate = rate
 
     def estimate(self, confidences: NDArray[np.floating], heat: int) -> Floats:
@@ -164,13 +166,15 @@ class Calibration:
 
     def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
-        rates = self._rates[heat]
+        rates, seen = self._rates[heat], self._seen[heat]
         for position, confidence in enumerate(confidences[: num_accepted + 1].tolist()):
             place = confidence * (self.KNOTS - 1)
             i = min(int(place), self.KNOTS - 2)
             share = place - i
             for knot, weight in ((i, 1.0 - share), (i + 1, share)):
-                rates[knot] += self._rate * weight * (float(position < num_accepted) - rates[knot])
+                seen[knot] += weight
+                rate = max(self._rate, 1.0 / seen[knot])
+                rates[knot] += rate * weight * (float(position < num_accepted) - rates[knot])
 
 
 @dataclass(slots=True)
@@ -262,6 +266,7 @@ class DiffusionForecast:
         self._rates: Floats = np.full((len(TEMPERATURES) + 1, len(self.PROMISES) + 1, longest), prior)
         self._since_probe = np.zeros(self._rates.shape[:2], dtype=np.int64)
         self._probe_interval = np.full(self._rates.shape[:2], FIRST_PROBE_INTERVAL, dtype=np.int64)
+        self._seen = np.full(self._rates.shape[:2], PRIOR_STRENGTH)
         self._rate = rate
 
     def classes(self, heat: int, promise: float) -> tuple[int, int]:
@@ -276,7 +281,8 @@ class DiffusionForecast:
         """Take in the calibrated confidences of a drafted path, before it was cut to the length worth verifying."""
         size = min(len(rates), self._rates.shape[-1])
         stored = self._rates[where]
-        stored[:size] += self._rate * (rates[:size] - stored[:size])
+        self._seen[where] += 1.0
+        stored[:size] += max(self._rate, 1.0 / self._seen[where]) * (rates[:size] - stored[:size])
 
     def is_probe_due(self, where: tuple[int, int], chosen: bool) -> bool:
         """Whether a pass should be tried although it was not chosen; tried ever more rarely while it stays unchosen."""

@@ -28,7 +28,7 @@ class DrafterRecipe:
     """Sizes and schedule."""
 
     intermediate_size: int = 240
-    layers: tuple[int, ...] = (0, -1)  # of the target, to start from
+    layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
     steps: int = 1500
     sequences: int = 6  # per step

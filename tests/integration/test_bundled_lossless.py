@@ -8,6 +8,7 @@ above 1e-4, or more places than one in the 100,000 tokens that all tests togethe
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def prompts(loaded: Loaded) -> list[tuple[int, ...]]:
-    encode = loaded.tokenizer.encode
+    encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     return [p.tokens for p in cut_prompts(held_out_texts(), NUM_PROMPTS, PROMPT_TOKENS, encode, seed=11)]
 
 
