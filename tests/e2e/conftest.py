@@ -1,10 +1,12 @@
 """A real server process on the bundled pair, started as a user would."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -28,9 +30,25 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     pytest.fail(f"the server was not ready within {START_SECONDS} s")
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+    pid: int
+
+    @property
+    def resident_bytes(self) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+
+
 @pytest.fixture(scope="session")
-def bundled_server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def bundled_server(server: Server) -> str:
     """Address of `diffuspec serve` without arguments but the port."""
+    return server.url
+
+
+@pytest.fixture(scope="session")
+def server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -43,7 +61,7 @@ def bundled_server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -
         try:
             url = f"http://127.0.0.1:{unused_port}"
             wait_until_ready(url, process)
-            yield url
+            yield Server(url, process.pid)
         finally:
             process.terminate()
             assert process.wait(timeout=60) == 0, log.read_text()
@@ -51,8 +69,6 @@ def bundled_server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def unused_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,8 +1,8 @@
 """The bundled pair writes what plain decoding and transformers' `generate` write, whatever drafts for it.
 
 Prompts are held-out files of the standard library. Two float32 programs may round differently, so that a near-tie
-between two tokens may fall either way: such a case is printed with its margin and counted once for all drafters; a margin
-above 1e-4, or more places than one in the 100,000 tokens that all tests together compare, fails.
+between two tokens may fall either way: such a case is printed with its margin and counted once for all drafters; a
+margin above 1e-4, or more places than one in the 100,000 tokens that all tests together compare, fails.
 """
 
 import itertools
