@@ -87,8 +87,13 @@ class CausalModel:
         self.copy_weights = self.calibration.weights if use_copy else np.zeros(MAX_MATCH + 1, np.float32)
         self.workspace = new_workspace(vocabulary_size, WINDOW)
 
-    def greedy_chains(self, histories: Sequence[Tokens], max_tokens: Sequence[int]) -> list[Chain]:
-        """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token."""
+    def greedy_chains(
+        self, histories: Sequence[Tokens], max_tokens: Sequence[int], least_survival: Sequence[float] | None = None
+    ) -> list[Chain]:
+        """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token.
+
+        least_survival: a request's chain ends where it would survive with less than this probability (default 0).
+        """
         if not histories:
             return []
         text, starts = join(histories)
@@ -96,8 +101,9 @@ class CausalModel:
         tokens = np.zeros((len(histories), max(int(caps.max()), 1)), np.int32)
         confidences = np.zeros(tokens.shape)
         lengths = np.zeros(len(caps), np.int64)
+        floors = np.zeros(len(caps)) if least_survival is None else np.array(least_survival, np.float64)
         greedy_chains(
-            text, starts, caps, self.end_tokens, self.ngram.arrays, self.copy_weights, self.workspace,
+            text, starts, caps, floors, self.end_tokens, self.ngram.arrays, self.copy_weights, self.workspace,
             lengths, tokens, confidences,
         )  # fmt: skip
         return [

@@ -164,6 +164,13 @@ class Calibration:
         """Acceptance of each token, given that all before it are accepted. heat: from `temperature_class`."""
         return np.asarray(np.interp(confidences, self._confidences, self._rates[heat]))
 
+    def accepted_by_length(self, confidences: Floats, heat: int, factor: float, accepted: Floats) -> None:
+        """Fill `accepted` `[1 + longest]` with the expected accepted tokens of a draft of 0, 1, ... tokens.
+
+        factor: of the request, on each token's acceptance. Beyond the draft's last token the value stays.
+        """
+        _accumulate_accepted(confidences, self._rates[heat], factor, accepted)
+
     def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
         rates, seen = self._rates[heat], self._seen[heat]
@@ -198,6 +205,22 @@ class Agreement:
         """A step without a draft: drift back to the prior, so that a request can come back from no drafts."""
         self.accepted *= self.MEMORY
         self.expected *= self.MEMORY
+
+
+@compiled
+def _accumulate_accepted(confidences: Floats, rates: Floats, factor: float, accepted: Floats) -> None:
+    """`Calibration.accepted_by_length`, compiled: it runs for every request in every step."""
+    survival, total = 1.0, 0.0
+    accepted[0] = 0.0
+    last = len(rates) - 1
+    for position in range(len(accepted) - 1):
+        if position < len(confidences):
+            place = min(max(confidences[position], 0.0), 1.0) * last
+            knot = min(int(place), last - 1)
+            rate = rates[knot] + (place - knot) * (rates[knot + 1] - rates[knot])
+            survival *= min(rate * factor, 0.99)
+            total += survival
+        accepted[position + 1] = total
 
 
 def expected_accepted(rates: Floats) -> Floats:

@@ -212,13 +212,15 @@ def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, n
 
 @compiled
 def greedy_chains(
-    flat: Any, starts: Any, caps: Any, ends: Any, ngram: Any, copy_weights: Any, work: Any, lengths: Any, tokens: Any,
-    confidences: Any,
+    flat: Any, starts: Any, caps: Any, floors: Any, ends: Any, ngram: Any, copy_weights: Any, work: Any, lengths: Any,
+    tokens: Any, confidences: Any,
 ) -> None:  # fmt: skip
-    """Per text, follow the mixture's most probable token up to `caps` times or to an end token."""
+    """Per text, follow the mixture's most probable token: up to `caps` times, to an end token, or until the product of
+    the confidences falls below `floors`."""
     for request in range(len(caps)):
         text, path = flat[starts[request] : starts[request + 1]], tokens[request]
         index_text(text, 0, len(text), work)
+        survival = 1.0
         for step in range(caps[request]):
             match, copied = find_copy(text, path, step, work)
             weight = copy_weights[match]
@@ -237,7 +239,8 @@ def greedy_chains(
                 if probability > best_probability:
                     best, best_probability = copied, probability
             leave_context(ngram, found, work)
-            if best == NO_TOKEN:
+            survival *= best_probability
+            if best == NO_TOKEN or survival < floors[request]:
                 break
             path[step], confidences[request, step] = best, best_probability
             lengths[request] = step + 1

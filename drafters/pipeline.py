@@ -30,10 +30,15 @@ from drafters.path_search import Path, PathSearch
 
 log = logging.getLogger(__name__)
 
+LEAST_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
-MOST_CATCH_UP_ROWS = (
-    16  # a first pass reads the whole window, but later ones profit from it: it is charged no more rows
-)
+MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
+MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
+
+
+_RESTING = Draft(bypass_reason="resting")
+_NO_ROOM = Draft(bypass_reason="no_room")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,14 @@ class _RequestState:
     raw_confidences: Floats = field(default_factory=lambda: np.empty(0))  # of the draft that is being verified
     num_learned: int = 0  # committed tokens that the causal model has learned from
     heat: int = 0  # class of its temperature
+    idle_steps: int = 0  # in a row for which `goodput` drafted nothing
+    rest_steps: int = 0  # still to come in which it isn't looked at
+
+    def note(self, is_drafted: bool) -> None:
+        """After a step under `goodput`: rest ever longer while nothing is worth drafting."""
+        self.idle_steps = 0 if is_drafted else self.idle_steps + 1
+        if self.idle_steps >= IDLE_STEPS:
+            self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), MOST_REST_STEPS)
 
 
 @dataclass(slots=True)
@@ -67,6 +80,7 @@ class _Candidate:
     state: _RequestState
     policy: PolicyName
     cap: int
+    is_resting: bool = False
     copied: tuple[int, ...] = ()
     copied_confidences: Floats = field(default_factory=lambda: np.empty(0))
     diffusion_length: int = 0  # 0: no pass
@@ -159,7 +173,11 @@ class DraftPipeline:
             state = _RequestState(PaperLength(self._options.paper), heat=temperature_class(request.temperature))
             self._states[request.request_id] = state
         cap = min(request.max_draft_tokens, self.max_draft_tokens)
-        return _Candidate(request, state, request.policy or self._options.policy, cap)
+        policy = request.policy or self._options.policy
+        is_resting = policy == "goodput" and state.rest_steps > 0
+        if is_resting:
+            state.rest_steps -= 1
+        return _Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
     def _draft_freely(self, candidates: Sequence[_Candidate]) -> None:
         if self._causal is None:
@@ -170,7 +188,8 @@ class DraftPipeline:
             if candidate.state.num_learned:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates])
+        floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.copied, candidate.copied_confidences = chain.tokens, chain.confidences
 
@@ -190,7 +209,7 @@ class DraftPipeline:
                 candidate.diffusion_length = min(candidate.cap, candidate.state.paper.next_length, longest)
         if not adaptive:
             return
-        copied = self._copied_acceptance(adaptive)
+        copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
         longest = min(longest, self._options.diffusion_length)
         rates = np.zeros((len(adaptive), self.max_draft_tokens))
         draft_rows = np.empty(len(adaptive))
@@ -230,6 +249,9 @@ class DraftPipeline:
         self._failures = 0
         for candidate, path in zip(candidates, paths, strict=True):
             candidate.path = path
+            if candidate.policy == "goodput":
+                calibrated = self._path_calibration.estimate(path.confidences, candidate.state.heat)
+                self._forecast.observe(candidate.forecast_class, calibrated)
 
     def _cut(self, candidates: Sequence[_Candidate], base_rows: int) -> list[Draft]:
         """Turn candidates into drafts of the length that is worth verifying."""
@@ -249,35 +271,31 @@ class DraftPipeline:
         if adaptive:
             caps = np.zeros(len(adaptive), dtype=np.int64)
             for row, i in enumerate(adaptive):
-                rates = self._rates(candidates[i])
-                caps[row] = len(rates)
-                accepted[row, 1 : len(rates) + 1] = np.cumsum(np.cumprod(rates))
+                candidate = candidates[i]
+                caps[row] = min(len(candidate.path.tokens if candidate.path else candidate.copied), candidate.cap)
+                accepted[row] = self._accepted_by_length(candidate)
             spent = self.last_draft_seconds + self.last_search_seconds
             for row, length in enumerate(choose_lengths(accepted, caps, base_rows, spent, self._costs).tolist()):
                 lengths[adaptive[row]] = length
+                candidates[adaptive[row]].state.note(length > 0)
         return [self._draft(candidate, length) for candidate, length in zip(candidates, lengths, strict=True)]
 
-    def _rates(self, candidate: _Candidate) -> Floats:
-        """Calibrated conditional acceptance of the candidate's tokens, in its request's light."""
-        state = candidate.state.goodput
-        if candidate.path is None:
-            return np.minimum(
-                self._copy_calibration.estimate(candidate.copied_confidences, candidate.state.heat) * state.copy.factor,
-                0.99,
-            )
-        calibrated = self._path_calibration.estimate(candidate.path.confidences, candidate.state.heat)
-        self._forecast.observe(candidate.forecast_class, calibrated)
-        return np.minimum(calibrated * state.diffusion.factor, 0.99)[: candidate.cap]
-
-    def _copied_acceptance(self, candidates: Sequence[_Candidate]) -> Floats:
-        rates = np.zeros((len(candidates), self.max_draft_tokens))
-        for i, candidate in enumerate(candidates):
-            known = self._rates(candidate)
-            rates[i, : len(known)] = known
-        return expected_accepted(rates)
+    def _accepted_by_length(self, candidate: _Candidate) -> Floats:
+        """Expected accepted tokens of the candidate's draft, by its length, in its request's light."""
+        state, path = candidate.state, candidate.path
+        accepted = np.empty(self.max_draft_tokens + 1)
+        if path is None:
+            factor = state.goodput.copy.factor
+            self._copy_calibration.accepted_by_length(candidate.copied_confidences, state.heat, factor, accepted)
+        else:
+            factor = state.goodput.diffusion.factor
+            self._path_calibration.accepted_by_length(path.confidences, state.heat, factor, accepted)
+        return accepted
 
     def _draft(self, candidate: _Candidate, length: int) -> Draft:
         path, state = candidate.path, candidate.state
+        if candidate.cap == 0:
+            return _RESTING if candidate.is_resting else _NO_ROOM
         raw_length = path.raw_length if path else 0
         width = path.lattice_width if path else 0.0
         gain = path.gain if path else 0.0
@@ -285,7 +303,7 @@ class DraftPipeline:
         raw = path.confidences if path else candidate.copied_confidences
         state.raw_confidences = raw[:length]
         if length == 0:
-            reason = "no_room" if candidate.cap == 0 else "not_worth_it" if tokens else "no_candidates"
+            reason = "not_worth_it" if tokens else "no_candidates"
             return Draft(raw_length=raw_length, lattice_width=width, path_gain=gain, bypass_reason=reason)
         calibration = self._path_calibration if path else self._copy_calibration
         calibrated = calibration.estimate(state.raw_confidences, state.heat)

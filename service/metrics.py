@@ -20,7 +20,16 @@ WIDTH_BUCKETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 64)
 GAIN_BUCKETS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 FINISH_REASONS = ("stop", "length", "abort", "error")
 SOURCES = ("none", "copy", "diffusion")
-BYPASS_REASONS = ("prefill", "disabled", "last_token", "no_room", "no_candidates", "not_worth_it", "drafter_failed")
+BYPASS_REASONS = (
+    "prefill",
+    "disabled",
+    "last_token",
+    "no_room",
+    "no_candidates",
+    "not_worth_it",
+    "resting",
+    "drafter_failed",
+)
 OTHER_REASON = "other"
 
 
