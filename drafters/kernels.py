@@ -291,7 +291,7 @@ class Search(NamedTuple):
     logits: NDArray[np.float32]  # [rows, drafter's vocabulary]
     log_normalisers: NDArray[np.float32]  # [rows]
     ends: NDArray[np.int32]
-    lattice_weight: float
+    lattice_weights: NDArray[np.float64]  # [longest] by position of the draft
     log_floor: float  # nats
     option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
     option_scores: NDArray[np.float64]  # [most options, 4] score, log lattice, log causal, confidence
@@ -333,6 +333,7 @@ def expand(
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
     tokens, scores = search.option_tokens, search.option_scores
+    lattice_weight = search.lattice_weights[length]
     match, copied = np.int64(0), np.int64(NO_TOKEN)
     if use_copy:
         match, copied = find_copy(text, path, length, work)
@@ -358,7 +359,7 @@ def expand(
         if token == copied:
             probability += weight
         log_causal = max(np.log(max(probability, 1e-30)), search.log_floor)
-        score = search.lattice_weight * log_lattice + (1.0 - search.lattice_weight) * log_causal
+        score = lattice_weight * log_lattice + (1.0 - lattice_weight) * log_causal
         scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
         scores[index, 3] = np.exp(score)
         total += scores[index, 3]

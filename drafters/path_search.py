@@ -52,20 +52,24 @@ class PathSearch:
         end_tokens: Sequence[int] = (),
         beam_width: int = 3,
         lattice_weight: float = 0.5,
+        lattice_weight_decay: float = 1.0,
         mode: Literal["search", "argmax"] = "search",
     ) -> None:
-        """lattice_weight: λ of Eq. 8. mode: `argmax` takes the raw argmax path, as a baseline.
+        """lattice_weight: λ of Eq. 8, of the first position; `lattice_weight_decay` multiplies it from one to the next.
 
-        Raises ValueError for values out of range.
+        The paper's λ is the same everywhere (a decay of 1), but what a drafter says of a position is worth less the
+        farther it is from clean text. mode: `argmax` takes the raw argmax path, as a baseline. Raises ValueError for
+        values out of range.
         """
-        if beam_width < 1 or not 0.0 <= lattice_weight <= 1.0:
+        if beam_width < 1 or not (0.0 <= lattice_weight <= 1.0 and 0.0 <= lattice_weight_decay <= 1.0):
             raise ValueError(
-                f"beam_width must be at least 1 and lattice_weight in 0..1; got {beam_width} and {lattice_weight}"
+                "beam_width must be at least 1, lattice_weight and lattice_weight_decay in 0..1; "
+                f"got {beam_width}, {lattice_weight} and {lattice_weight_decay}"
             )
         self.causal = causal
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
         self.beam_width = beam_width
-        self.lattice_weight = float(lattice_weight)
+        self.lattice_weight, self.lattice_weight_decay = lattice_weight, lattice_weight_decay
         self.mode = mode
 
     def search(self, histories: Sequence[Tokens], lattice: DraftLattice) -> list[Path]:
@@ -103,7 +107,7 @@ class PathSearch:
             logits=lattice.logits,
             log_normalisers=lattice.log_normalisers,
             ends=self.end_tokens,
-            lattice_weight=self.lattice_weight,
+            lattice_weights=self.lattice_weight * self.lattice_weight_decay ** np.arange(longest),
             log_floor=LOG_FLOOR,
             option_tokens=np.empty(most_options, np.int64),
             option_scores=np.empty((most_options, 4)),

@@ -125,6 +125,9 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight: float = Field(
         default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
     )
+    lattice_weight_decay: float = Field(
+        default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
+    )
     window_tokens: int = Field(default=256, ge=16, description="Most tokens of context that the drafter reads.")
     paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(

@@ -148,6 +148,7 @@ def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Tran
             target.end_token_ids,
             speculation.beam_width,
             speculation.lattice_weight,
+            speculation.lattice_weight_decay,
             mode="search" if speculation.search else "argmax",
         )
         millions = read_folder(Path(settings.model.drafter_choice)).num_parameters / 1e6

@@ -31,6 +31,7 @@ class DrafterRecipe:
     layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
     steps: int = 1500
+    more_steps: int = 1300  # afterwards, the learning rate starting anew and falling all the way
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
     mean_masks: float = 5.0  # per block
@@ -230,6 +231,7 @@ def train_drafter(
     drafter = build_drafter(start, recipe)
     distil(drafter, start_data, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
     distil(drafter, data, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
+    distil(drafter, data, work, recipe, Phase("drafter-more", recipe.more_steps, 1.0, recipe.seed + 2))
     return drafter
 
 

@@ -47,6 +47,7 @@ def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     """The diffusion drafter by itself: nothing is copied, and the search knows n-grams alone."""
     path = "the searched path (CPS)" if mode == "cps" else "each position's best token"
     overrides: dict[str, Any] = {"copying": False, "search": mode == "cps", "policy": policy}
+    overrides["lattice_weight_decay"] = 1.0  # the paper's search
     if policy == "paper":
         overrides["max_draft_tokens"] = 32  # the paper drafts 20 to 30 tokens
     meaning = f"diffusion alone, {path}, length policy {policy}"
