@@ -98,6 +98,10 @@ class PathSearch:
         )  # fmt: skip
         return _paths(found)
 
+    def _lattice_weights(self, longest: int) -> NDArray[np.float64]:
+        powers: NDArray[np.float64] = np.power(self.lattice_weight_decay, np.arange(longest, dtype=np.float64))
+        return self.lattice_weight * powers
+
     def _arguments(self, lattice: DraftLattice, longest: int) -> Search:
         most_options = lattice.tokens.shape[1] + 1 + 2 * BEST_SUCCESSORS
         return Search(
@@ -107,7 +111,7 @@ class PathSearch:
             logits=lattice.logits,
             log_normalisers=lattice.log_normalisers,
             ends=self.end_tokens,
-            lattice_weights=self.lattice_weight * self.lattice_weight_decay ** np.arange(longest),
+            lattice_weights=self._lattice_weights(longest),
             log_floor=LOG_FLOOR,
             option_tokens=np.empty(most_options, np.int64),
             option_scores=np.empty((most_options, 4)),
