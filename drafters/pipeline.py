@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 LEAST_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+PROBE_INTERVAL = 48  # drafts not worth verifying, until one token of one is verified all the same
 IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
 MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
 
@@ -114,6 +115,7 @@ class DraftPipeline:
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
         self._costs = StepCosts(CostCurve({1: 3e-3, 64: 2e-2}), CostCurve({1: 5e-4, 64: 4e-3}))
         self._paused_steps, self._failures = 0, 0
+        self._bypasses = 0  # drafts that were not worth verifying, since the last one that was verified to see
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
         self.last_diffusion_rows = 0
 
@@ -276,9 +278,17 @@ class DraftPipeline:
                 accepted[row] = self._accepted_by_length(candidate)
             spent = self.last_draft_seconds + self.last_search_seconds
             for row, length in enumerate(choose_lengths(accepted, caps, base_rows, spent, self._costs).tolist()):
-                lengths[adaptive[row]] = length
+                lengths[adaptive[row]] = self._probe(int(caps[row])) if length == 0 else length
                 candidates[adaptive[row]].state.note(length > 0)
         return [self._draft(candidate, length) for candidate, length in zip(candidates, lengths, strict=True)]
+
+    def _probe(self, known: int) -> int:
+        """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""
+        self._bypasses += known > 0
+        if self._bypasses < PROBE_INTERVAL:
+            return 0
+        self._bypasses = 0
+        return 1
 
     def _accepted_by_length(self, candidate: _Candidate) -> Floats:
         """Expected accepted tokens of the candidate's draft, by its length, in its request's light."""

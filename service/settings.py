@@ -106,7 +106,7 @@ class SpeculationSettings(SettingsGroup):
         "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `fixed_draft_tokens`).",
     )
     max_draft_tokens: int = Field(
-        default=16, ge=0, le=128, description="Most tokens drafted for one request in one step."
+        default=32, ge=0, le=128, description="Most tokens drafted for one request in one step."
     )
     fixed_draft_tokens: int = Field(default=8, ge=0, le=128, description="`fixed` policy: tokens of a draft.")
     diffusion_draft_tokens: int = Field(

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 TokenIds = Sequence[int] | NDArray[np.int32]
 
 
+LEAST_TEMPERATURE = 1e-5  # below it a request is greedy: so small a number would not survive in float32
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
     """How one request's tokens are drawn from the target's logits, in the order in which the rules apply.
@@ -32,6 +35,11 @@ class SamplingRules:
     min_tokens: int = 0  # `stop_token_ids` are banned before that many generated tokens
     stop_token_ids: Sequence[int] = ()
     logprobs: int | None = None  # how many alternatives to report besides the drawn token; None: no log probabilities
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken rather than drawn."""
+        return self.temperature < LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)

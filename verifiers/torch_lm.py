@@ -1,5 +1,6 @@
 """The verifier over this project's own transformer."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from verifiers.distribution import token_weights
 from verifiers.draws import draw, uniforms
 from verifiers.logprobs import token_logprobs
 from verifiers.sampling import apply_rules, changes_logits
+
+log = logging.getLogger(__name__)
 
 DRAFT_ROOM = 64  # positions beyond the context, for drafts that reach over its end
 NO_TOKEN = -1  # drawn where the row's logits allow no token
@@ -114,14 +117,18 @@ class TorchVerifier:
             for request, span, is_changed in zip(requests, spans, changed, strict=True):
                 if is_changed and span.drawn.stop > span.drawn.start:
                     rows = allowed[span.drawn]
-                    apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
+                    try:
+                        apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
+                    except Exception:  # whatever is wrong with one request's rules stays with that request
+                        log.exception("the sampling rules of a request failed")
+                        rows.fill_(-torch.inf)
         best = allowed.max(dim=-1)
         # Not a number wins every maximum, and -inf only one where everything is banned.
         tokens = torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
         sampled = [
             (row, request, len(request.tokens) + index)
             for request, span in zip(requests, spans, strict=True)
-            if request.rules.temperature > 0.0
+            if not request.rules.is_greedy
             for index, row in enumerate(range(span.drawn.start, span.drawn.stop))
             if tokens[row] != NO_TOKEN
         ]
@@ -131,7 +138,7 @@ class TorchVerifier:
             numbers = uniforms([rule.seed for rule in rules], [position for _, _, position in sampled])
             weights = token_weights(allowed[rows_taken], rules)
             for row, token in zip(rows_taken, draw(weights, numbers).tolist(), strict=True):
-                tokens[row] = token
+                tokens[row] = token if token < self._num_tokens else NO_TOKEN
         return tokens
 
     def _result(self, request: VerifyRequest, logits: Tensor, span: RowSpan, drawn: Sequence[int]) -> VerifyResult:

@@ -30,6 +30,7 @@ class Plan:
     n: int
     max_tokens: Sequence[int]  # per prompt; 0: only the prompt is wanted
     rules: SamplingRules
+    is_seeded: bool  # by the client
     text_rules: TextRules
     speculation: SpeculationOptions
     priority: int
@@ -41,13 +42,18 @@ class Plan:
         return len(self.prompts) * self.n
 
     def requests(self, request_id: str) -> list[GenerationRequest]:
-        """One engine request per sequence; choice i is drawn with seed + i, so choice 0 is what n = 1 would give."""
+        """One engine request per sequence; choice i is drawn with seed + i, so choice 0 is what n = 1 would give.
+
+        Prompts share the seed that a client gave; without one, equal prompts are to differ.
+        """
         return [
             GenerationRequest(
                 request_id=f"{request_id}-{index * self.n + i}",
                 prompt=prompt.tokens,
                 max_tokens=max(self.max_tokens[index], 1),
-                rules=replace(self.rules, seed=(self.rules.seed + i) & SEED_MASK),
+                rules=replace(
+                    self.rules, seed=(self.rules.seed + i + (0 if self.is_seeded else index * self.n)) & SEED_MASK
+                ),
                 include_stop_token=True,  # it was generated, so it counts; whether its text is shown is another matter
                 prompt_logprobs=self.prompt_logprobs,
                 speculation=self.speculation,
@@ -91,6 +97,7 @@ def make_plan(
         n=n,
         max_tokens=lengths,
         rules=sampling_rules(fields, model, limits, logprobs, min_tokens, draw_seed),
+        is_seeded=fields.seed is not None,
         text_rules=TextRules(
             stops=tuple(fields.stop or ()),
             include_stop=bool(fields.include_stop_str_in_output),

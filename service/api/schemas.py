@@ -57,7 +57,7 @@ class GenerationFields(RequestModel):
     ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Taken from tokens generated already.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Taken for each time it was generated.")
-    repetition_penalty: float | None = Field(None, gt=0, le=10, description="Divides logits of tokens seen already.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Divides logits of tokens seen already.")
     logit_bias: LogitBias | None = Field(None, description="Added to the logits, by token id.")
     allowed_token_ids: TokenIds | None = Field(None, description="Only these tokens may be generated.")
     bad_words: list[str] | None = Field(None, description="Texts that are not generated.")

@@ -119,6 +119,27 @@ def test_goodput_comes_back_when_drafts_are_accepted_again(tiny_drafter: Path) -
     assert np.mean(lengths[-50:]) > 4
 
 
+def test_a_service_that_stopped_drafting_finds_out_when_drafts_are_right_again(tiny_drafter: Path) -> None:
+    """Every request is a new one: what was learned is the service's, not the request's."""
+    pipeline = build(tiny_drafter)
+    pipeline.calibrate(REAL_ROWS)
+    repeated = np.tile(text(20), 6)
+
+    def serve(steps: int, is_right: bool) -> float:
+        lengths = []
+        for step in range(steps):
+            name = str(step // 8)
+            drafts = pipeline.propose([request(repeated, name=name)])
+            lengths.append(len(drafts[0].tokens))
+            pipeline.observe(record([name], drafts, [lengths[-1] if is_right else 0]))
+            if step % 8 == 7:
+                pipeline.release(name)
+        return float(np.mean(lengths[-100:]))
+
+    assert serve(1000, is_right=False) < 0.5
+    assert serve(12_000, is_right=True) > 4
+
+
 def test_a_failing_drafter_is_left_out_and_tried_again(tiny_drafter: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = build(tiny_drafter, num_slots=1, policy="fixed")
     both = [request(text(20), name="a"), request(text(20, seed=1), name="b")]

@@ -248,3 +248,23 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(tmp_path: Path, rul
 
 def test_no_requests_need_no_pass(verifier: TorchVerifier) -> None:
     assert verifier.verify([]) == []
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-30, 9e-6])
+def test_a_temperature_too_small_for_arithmetic_is_greedy(verifier: TorchVerifier, temperature: float) -> None:
+    greedy = Decoding(0, PROMPT, SamplingRules(1, temperature=0.0))
+    tiny = Decoding(1, PROMPT, SamplingRules(2, temperature=temperature, logprobs=2))
+    for _ in range(8):
+        advance(verifier, [greedy, tiny], [(), ()])
+    assert tiny.output == greedy.output
+
+
+def test_rules_that_fail_concern_their_own_request_alone(verifier: TorchVerifier) -> None:
+    alone = Decoding(0, PROMPT, SamplingRules(1))
+    advance(verifier, [alone], [()])
+    neighbour = Decoding(1, PROMPT, SamplingRules(1))
+    broken = Decoding(2, PROMPT, SamplingRules(1, logit_bias={"no id": 1.0}))  # type: ignore[dict-item]
+    fine, failed = verifier.verify([neighbour.request(), broken.request()])
+    assert failed.error
+    assert fine.verification is not None
+    assert fine.verification.next_token == alone.output[0]
