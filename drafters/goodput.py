@@ -134,7 +134,8 @@ def _best_sources(
 class StepCosts:
     """Everything the policy knows about seconds."""
 
-    verify: CostCurve
+    verify: CostCurve  # of a pass with drafts: requests of unequal rows, which costs more than their number says
+    plain: CostCurve  # of a pass without any
     draft: CostCurve
     search_seconds: float = 1e-4  # per request
     overhead_seconds: float = 2e-4  # of a step, whatever it drafts
@@ -256,7 +257,7 @@ def choose_lengths(
 ) -> NDArray[np.int64]:
     """After drafting: how many tokens of each draft to verify, with `spent_seconds` on drafting already paid."""
     lengths: NDArray[np.int64]
-    lengths, _, _ = _best_lengths(
+    lengths, tokens, seconds = _best_lengths(
         accepted,
         caps,
         float(base_rows),
@@ -265,6 +266,9 @@ def choose_lengths(
         costs.verify.seconds,
         HYSTERESIS,
     )
+    without_drafts = len(lengths) / (costs.overhead_seconds + spent_seconds + costs.plain.at(base_rows))
+    if tokens / seconds < without_drafts * (1.0 + HYSTERESIS):
+        lengths[:] = 0
     return lengths
 
 

@@ -14,6 +14,7 @@ from drafters.causal_scorer import CausalModel
 from drafters.costs import CostCurve
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
 from drafters.goodput import (
+    TEMPERATURES,
     Calibration,
     DiffusionForecast,
     Floats,
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 LEAST_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
-PROBE_INTERVAL = 48  # drafts not worth verifying, until one token of one is verified all the same
+PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
 IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
 MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
 
@@ -113,9 +114,10 @@ class DraftPipeline:
         self._states: dict[str, _RequestState] = {}
         self._forecast = DiffusionForecast(options.diffusion_length)
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
-        self._costs = StepCosts(CostCurve({1: 3e-3, 64: 2e-2}), CostCurve({1: 5e-4, 64: 4e-3}))
+        guess = {1: 3e-3, 64: 2e-2}
+        self._costs = StepCosts(CostCurve(guess), CostCurve(guess), CostCurve({1: 5e-4, 64: 4e-3}))
         self._paused_steps, self._failures = 0, 0
-        self._bypasses = 0  # drafts that were not worth verifying, since the last one that was verified to see
+        self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
         self.last_diffusion_rows = 0
 
@@ -153,7 +155,9 @@ class DraftPipeline:
             if state is not None:
                 self._learn(state, outcome)
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
-            self._costs.verify.observe(step.num_rows, step.seconds.verify)
+            has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
+            curve = self._costs.verify if has_drafts else self._costs.plain
+            curve.observe(step.num_rows, step.seconds.verify)
         self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
         self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + self._last_overhead_seconds)
 
@@ -165,7 +169,7 @@ class DraftPipeline:
 
     def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
         """Set the cost table at start-up: `verify_seconds` by rows, and the drafter's own, which is measured here."""
-        self._costs.verify = CostCurve(verify_seconds)
+        self._costs.verify, self._costs.plain = CostCurve(verify_seconds), CostCurve(verify_seconds)
         if self._diffusion is not None:
             self._costs.draft = CostCurve(self._measure_diffusion(self._diffusion))
 
@@ -278,16 +282,19 @@ class DraftPipeline:
                 accepted[row] = self._accepted_by_length(candidate)
             spent = self.last_draft_seconds + self.last_search_seconds
             for row, length in enumerate(choose_lengths(accepted, caps, base_rows, spent, self._costs).tolist()):
-                lengths[adaptive[row]] = self._probe(int(caps[row])) if length == 0 else length
-                candidates[adaptive[row]].state.note(length > 0)
+                state = candidates[adaptive[row]].state
+                state.note(length > 0)
+                lengths[adaptive[row]] = length or self._probe(state.heat, int(caps[row]))
+            for heat in {candidates[i].state.heat for i in adaptive}:
+                has_draft = any(lengths[i] for i in adaptive if candidates[i].state.heat == heat)
+                self._idle_steps[heat] = 0 if has_draft else self._idle_steps[heat] + 1
         return [self._draft(candidate, length) for candidate, length in zip(candidates, lengths, strict=True)]
 
-    def _probe(self, known: int) -> int:
+    def _probe(self, heat: int, known: int) -> int:
         """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""
-        self._bypasses += known > 0
-        if self._bypasses < PROBE_INTERVAL:
+        if self._idle_steps[heat] < PROBE_INTERVAL or known == 0:
             return 0
-        self._bypasses = 0
+        self._idle_steps[heat] = 0
         return 1
 
     def _accepted_by_length(self, candidate: _Candidate) -> Floats:

@@ -23,7 +23,11 @@ LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
 
 def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> StepCosts:
     return StepCosts(
-        CostCurve(verify), CostCurve(draft or {1: 1e-5, 64: 1e-4}), search_seconds=0.0, overhead_seconds=0.0
+        CostCurve(verify),
+        CostCurve(verify),
+        CostCurve(draft or {1: 1e-5, 64: 1e-4}),
+        search_seconds=0.0,
+        overhead_seconds=0.0,
     )
 
 
@@ -50,6 +54,13 @@ def test_drafts_nothing_when_a_row_costs_a_step() -> None:
 
 def test_drafts_nothing_from_a_useless_drafter() -> None:
     assert choose_lengths(constant_rates(4, 0.01), caps(4), 4, 0.0, costs(FLAT)).tolist() == [0] * 4
+
+
+def test_drafts_nothing_where_unequal_rows_cost_more_than_drafts_bring() -> None:
+    table = costs({1: 1e-3, 64: 8e-3})
+    assert choose_lengths(constant_rates(8, 0.6), caps(8), 8, 0.0, table).any()
+    table.verify = CostCurve({1: 3e-3, 64: 24e-3})
+    assert not choose_lengths(constant_rates(8, 0.6), caps(8), 8, 0.0, table).any()
 
 
 def test_draws_the_line_between_requests_of_one_batch() -> None:
