@@ -11,7 +11,7 @@ from tests.e2e.conftest import Server
 
 PROMPTS = ["def main():\n", "import os\n\n", "class Reader:\n    def __init__(self, path):\n", "for line in lines:\n"]
 CONCURRENCY = 16
-GROWTH_BYTES = 96 << 20  # the allocator's own slack; a leak of one slot a request would be hundreds of MB
+GROWTH_BYTES = 32 << 20  # the allocator's own slack; a leak of one slot a request would be hundreds of MB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
