@@ -12,6 +12,7 @@ import numpy as np
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
 from drafters.costs import CostCurve
+from drafters.coupling import known_noise
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
 from drafters.goodput import (
     TEMPERATURES,
@@ -195,7 +196,8 @@ class DraftPipeline:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
         floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
+        noise = known_noise([candidate.request for candidate in candidates])
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.copied, candidate.copied_confidences = chain.tokens, chain.confidences
 
@@ -237,7 +239,10 @@ class DraftPipeline:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
         if not candidates or self._diffusion is None or self._search is None:
             return
-        requests = [MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length) for c in candidates]
+        requests = [
+            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states)
+            for c in candidates
+        ]
         try:
             started = self._clock()
             rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
@@ -245,7 +250,8 @@ class DraftPipeline:
             drafted = self._clock()
             lengths = [request.length for request in requests]
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
-            paths = self._search.search([request.tokens for request in requests], lattice)
+            noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
+            paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
             self._pause(candidates)
             return
