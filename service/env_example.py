@@ -23,11 +23,15 @@ COMPOSE = """\
 #GRAFANA_PORT=3000
 #LOCUST_PORT=8089
 
-# Base images and package indexes of the build. PIP_INDEX_URL empty: PyPI.
+# Base images and package indexes of the build. PIP_INDEX_URL empty: PyPI. A mirror's pip.conf with its credentials, and
+# the certificates that it names as /run/secrets/ca_bundle are secrets of the build: they stay out of the image.
 #BASE_IMAGE=python:3.11-slim-bookworm
-#CUDA_BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
+#GPU_BASE_IMAGE=vllm/vllm-openai:v0.32.0
 #TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 #PIP_INDEX_URL=
+#PIP_CONF_FILE=./deploy/secrets/pip.conf
+#CA_BUNDLE_FILE=/etc/ssl/certs/ca-certificates.crt
+#BUILD_NETWORK=default
 #PROMETHEUS_IMAGE=prom/prometheus:v3.5.0
 #GRAFANA_IMAGE=grafana/grafana:12.2.0
 
@@ -39,24 +43,32 @@ COMPOSE = """\
 #API_KEYS_FILE=./deploy/secrets/api_keys
 #DIFFUSPEC_AUTH__API_KEYS_FILE=/run/secrets/api_keys
 
-# The password of Grafana's user `admin`, in a file.
+# Grafana shows its dashboards to whoever reaches its port. To log in as `admin`, put a password into a file.
 #GRAFANA_PASSWORD_FILE=./deploy/secrets/grafana_password
+#GRAFANA_LOGIN_DISABLED=false
 
-# Bounds of the service's container.
+# Bounds of the service's container, and how long it may take to stop: more than DIFFUSPEC_SERVER__DRAIN_SECONDS.
 #SERVICE_MEMORY=4g
 #SERVICE_PIDS=512
-#GPU_MEMORY=64g
+#SERVICE_STOP_GRACE=45s
 
 # The gpu profile: what is fetched once into the volume `weights`, and served. Revisions may be branches or commits.
 #TARGET_REPO=Qwen/Qwen2.5-7B-Instruct
 #TARGET_REVISION=main
 #DRAFTER_REPO=Dream-org/Dream-v0-Instruct-7B
 #DRAFTER_REVISION=main
+#HF_TOKEN_FILE=./deploy/secrets/hf_token
 #GPU_COUNT=1
+#GPU_PORT=8001
+#GPU_MEMORY=64g
 
-# The loadtest profile without its page: users, how long, and which mix (see deploy/loadtest).
+# The loadtest profiles: where, users, seconds (headless), closed or open loop, requests per second of an open-loop
+# user, and steady, ramp or soak.
+#LOADTEST_URL=http://diffuspec:8000
 #LOADTEST_USERS=8
 #LOADTEST_SECONDS=60
+#LOADTEST_ARRIVALS=closed
+#LOADTEST_RATE=1
 #LOADTEST_SHAPE=steady
 """
 

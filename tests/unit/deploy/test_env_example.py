@@ -1,5 +1,6 @@
 """`.env.example` shows every setting, and uncommented it is what the settings are without it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,16 @@ def test_the_defaults_it_shows_are_the_defaults(monkeypatch: pytest.MonkeyPatch)
     given = load_settings()
     assert given.model.target.resolve() == expected.model.target
     assert given.model_dump(exclude={"model": {"target"}}) == expected.model_dump(exclude={"model": {"target"}})
+
+
+def test_every_variable_of_the_compose_file_is_shown_with_its_default() -> None:
+    compose = (TARGET.parent / "docker-compose.yml").read_text()
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
+    assert len(re.findall(r"(?<!\$)\$\{?[A-Z]", compose)) == len(re.findall(r"\$\{([A-Z_]+):-", compose))
+    shown = {name: value for name, value in VARIABLES.items() if not name.startswith(PREFIX)}
+    placeholders = {"API_KEYS_FILE", "GRAFANA_PASSWORD_FILE", "HF_TOKEN_FILE", "PIP_CONF_FILE", "CA_BUNDLE_FILE"}
+    placeholders |= {"GRAFANA_LOGIN_DISABLED"}  # shown as one would set them
+    assert set(shown) == {name for name in used if not name.startswith(PREFIX)}
+    assert {name: value for name, value in shown.items() if name not in placeholders} == {
+        name: value for name, value in used.items() if name in shown and name not in placeholders
+    }
