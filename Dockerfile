@@ -18,14 +18,16 @@ RUN python3 -m venv --without-pip /opt/venv
 COPY pyproject.toml .
 RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
     > requirements.txt
-# The packages' own tests are half of torch's Python files; nothing imports them.
+# Without what nothing at run time reads: the packages' tests, torch's headers and test programs.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m pip --python /opt/venv/bin/python install --no-deps --index-url "${TORCH_INDEX_URL}" \
         "$(grep '^torch[<>=~]' requirements.txt)" \
     && python3 -m pip --python /opt/venv/bin/python install -r requirements.txt \
-    && find /opt/venv -type d -name tests -path '*/site-packages/*' -prune -exec rm -rf {} +
+    && torch=$(echo /opt/venv/lib/python3*/site-packages/torch) \
+    && rm -rf "$torch"/test "$torch"/include "$torch"/bin/test_* "$torch"/bin/protoc* \
+    && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
 
 # ---- Kernels: what numba compiles, so that the first start need not --------------------------------------------------
 FROM packages AS kernels
@@ -105,6 +107,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     NUMBA_CACHE_DIR=/var/cache/diffuspec/numba \
     VLLM_NO_USAGE_STATS=1 \
     DIFFUSPEC_MODEL__ENGINE=vllm \
+    DIFFUSPEC_MODEL__DEVICE=cuda:0 \
+    DIFFUSPEC_MODEL__DTYPE=bfloat16 \
     DIFFUSPEC_LOGGING__FORMAT=json
 COPY deploy/image/diffuspec /usr/local/bin/diffuspec
 COPY models models
