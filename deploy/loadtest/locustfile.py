@@ -39,6 +39,7 @@ def add_arguments(parser: Any) -> None:
     add("--arrivals", "closed", "closed loop, or open loop (Poisson arrivals)", choices=["closed", "open"])
     add("--rate", 1.0, "open loop: requests per second of one user")
     add("--shape", "steady", "how many users there are over time", choices=["steady", "ramp", "soak"])
+    add("--mix", "", "weights of the workloads, such as completion=3,cancelled=1; empty: the usual mix")
     add("--model", "", "name of the model; empty: the first that the server lists")
     add("--max-tokens", 96, "most tokens of an answer")
     add("--seed", 0, "of prompts and arrivals")
@@ -64,7 +65,7 @@ class StreamingUser(User):
     def on_start(self) -> None:
         options: Namespace = self.environment.parsed_options
         self.random = Random(f"{options.seed} {next(started_users)}")
-        self.mix = Mix(max_tokens=options.max_tokens)
+        self.mix = Mix.parse(options.mix, options.max_tokens)
         self.session = requests.Session()
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=MOST_OUTSTANDING)
         self.session.mount("http://", adapter)

@@ -38,7 +38,7 @@ class Timing:
 
 
 def read_stream(answer: Answer, started: float, clock: Clock, stop_after_tokens: int | None = None) -> Timing:
-    """Read an answer to `{"stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true}}`.
+    """Read an answer to `{"stream": true, "return_token_ids": true}`: only the ids say which tokens a chunk has.
 
     After `stop_after_tokens` the connection is closed, as by a user who walked away. Raises RefusedError and
     CutShortError.
@@ -54,17 +54,17 @@ def read_stream(answer: Answer, started: float, clock: Clock, stop_after_tokens:
             chunk = json.loads(event)
             if "error" in chunk:
                 raise RefusedError(f"in the stream: {chunk['error'].get('code') or chunk['error'].get('type')}")
-            total = (chunk.get("usage") or {}).get("completion_tokens", timing.num_tokens)
-            new, timing.num_tokens = total - timing.num_tokens, total
-            if new <= 0:
+            new = sum(len(choice.get("token_ids") or ()) for choice in chunk["choices"])
+            if not new:
                 continue
+            timing.num_tokens += new
             now = clock()
             if timing.first_token is None:
                 timing.first_token = now - started
             else:
                 timing.between_tokens.append((now - last) / new)
             last = now
-            if stop_after_tokens is not None and total >= stop_after_tokens:
+            if stop_after_tokens is not None and timing.num_tokens >= stop_after_tokens:
                 return timing
         raise CutShortError("the stream ended before [DONE]")
     finally:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+STREAM = {"stream": True, "return_token_ids": True}
 
+WORKLOADS = ("completion", "chat", "sampled", "cancelled", "long")
 CODE = (
     "def read_lines(path):\n",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
@@ -45,10 +46,22 @@ class Mix:
     max_tokens: int = 96
     long_prompt_lines: int = 48  # of code, about ten tokens each
 
+    @classmethod
+    def parse(cls, text: str, max_tokens: int) -> "Mix":
+        """From weights such as `completion=3,cancelled=1`, others 0; empty: the usual mix. Raises ValueError."""
+        if not text:
+            return cls(max_tokens=max_tokens)
+        weights = dict.fromkeys(WORKLOADS, 0.0)
+        for part in text.split(","):
+            name, _, weight = part.partition("=")
+            if name not in weights:
+                raise ValueError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
+            weights[name] = float(weight)
+        return cls(**weights, max_tokens=max_tokens)
+
     def draw(self, random: Random, model: str) -> Request:
         """One request for `model`."""
-        names = ("completion", "chat", "sampled", "cancelled", "long")
-        workload = random.choices(names, [getattr(self, name) for name in names])[0]
+        workload = random.choices(WORKLOADS, [getattr(self, name) for name in WORKLOADS])[0]
         body: dict[str, Any] = {"model": model, "max_tokens": random.randint(self.max_tokens // 3, self.max_tokens)}
         body |= {"temperature": 0.0, "seed": random.getrandbits(32), **STREAM}
         if workload == "chat":
