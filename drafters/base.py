@@ -51,6 +51,7 @@ class Outcome:
     request_id: str
     draft: Draft
     num_accepted: int
+    policy: PolicyName | None = None  # the request's; None: the service's
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -163,6 +163,24 @@ class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
         default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
     )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with more such keys, one a line; lines that begin with # are comments."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_keys_of_file(cls, given: Any) -> Any:
+        """A file without a key is refused: whoever names one does not want an open server."""
+        if not isinstance(given, dict) or given.get("api_keys_file") is None:
+            return given
+        try:
+            lines = Path(given["api_keys_file"]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            raise ValueError("the file of API keys cannot be read") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ValueError("the file of API keys has no key in it")
+        return {**given, "api_keys": (*given.get("api_keys", ()), *keys)}
 
 
 class LoggingSettings(SettingsGroup):

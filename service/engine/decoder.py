@@ -196,7 +196,12 @@ def _record(
 ) -> StepRecord:
     return StepRecord(
         outcomes=[
-            Outcome(part.decoding.request.request_id, draft, result.verification.num_accepted)
+            Outcome(
+                part.decoding.request.request_id,
+                draft,
+                result.verification.num_accepted,
+                part.decoding.request.speculation.policy,
+            )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)
             if result.verification is not None
         ],
