@@ -46,6 +46,12 @@ class Outcome:
     request_id: str
     draft: Draft
     num_accepted: int
+    num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
+
+    @property
+    def num_kept(self) -> int:
+        """Accepted tokens that are part of the output: what clients and dashboards are told."""
+        return self.num_accepted - self.num_cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,9 +45,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
-        verifier, pipeline = load_parts(settings, load_tokenizer().size, progress)
-        metrics.watch_drafter(lambda: pipeline.drafter_up)
-        return verifier, pipeline
+        return load_parts(settings, load_tokenizer().size, progress)
 
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,

@@ -154,7 +154,8 @@ class TorchVerifier:
         verification = accept(request.draft, drawn)
         if verification.next_token == NO_TOKEN:
             self._cache.clear_slot(request.slot)
-            return VerifyResult(None, prompt_logprobs, error=self._complaint(request, logits[span.drawn.start]))
+            error, is_request_at_fault = self._complaint(request, logits[span.drawn.start])
+            return VerifyResult(None, prompt_logprobs, error, is_request_at_fault)
         if request.rules.logprobs is not None:
             committed = drawn[: verification.num_accepted + 1]
             rows = logits[span.drawn][: len(committed)]
@@ -162,10 +163,16 @@ class TorchVerifier:
             verification = replace(verification, logprobs=reported)
         return VerifyResult(verification, prompt_logprobs)
 
-    def _complaint(self, request: VerifyRequest, logits: Tensor) -> str:
-        if bool(logits.isfinite().all()):
-            return f"The rules of the request ban every token at position {len(request.tokens)}."
-        return f"The model's output at position {len(request.tokens)} is not a number."
+    def _complaint(self, request: VerifyRequest, logits: Tensor) -> tuple[str, bool]:
+        """Why the row `logits` [vocabulary] gives no token, and whether the request's rules are to blame."""
+        position = len(request.tokens)
+        if not bool(logits.isfinite().all()):
+            return f"The model's output at position {position} is not a number.", False
+        try:
+            apply_rules(logits.clone().unsqueeze(0), request.rules, request.tokens, request.num_prompt, ())
+        except Exception:
+            return f"The rules of the request could not be applied at position {position}.", False
+        return f"The rules of the request ban every token at position {position}.", True
 
 
 def as_list(tokens: TokenIds) -> list[int]:

@@ -63,14 +63,19 @@ def chat_logprobs(tokenizer: TextTokenizer, entries: Sequence[TokenLogprobs]) ->
 
 def trace_steps(tokenizer: TextTokenizer, steps: Sequence[TracedStep]) -> list[TraceStep]:
     """Which tokens of each step were drafted, recovered or bonus, and which drafted tokens were rejected."""
-    return [
-        {
+    traces: list[TraceStep] = []
+    for step in steps:
+        tokens = [_traced_token(tokenizer, step, position) for position in range(len(step.tokens))]
+        rejected = list(step.trace.drafted[step.trace.num_accepted :])
+        trace: TraceStep = {
             "source": step.trace.source,
-            "tokens": [_traced_token(tokenizer, step, position) for position in range(len(step.tokens))],
-            "rejected": list(step.trace.drafted[step.trace.num_accepted :]),
+            "tokens": tokens[: step.num_shown],
+            "rejected": rejected,
         }
-        for step in steps
-    ]
+        if step.num_shown < len(tokens):
+            trace["cut"] = tokens[step.num_shown :]
+        traces.append(trace)
+    return traces
 
 
 def _traced_token(tokenizer: TextTokenizer, step: TracedStep, position: int) -> TracedToken:

@@ -51,6 +51,7 @@ class TraceStep(TypedDict):
     source: str  # none, copy or diffusion
     tokens: list[TracedToken]
     rejected: list[int]  # drafted tokens that were not kept
+    cut: NotRequired[list[TracedToken]]  # kept by the step, then cut off by a stop text; the statistics count them
 
 
 class LegacyLogprobs(TypedDict):

@@ -27,7 +27,7 @@ class GenerationRequest:
 
     request_id: str
     prompt: Sequence[int]
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is read, for its log probabilities
     rules: SamplingRules  # its seed is set, and its stop_token_ids are the tokens that end this request
     include_stop_token: bool = False  # whether the ending stop token is part of the output
     prompt_logprobs: int | None = None
@@ -38,7 +38,10 @@ class GenerationRequest:
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Per-request counts, by vLLM's names. Only steps after the prompt was read count."""
+    """Per-request counts, by vLLM's names. Only steps after the prompt was read count.
+
+    A drafted token counts as accepted if it was kept: not if it stood behind the stop token that ended the request.
+    """
 
     num_spec_steps: int = 0  # verification steps with at least one draft token
     num_spec_tokens: int = 0  # the most draft tokens a step may have had
@@ -81,6 +84,7 @@ class EngineStatus:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0  # 0 to 1
+    drafter_up: bool = True  # False from a failure of the drafter until it has drafted again; True where there is none
 
 
 class EngineError(Exception):
@@ -101,6 +105,10 @@ class EngineUnavailableError(EngineError):
 
 class RequestFailedError(EngineError):
     """This request failed while running; others did not notice."""
+
+
+class NoTokenLeftError(RequestFailedError):
+    """The request's own rules ban every token at some position: it is the request that must change."""
 
 
 class RequestTimeoutError(RequestFailedError):

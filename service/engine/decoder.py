@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
-from service.engine.base import RequestFailedError, TokenDelta
+from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
 from service.engine.sequence import Decoding
@@ -55,6 +55,11 @@ class Decoder:
         self._drafting_resumes_at = 0.0
         self._pause_seconds = 0.0
         self.num_draft_failures = 0  # steps that went without drafts because the pipeline raised, and failed releases
+
+    @property
+    def drafter_up(self) -> bool:
+        """False from a failure of the drafter, or of a part of it, until it has drafted again."""
+        return self._pause_seconds == 0.0 and self._pipeline.drafter_up
 
     def step(self, parts: Sequence[Part]) -> list[StepResult]:
         """Advance every request by its part: by at least one token once its prompt is read (DiffuSpec, Algorithm 1).
@@ -177,6 +182,8 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
 
 
 def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
+    if result.is_request_at_fault:
+        return StepResult(part.decoding, NoTokenLeftError(result.error))
     if result.error:
         return StepResult(part.decoding, RequestFailedError(result.error))
     return StepResult(part.decoding, part.decoding.commit(part.num_new, draft, result))
@@ -191,7 +198,12 @@ def _record(
 ) -> StepRecord:
     return StepRecord(
         outcomes=[
-            Outcome(part.decoding.request.request_id, draft, result.verification.num_accepted)
+            Outcome(
+                part.decoding.request.request_id,
+                draft,
+                result.verification.num_accepted,
+                result.verification.num_accepted - part.decoding.num_accepted_kept,
+            )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)
             if result.verification is not None
         ],
