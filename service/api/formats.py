@@ -2,8 +2,16 @@
 
 from collections.abc import Sequence
 
-from service.api.choice import TracedStep
-from service.api.responses import ChatLogprobs, LegacyLogprobs, TokenLogprob, TopLogprob, TracedToken, TraceStep
+from service.api.choice import Piece, TracedStep
+from service.api.responses import (
+    ChatLogprobs,
+    ChoiceEnding,
+    LegacyLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    TracedToken,
+    TraceStep,
+)
 from service.text.detokenizer import IncrementalDetokenizer
 from service.text.tokenizer import TextTokenizer
 from verifiers.base import TokenLogprobs
@@ -55,6 +63,16 @@ def join_logprobs(first: LegacyLogprobs, second: LegacyLogprobs, shift: int) -> 
         "top_logprobs": first["top_logprobs"] + second["top_logprobs"],
         "text_offset": first["text_offset"] + [offset + shift for offset in second["text_offset"]],
     }
+
+
+def choice_ending(tokenizer: TextTokenizer, piece: Piece, *, with_ids: bool) -> ChoiceEnding:
+    """What choices of both endpoints have in common."""
+    ending: ChoiceEnding = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+    if with_ids:
+        ending["token_ids"] = list(piece.tokens)
+    if piece.steps:
+        ending["trace"] = trace_steps(tokenizer, piece.steps)
+    return ending
 
 
 def chat_logprobs(tokenizer: TextTokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
