@@ -32,7 +32,9 @@ async def create_chat_completion(request: Request) -> Response:
     call = await receive(request, ChatCompletionRequest)
     messages, most = call.fields.messages, call.serving.settings.limits.max_messages
     if len(messages) > most:
-        raise InvalidRequestError(f"messages: at most {most}, got {len(messages)}.", param="messages")
+        raise InvalidRequestError(
+            f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
+        )
     prompt = await call.model.encode(await render(messages, call.model), add_special_tokens=False)
     wanted = plan(
         call, [Prompt(tuple(prompt))], max_tokens=_max_tokens(call.fields), logprobs=_num_logprobs(call.fields)

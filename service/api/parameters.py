@@ -238,7 +238,9 @@ def encode_bad_words(words: Sequence[str], model: ServedModel, limits: LimitSett
     for position, word in enumerate(words):
         name = f"bad_words[{position}]"
         if not word.strip() or len(word) > 256:
-            raise InvalidRequestError(f"{name}: must be a word of 1 to 256 characters.", param=name)
+            raise InvalidRequestError(
+                f"{name}: must be a word of 1 to 256 characters.", param=name, code="invalid_value"
+            )
         for text in (word, " " + word.lstrip()):
             sequences[tuple(model.tokenizer.encode(text, add_special_tokens=False))] = None
     check_ids([token for sequence in sequences for token in sequence], "bad_words", model.engine.vocabulary_size)
