@@ -124,7 +124,7 @@ def from_engine(error: EngineError) -> ApiError:
         return RequestTimeoutError(str(error))
     if isinstance(error, engine.NoTokenLeftError):
         return InvalidRequestError(
-            f"{error} Allow more: change allowed_token_ids, bad_words, min_tokens or stop_token_ids.",
+            f"{error} Allow more: change allowed_token_ids, bad_words, min_tokens, stop_token_ids or the structure.",
             code="no_token_left",
         )
     return InternalError()

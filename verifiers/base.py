@@ -82,6 +82,7 @@ class VerifyRequest:
     draft: Sequence[int]
     rules: SamplingRules
     prompt_logprobs: int | None = None  # alternatives to report for each prompt token among the new rows; None: off
+    allowed: NDArray[np.bool_] | None = None  # [len(draft) + 1, ids] what may be drawn in each row; None: everything
 
 
 @dataclass(frozen=True, slots=True)

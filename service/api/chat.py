@@ -36,7 +36,7 @@ async def create_chat_completion(request: Request) -> Response:
             f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
         )
     prompt = await call.model.encode(await render(messages, call.model), add_special_tokens=False)
-    wanted = plan(
+    wanted = await plan(
         call, [Prompt(tuple(prompt))], max_tokens=_max_tokens(call.fields), logprobs=_num_logprobs(call.fields)
     )
     return await answer(call, wanted, "chatcmpl", ChatWriter)

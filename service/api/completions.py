@@ -37,7 +37,7 @@ async def create_completion(request: Request) -> Response:
         raise InvalidRequestError("max_tokens: 0 only with echo.", param="max_tokens", code="invalid_value")
     prompts = await _encode_prompts(fields.prompt, call.model, call.serving.settings.limits.max_prompts)
     prompt_logprobs = fields.logprobs if fields.echo else None
-    wanted = plan(call, prompts, max_tokens=max_tokens, logprobs=fields.logprobs, prompt_logprobs=prompt_logprobs)
+    wanted = await plan(call, prompts, max_tokens=max_tokens, logprobs=fields.logprobs, prompt_logprobs=prompt_logprobs)
     return await answer(call, wanted, "cmpl", CompletionWriter)
 
 

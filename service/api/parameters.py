@@ -9,6 +9,7 @@ from service.api.serving import ServedModel
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.errors import InvalidRequestError
 from service.settings import LimitSettings
+from service.structured import Structure
 from verifiers.base import SamplingRules
 
 SEED_MASK = 2**64 - 1
@@ -36,6 +37,7 @@ class Plan:
     priority: int
     prompt_logprobs: int | None
     timeout_seconds: float | None
+    structure: Structure | None
 
     @property
     def num_sequences(self) -> int:
@@ -59,6 +61,7 @@ class Plan:
                 speculation=self.speculation,
                 priority=self.priority,
                 timeout_seconds=self.timeout_seconds,
+                structure=self.structure,
             )
             for index, prompt in enumerate(self.prompts)
             for i in range(self.n)
@@ -76,6 +79,7 @@ def make_plan(
     prompt_logprobs: int | None,
     draw_seed: int,
     timeout_seconds: float | None,
+    structure: Structure | None,
 ) -> Plan:
     """Raises InvalidRequestError. `max_tokens` None: the rest of the context."""
     n = check_counts(fields, len(prompts), limits)
@@ -108,6 +112,7 @@ def make_plan(
         priority=fields.priority or 0,
         prompt_logprobs=prompt_logprobs,
         timeout_seconds=timeout_seconds,
+        structure=structure,
     )
 
 

@@ -4,7 +4,10 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from drafters.base import PolicyName, SourceName
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import DraftConstraint, PolicyName, SourceName
 from verifiers.base import SamplingRules, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -21,6 +24,27 @@ class SpeculationOptions:
     trace: bool = False
 
 
+class Constraint(DraftConstraint, Protocol):
+    """What may come next in one output that keeps to a structure."""
+
+    @property
+    def error(self) -> str:
+        """Why nothing may come next any more, if the structure's state has failed; else empty."""
+
+    def masks(self, draft: Sequence[int]) -> NDArray[np.bool_]:
+        """`[len(draft) + 1, tokens]` what may follow the output and the draft before each row."""
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in what was committed."""
+
+
+class Structure(Protocol):
+    """A compiled structure."""
+
+    def start(self) -> Constraint:
+        """The state of an output that has not begun."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate. Already validated: ids in range, prompt plus `max_tokens` within the context."""
@@ -34,6 +58,7 @@ class GenerationRequest:
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     priority: int = 0  # lower runs first
     timeout_seconds: float | None = None
+    structure: Structure | None = None  # what the output keeps to
 
 
 @dataclass(slots=True)

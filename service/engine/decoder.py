@@ -163,12 +163,18 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
 def _draft_request(decoding: Decoding, most: int) -> DraftRequest:
     request = decoding.request
     return DraftRequest(
-        request.request_id, decoding.tokens, most, request.speculation.policy, request.rules.temperature
+        request.request_id,
+        decoding.tokens,
+        most,
+        request.speculation.policy,
+        request.rules.temperature,
+        decoding.constraint,
     )
 
 
 def _rows(part: Part, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
+    is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
     return VerifyRequest(
         slot=decoding.slot,
         tokens=decoding.tokens,
@@ -178,12 +184,14 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
         draft=draft.tokens,
         rules=decoding.request.rules,
         prompt_logprobs=decoding.request.prompt_logprobs,
+        allowed=decoding.constraint.masks(draft.tokens) if decoding.constraint is not None and is_drawn else None,
     )
 
 
 def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
     if result.is_request_at_fault:
-        return StepResult(part.decoding, NoTokenLeftError(result.error))
+        constraint = part.decoding.constraint
+        return StepResult(part.decoding, NoTokenLeftError((constraint and constraint.error) or result.error))
     if result.error:
         return StepResult(part.decoding, RequestFailedError(result.error))
     return StepResult(part.decoding, part.decoding.commit(part.num_new, draft, result))

@@ -25,6 +25,7 @@ class Decoding:
         "_prompt_logprobs",
         "_stop_tokens",
         "arrival",
+        "constraint",
         "deadline",
         "max_draft_tokens",
         "num_accepted_kept",
@@ -53,6 +54,7 @@ class Decoding:
         self.num_cached = 0
         self.num_accepted_kept = 0  # in the latest step: accepted draft tokens that are part of the output
         self.num_reused = 0  # prompt tokens whose keys and values came from another request
+        self.constraint = None if request.structure is None else request.structure.start()
         self.slot = -1  # none yet
         self.queue_seconds = 0.0
         self.stats = SpeculationStats(
@@ -123,6 +125,8 @@ class Decoding:
         self._buffer[self._length : self._length + num_kept] = kept
         self._length += num_kept
         self.num_cached = min(self.num_cached + num_accepted, self._length)
+        if self.constraint is not None and reason is None:
+            self.constraint.advance(kept)
         stop_token = kept[-1] if reason == "stop" else None
         if reason == "stop" and not self.request.include_stop_token:
             kept = kept[:-1]
