@@ -44,6 +44,7 @@ class ServiceMetrics:
         ProcessCollector(registry=registry)
         self._build_request_metrics()
         self._build_step_metrics()
+        self._build_audit_metrics()
         self._gauge("diffuspec_policy_info", "The draft length policy of requests that name none.", "policy").labels(
             model_name, policy
         ).set(1)
@@ -115,6 +116,19 @@ class ServiceMetrics:
         self._drafter_up = self._gauge("diffuspec_drafter_up", "1 while the drafter drafts, 0 after it failed.").labels(
             name
         )
+
+    def _build_audit_metrics(self) -> None:
+        name = self._model_name
+        self._audits_run = self._counter("diffuspec_audits_run", "Live requests decoded again, plainly.").labels(name)
+        self._audits_failed = self._counter(
+            "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
+        ).labels(name)
+
+    def observe_audit(self, is_failed: bool) -> None:
+        """One live request was decoded again."""
+        self._audits_run.inc()
+        if is_failed:
+            self._audits_failed.inc()
 
     def watch(self, engine: Engine) -> None:
         """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""

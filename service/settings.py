@@ -166,6 +166,19 @@ class LimitSettings(SettingsGroup):
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
 
 
+class AuditSettings(SettingsGroup):
+    fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are decoded again without speculation, in idle time, and compared.",
+    )
+    idle_seconds: float = Field(
+        default=1.0, ge=0, description="How long the engine must have been idle before it audits."
+    )
+    max_pending: int = Field(default=64, ge=1, description="Most requests that wait for their audit.")
+
+
 class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
         default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
@@ -191,6 +204,7 @@ class Settings(BaseSettings):
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
+    audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
 
