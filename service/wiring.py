@@ -5,6 +5,7 @@ answers while that is going on.
 """
 
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client import CollectorRegistry
 
 from drafters.base import DraftRequest, PolicyName
+from service.engine.audit import AuditedEngine, AuditOptions
 from service.engine.base import Engine
 from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine
@@ -45,9 +47,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
-        verifier, pipeline = load_parts(settings, load_tokenizer().size, progress)
-        metrics.watch_drafter(lambda: pipeline.drafter_up)
-        return verifier, pipeline
+        return load_parts(settings, load_tokenizer().size, progress)
 
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,
@@ -57,7 +57,17 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
         reuse_prefixes=settings.scheduler.prefix_cache,
     )
     hang_seconds = settings.scheduler.hang_seconds
-    return EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds), load_tokenizer
+    engine = EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds)
+    return audited(engine, settings, metrics), load_tokenizer
+
+
+def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, greedy_only: bool = False) -> Engine:
+    """The engine, watched as the settings want it. greedy_only: its draws are not keyed by position."""
+    audit = settings.audit
+    if audit.fraction == 0:
+        return engine
+    options = AuditOptions(audit.fraction, audit.idle_seconds, audit.max_pending, greedy_only)
+    return AuditedEngine(engine, options, lambda one: metrics.observe_audit(one.is_failed), random.random)
 
 
 def build_tokenizer(target: Path) -> TextTokenizer:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
-from service.engine.base import RequestFailedError, TokenDelta
+from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
 from service.engine.sequence import Decoding
@@ -55,6 +55,11 @@ class Decoder:
         self._drafting_resumes_at = 0.0
         self._pause_seconds = 0.0
         self.num_draft_failures = 0  # steps that went without drafts because the pipeline raised, and failed releases
+
+    @property
+    def drafter_up(self) -> bool:
+        """False from a failure of the drafter, or of a part of it, until it has drafted again."""
+        return self._pause_seconds == 0.0 and self._pipeline.drafter_up
 
     def step(self, parts: Sequence[Part]) -> list[StepResult]:
         """Advance every request by its part: by at least one token once its prompt is read (DiffuSpec, Algorithm 1).
@@ -109,6 +114,7 @@ class Decoder:
             temperature=0.0 if request.rules.is_greedy else request.rules.temperature,
             seed=request.rules.seed,
             hidden_states=self._verifier.hidden_states(decoding.slot, decoding.length),
+            constraint=decoding.constraint,
         )
 
     def _ask(self, requests: Sequence[DraftRequest], proposal: _Proposal) -> list[Draft] | None:
@@ -169,6 +175,7 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
 
 def _rows(part: Part, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
+    is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
     return VerifyRequest(
         slot=decoding.slot,
         tokens=decoding.tokens,
@@ -178,10 +185,14 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
         draft=draft.tokens,
         rules=decoding.request.rules,
         prompt_logprobs=decoding.request.prompt_logprobs,
+        allowed=decoding.constraint.masks(draft.tokens) if decoding.constraint is not None and is_drawn else None,
     )
 
 
 def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
+    if result.is_request_at_fault:
+        constraint = part.decoding.constraint
+        return StepResult(part.decoding, NoTokenLeftError((constraint and constraint.error) or result.error))
     if result.error:
         return StepResult(part.decoding, RequestFailedError(result.error))
     return StepResult(part.decoding, part.decoding.commit(part.num_new, draft, result))
@@ -201,6 +212,7 @@ def _record(
                 draft,
                 result.verification.num_accepted,
                 part.decoding.request.speculation.policy,
+                result.verification.num_accepted - part.decoding.num_accepted_kept,
             )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)
             if result.verification is not None
