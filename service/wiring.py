@@ -128,7 +128,7 @@ def _load_drafter(settings: Settings, load_model: "Callable[[Path], Transformer]
 
 def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Transformer | None") -> "DraftPipeline":
     """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
-    from drafters.diffusion import DiffusionDrafter
+    from drafters.diffusion import DiffusionDrafter, DiffusionOptions
     from drafters.lattice import LatticeOptions
     from drafters.length import PaperLengthOptions
     from drafters.path_search import PathSearch
@@ -141,7 +141,10 @@ def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Tran
     diffusion, search, names = None, None, []
     if drafter is not None and causal is not None:
         diffusion = DiffusionDrafter(
-            drafter, settings.scheduler.max_running, target.vocabulary_size, speculation.window_tokens
+            drafter,
+            settings.scheduler.max_running,
+            target.vocabulary_size,
+            DiffusionOptions(window=speculation.window_tokens),
         )
         search = PathSearch(
             causal,

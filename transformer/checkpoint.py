@@ -44,6 +44,12 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def stored_names(config: TransformerConfig) -> dict[str, str]:
+    """Our name -> the name in the files, of every weight that the configuration calls for."""
+    family = config.family
+    return {name: name if family is None else family.stored_name(name) for name in weight_shapes(config)}
+
+
 def load_weights(
     folder: Path,
     config: TransformerConfig,
@@ -57,31 +63,35 @@ def load_weights(
     unread. Raises CheckpointError if a file is missing or damaged, or a weight is missing, misshapen or not a float.
     """
     files = weight_files(folder)
-    wanted = weight_shapes(config)
-    missing = [name for name in wanted if name not in files]
+    wanted, stored = weight_shapes(config), stored_names(config)
+    missing = [name for name in stored.values() if name not in files]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{folder}: the weight {missing[0]}{more} is missing, which config.json calls for.")
     weights: dict[str, Tensor] = {}
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
-        by_file.setdefault(files[name], []).append(name)
+        by_file.setdefault(files[stored[name]], []).append(name)
     for path, names in by_file.items():
         with open_file(path) as file:
             for name in names:
                 try:
-                    tensor = file.get_tensor(name)
+                    tensor = file.get_tensor(stored[name])
                 except SafetensorError:
                     raise CheckpointError(
-                        f"{path}: the weight {name} is missing, although the index names it."
+                        f"{path}: the weight {stored[name]} is missing, although the index names it."
                     ) from None
                 if tuple(tensor.shape) != wanted[name]:
                     shapes = f"{list(tensor.shape)}, and config.json calls for {list(wanted[name])}"
-                    raise CheckpointError(f"{path}: the weight {name} has the shape {shapes}.")
+                    raise CheckpointError(f"{path}: the weight {stored[name]} has the shape {shapes}.")
                 if tensor.dtype not in FLOAT_TYPES:
                     known = "float32, float16 and bfloat16"
-                    raise CheckpointError(f"{path}: the weight {name} is {tensor.dtype}; supported are {known}.")
+                    raise CheckpointError(
+                        f"{path}: the weight {stored[name]} is {tensor.dtype}; supported are {known}."
+                    )
+                # The tensor is a view of the mapped file: this is the one copy, made straight to where it is used.
                 weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
+                del tensor
                 if progress is not None:
                     progress(len(weights) / len(wanted))
     return weights
