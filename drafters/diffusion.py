@@ -194,8 +194,12 @@ class DiffusionDrafter:
     def keep(self, request_id: str, num_tokens: int) -> None:
         """Forget what is cached of a request beyond its first `num_tokens` tokens: the others have changed."""
         cached = self._cached.get(request_id)
-        if cached is not None:
-            cached.length = max(0, min(cached.length, num_tokens - cached.offset)) // self._grid * self._grid
+        if cached is None:
+            return
+        kept = num_tokens - cached.offset
+        if kept <= 0:
+            cached.offset = cached.length = 0
+        cached.length = min(cached.length, max(kept, 0)) // self._grid * self._grid
 
     def release(self, request_id: str) -> None:
         """Free the request's slot; harmless if it has none."""

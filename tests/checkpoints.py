@@ -327,3 +327,30 @@ def _add_mask_token(folder: Path, layout: HubDrafter) -> None:
         config |= {"tokenizer_class": "DreamTokenizer"}
         path.unlink()
     config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+OtherVocabulary = Literal["rotated", "partial", "byte-names"]
+
+
+def change_vocabulary(folder: Path, kind: OtherVocabulary) -> None:
+    """Give a drafter's folder another tokenizer of as many tokens.
+
+    `rotated`: the target's tokens under other ids. `partial`: a third of them is missing, too. `byte-names`: none of
+    the target's tokens, but sentencepiece's names of the 256 bytes.
+    """
+    path = folder / "tokenizer.json"
+    special = [token["content"] for token in json.loads(path.read_text())["added_tokens"]]
+    if kind == "byte-names":
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        vocabulary = {character: (byte + 7) % 256 for byte, character in enumerate(byte_characters())}
+        if kind == "partial":
+            missing = [character for character, index in vocabulary.items() if index % 3 == 0]
+            vocabulary |= {f"{character}{character}": vocabulary.pop(character) for character in missing}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))
