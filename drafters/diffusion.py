@@ -301,6 +301,7 @@ class DiffusionDrafter:
             starts=[block.start for block in blocks],
             counts=[len(block.tokens) for block in blocks],
             limits=torch.tensor(limits, device=device),
+            bounds_padding=True,
         )
         hidden = self._model.forward(rows, self._cache)
         return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
