@@ -14,7 +14,7 @@ from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.costs import CostCurve
 from drafters.coupling import known_noise
-from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from drafters.diffusion import MaskedDrafter, MaskedRequest
 from drafters.goodput import (
     TEMPERATURES,
     Calibration,
@@ -103,7 +103,7 @@ class DraftPipeline:
         self,
         causal: CausalModel | None,
         search: PathSearch | None,
-        diffusion: DiffusionDrafter | None,
+        diffusion: MaskedDrafter | None,
         options: PipelineOptions,
         description: str,
         clock: Callable[[], float] = time.perf_counter,
@@ -357,6 +357,8 @@ class DraftPipeline:
         calibration.observe(state.raw_confidences, outcome.num_accepted, state.heat)
         if drafted_by_diffusion:
             state.paper.observe(draft.raw_length, outcome.num_accepted)
+            if self._diffusion is not None:
+                self._diffusion.note(outcome.request_id, outcome.num_accepted)
 
     def _pause(self, candidates: Sequence[_Candidate]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
@@ -367,11 +369,12 @@ class DraftPipeline:
             for candidate in candidates:
                 self._diffusion.release(candidate.request.request_id)
 
-    def _measure_diffusion(self, diffusion: DiffusionDrafter) -> dict[int, float]:
+    def _measure_diffusion(self, diffusion: MaskedDrafter) -> dict[int, float]:
         """Seconds of a diffusion pass by rows, the median of a few passes each."""
         history = np.zeros(diffusion.longest, dtype=np.int32)
         measured = {}
         for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
+            length = min(length, diffusion.longest)
             requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
             seconds = []
             try:

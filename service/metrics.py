@@ -171,6 +171,15 @@ class ServiceMetrics:
         if is_failed:
             self._audits_failed.inc()
 
+    def show_vocabulary(self, relation: str, overlap: float) -> None:
+        """Say how the vocabularies of target and drafter relate, and which share of the target's tokens is shared."""
+        self._gauge(
+            "diffuspec_vocabulary_info", "How the drafter's vocabulary relates to the target's.", "relation"
+        ).labels(self._model_name, relation).set(1)
+        self._gauge(
+            "diffuspec_vocabulary_overlap_ratio", "Share of the target's tokens that the drafter has, too."
+        ).labels(self._model_name).set(overlap)
+
     def watch(self, engine: Engine) -> None:
         """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""
         self._running.set_function(lambda: engine.status().num_running)
