@@ -33,6 +33,7 @@ class MaskedRequest:
     request_id: str
     tokens: Tokens  # [any] committed tokens, at least one
     length: int  # tokens to propose, at least one
+    hidden_states: Tensor | None = None  # [any, target hidden] the target's, that each token was predicted from
 
 
 class MaskedDrafter(Protocol):
@@ -41,6 +42,10 @@ class MaskedDrafter(Protocol):
     @property
     def longest(self) -> int:
         """Most tokens one call proposes."""
+
+    @property
+    def temperature(self) -> float:
+        """Of the target's distribution that the logits stand for."""
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request would have to run before its masks."""
@@ -89,6 +94,7 @@ class _Block:
     start: int  # position of the first row
     clean_end: int  # position after the last clean token; drafted ones of earlier parts count as clean
     length: int  # tokens to propose, from `clean_end` on
+    states: Tensor | None = None  # [clean rows, target hidden] what the target knew at the first rows
 
     @property
     def end(self) -> int:
@@ -142,6 +148,11 @@ class DiffusionDrafter:
     def window(self) -> int:
         """Most clean tokens that are read."""
         return self._window
+
+    @property
+    def temperature(self) -> float:
+        """Of the target's distribution that the logits stand for."""
+        return self._model.config.logits_temperature
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request would have to run before its masks."""
@@ -216,7 +227,10 @@ class DiffusionDrafter:
         clean = request.tokens[cached.offset + start :].tolist()
         cached.length = clean_end // self._grid * self._grid
         cached.num_stale += 1
-        return _Block(cached, clean + self._new_masks(clean_end, length), start, clean_end, length)
+        states = None
+        if self._model.config.target_hidden_size and request.hidden_states is not None:
+            states = request.hidden_states[cached.offset + start : len(request.tokens)]
+        return _Block(cached, clean + self._new_masks(clean_end, length), start, clean_end, length, states)
 
     def _new_masks(self, clean_end: int, length: int) -> list[int]:
         """The masks of a draft; on a grid they fill the last block up, as in training."""
@@ -237,6 +251,7 @@ class DiffusionDrafter:
         start = min(block.clean_end // self._grid * self._grid, block.clean_end - self._leading)
         if start > block.start:
             block.tokens = block.tokens[start - block.start :]
+            block.states = None if block.states is None else block.states[start - block.start :]
             block.start = start
 
     def _place(self, request: MaskedRequest) -> _Cached:
@@ -303,8 +318,21 @@ class DiffusionDrafter:
             limits=torch.tensor(limits, device=device),
             bounds_padding=True,
         )
-        hidden = self._model.forward(rows, self._cache)
+        hidden = self._model.forward(rows, self._cache, self._target_states(blocks))
         return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
+
+    def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
+        """What the target knew at every row: `[rows, target hidden]`, zero for masks and where it is unknown."""
+        if all(block.states is None for block in blocks):
+            return None
+        width, num_rows = self._model.config.target_hidden_size, sum(len(block.tokens) for block in blocks)
+        states = torch.zeros(num_rows, width, device=self._model.device, dtype=self._model.dtype)
+        first = 0
+        for block in blocks:
+            if block.states is not None:
+                states[first : first + len(block.states)] = block.states
+            first += len(block.tokens)
+        return states
 
     def _limits(self, block: _Block) -> list[int]:
         """For every row, the position up to which it sees."""

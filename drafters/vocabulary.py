@@ -49,6 +49,10 @@ class MappedDrafter:
     def longest(self) -> int:
         return self._drafter.longest
 
+    @property
+    def temperature(self) -> float:
+        return self._drafter.temperature
+
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         done, translated = self._translated.get(request_id, (0, ()))
         return self._drafter.pending_rows(request_id, len(translated) + num_tokens - done)
@@ -141,6 +145,10 @@ class RetokenizingDrafter:
     @property
     def longest(self) -> int:
         return self._drafter.longest
+
+    @property
+    def temperature(self) -> float:
+        return 1.0
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         reading = self._readings.get(request_id)

@@ -64,6 +64,12 @@ def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
             f"{drafter.folder} has {drafter.config.vocabulary_size} token ids in config.json, but its tokenizer goes "
             f"up to {max(drafter.vocabulary.values())}."
         )
+    wanted, given = drafter.config.target_hidden_size, target.config.hidden_size
+    if wanted not in (0, given):
+        return (
+            f"{drafter.folder} was trained on hidden states of {wanted} numbers, and those of {target.folder} have "
+            f"{given}: it belongs to another target."
+        )
     relation = relate(target, drafter).relation
     if relation == "disjoint" and not (drafter.folder / "tokenizer.json").exists():
         return (

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -182,13 +182,51 @@ class LimitSettings(SettingsGroup):
     max_sequences: int = Field(default=128, ge=1, description="Most prompts times `n` of one request.")
     max_logit_bias: int = Field(default=1024, ge=0, description="Most entries of `logit_bias`.")
     max_bad_words: int = Field(default=128, ge=0, description="Most entries of `bad_words`.")
+    max_structure_characters: int = Field(
+        default=65536, ge=1, description="Longest JSON schema, regular expression or grammar."
+    )
+    structure_seconds: float = Field(
+        default=5.0, gt=0, description="How long a request may wait for its structure to be compiled."
+    )
+    structure_cache_size: int = Field(default=64, ge=0, description="Compiled structures that are kept.")
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
+
+
+class AuditSettings(SettingsGroup):
+    fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are decoded again without speculation, in idle time, and compared.",
+    )
+    idle_seconds: float = Field(
+        default=1.0, ge=0, description="How long the engine must have been idle before it audits."
+    )
+    max_pending: int = Field(default=64, ge=1, description="Most requests that wait for their audit.")
 
 
 class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
         default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
     )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with more such keys, one a line; lines that begin with # are comments."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_keys_of_file(cls, given: Any) -> Any:
+        """A file without a key is refused: whoever names one does not want an open server."""
+        if not isinstance(given, dict) or given.get("api_keys_file") is None:
+            return given
+        try:
+            lines = Path(given["api_keys_file"]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            raise ValueError("the file of API keys cannot be read") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ValueError("the file of API keys has no key in it")
+        return {**given, "api_keys": (*given.get("api_keys", ()), *keys)}
 
 
 class LoggingSettings(SettingsGroup):
@@ -210,6 +248,7 @@ class Settings(BaseSettings):
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
+    audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
 

@@ -5,6 +5,7 @@ answers while that is going on.
 """
 
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from drafters.base import DraftRequest, PolicyName
 from service.drafter import BuiltDrafter, build_drafter
+from service.engine.audit import AuditedEngine, AuditOptions
 from service.engine.base import Engine
 from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine
@@ -47,14 +49,12 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
-        verifier, pipeline = load_parts(
+        return load_parts(
             settings,
             load_tokenizer().size,
             progress,
             lambda built: metrics.show_vocabulary(built.vocabularies.relation, built.vocabularies.overlap),
         )
-        metrics.watch_drafter(lambda: pipeline.drafter_up)
-        return verifier, pipeline
 
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,
@@ -64,7 +64,17 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
         reuse_prefixes=settings.scheduler.prefix_cache,
     )
     hang_seconds = settings.scheduler.hang_seconds
-    return EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds), load_tokenizer
+    engine = EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds)
+    return audited(engine, settings, metrics), load_tokenizer
+
+
+def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, greedy_only: bool = False) -> Engine:
+    """The engine, watched as the settings want it. greedy_only: its draws are not keyed by position."""
+    audit = settings.audit
+    if audit.fraction == 0:
+        return engine
+    options = AuditOptions(audit.fraction, audit.idle_seconds, audit.max_pending, greedy_only)
+    return AuditedEngine(engine, options, lambda one: metrics.observe_audit(one.is_failed), random.random)
 
 
 def build_tokenizer(target: Path) -> TextTokenizer:
@@ -105,8 +115,9 @@ def load_parts(
         raise CheckpointError(
             f"model.context_length is {context}, but the target was made for {target.config.max_positions} tokens."
         )
-    verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens)
     drafter = _load_drafter(settings, lambda folder: load_model(folder, "drafter", 0.6, 0.9))
+    is_conditioned = drafter is not None and drafter.config.target_hidden_size > 0
+    verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens, is_conditioned)
     progress("compiling the drafting kernels (kept for the next start)", 0.9)
     pipeline = build_pipeline(settings, target.config, drafter, on_drafter)
     warm_up(pipeline)

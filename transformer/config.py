@@ -55,6 +55,8 @@ class TransformerConfig:
     mask_token_ids: tuple[int, ...] = ()  # the j-th mask of a block; a single id is used for every mask
     logits_shifted: bool = False  # the row of position i predicts position i + 1, as in causal models
     attention: AttentionPattern = "causal"
+    logits_temperature: float = 1.0  # of the target's distribution that the logits were trained to give
+    target_hidden_size: int = 0  # width of the target's hidden states that join the embeddings; 0: none do
     block_size: int = 0  # tokens; "block" and "block_causal" only
     trained_positions: int = 0  # tokens the model was trained on, where it accepts more; 0: max_positions
     family: Family | None = None  # None: Llama's names of weights

@@ -180,6 +180,8 @@ def read_diffusion(path: Path, raw: Mapping[str, Any], family: Family) -> dict[s
         "attention": pattern,
         "block_size": block_size,
         "trained_positions": known.trained_positions,
+        "logits_temperature": float(raw.get("logits_temperature", 1.0)),
+        "target_hidden_size": int(raw.get("target_hidden_size", 0)),
     }
 
 

@@ -40,6 +40,15 @@ def edit_weight(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file(weights | ({} if tensor is None else {name: tensor}), path)
 
 
+def condition(drafter: Path, target_hidden_size: int) -> None:
+    """Make it a drafter of a target whose hidden states have that many numbers."""
+    edit(drafter / "config.json", target_hidden_size=target_hidden_size)
+    path = drafter / "model.safetensors"
+    weights = load_file(path)
+    rows = weights["model.embed_tokens.weight"].shape[1]
+    save_file(weights | {"model.target_projection.weight": torch.zeros(rows, target_hidden_size)}, path)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -57,6 +66,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "target of an unknown kind": (lambda target, _: edit(target / "config.json", model_type="mamba"), "'mamba'"),
     "no weights": (lambda _, drafter: (drafter / "model.safetensors").unlink(), "only safetensors are loaded"),
     "drafter cut": (lambda _, drafter: cut(drafter / "model.safetensors"), "the download may have stopped early"),
+    "drafter of another target": (
+        lambda _, drafter: condition(drafter, 24),
+        "belongs to another target",
+    ),
     "header": (lambda _, drafter: (drafter / "model.safetensors").write_bytes(b"\xff" * 99), "damaged"),
     "a weight": (lambda _, drafter: edit_weight(drafter, NORM, None), f"the weight {NORM} is missing"),
     "a shape": (lambda _, drafter: edit_weight(drafter, NORM, torch.ones(5)), r"has the shape [5]"),
