@@ -2,16 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokens = NDArray[np.int32]
 PolicyName = Literal["goodput", "paper", "fixed"]
 SourceName = Literal["none", "copy", "diffusion"]
 """`none`: nothing drafted. `copy`: the free draft (the request's own text and the n-gram model).
 `diffusion`: a pass of the diffusion model, its lattice joined with the free candidates in one search."""
+
+
+class DraftConstraint(Protocol):
+    """A structure that a request's output keeps to, such as a JSON schema, after the committed tokens."""
+
+    def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
+        """`[tokens]` what may follow the committed tokens and `draft`; None if the draft itself may not, or ends it."""
+
+    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
+        """The allowed beginning of a draft, then tokens that the structure leaves no choice about; at most `most`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +36,9 @@ class DraftRequest:
     max_draft_tokens: int  # never more than this many (API limit, room in the context, tokens left to generate)
     policy: PolicyName | None = None  # None: the service's
     temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
+    seed: int | None = None  # of the noise that the target draws with (`transformer.noise`); None: not to be known
+    hidden_states: "Tensor | None" = None  # [length, hidden] the target's, that each token was predicted from; a view
+    constraint: DraftConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +63,12 @@ class Outcome:
     draft: Draft
     num_accepted: int
     policy: PolicyName | None = None  # the request's; None: the service's
+    num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
+
+    @property
+    def num_kept(self) -> int:
+        """Accepted tokens that are part of the output: what clients and dashboards are told."""
+        return self.num_accepted - self.num_cut
 
 
 @dataclass(frozen=True, slots=True)

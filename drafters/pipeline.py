@@ -11,8 +11,10 @@ import numpy as np
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
+from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.costs import CostCurve
-from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from drafters.coupling import known_noise
+from drafters.diffusion import MaskedDrafter, MaskedRequest
 from drafters.goodput import (
     TEMPERATURES,
     Calibration,
@@ -101,7 +103,7 @@ class DraftPipeline:
         self,
         causal: CausalModel | None,
         search: PathSearch | None,
-        diffusion: DiffusionDrafter | None,
+        diffusion: MaskedDrafter | None,
         options: PipelineOptions,
         description: str,
         clock: Callable[[], float] = time.perf_counter,
@@ -195,9 +197,12 @@ class DraftPipeline:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
         floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
+        noise = known_noise([candidate.request for candidate in candidates])
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):
-            candidate.copied, candidate.copied_confidences = chain.tokens, chain.confidences
+            candidate.copied, candidate.copied_confidences = keep_to_structure(
+                candidate.request, chain.tokens, chain.confidences, candidate.cap
+            )
 
     def _plan_diffusion(self, candidates: Sequence[_Candidate], base_rows: int) -> None:
         """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens."""
@@ -237,15 +242,20 @@ class DraftPipeline:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
         if not candidates or self._diffusion is None or self._search is None:
             return
-        requests = [MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length) for c in candidates]
+        requests = [
+            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states)
+            for c in candidates
+        ]
         try:
             started = self._clock()
             rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
             logits = self._diffusion.propose(requests)
             drafted = self._clock()
             lengths = [request.length for request in requests]
+            mask_logits(logits, [candidate.request for candidate in candidates], lengths)
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
-            paths = self._search.search([request.tokens for request in requests], lattice)
+            noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
+            paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
             self._pause(candidates)
             return
@@ -253,8 +263,8 @@ class DraftPipeline:
         self.last_search_seconds = self._clock() - drafted
         self.last_diffusion_rows = rows
         self._failures = 0
-        for candidate, path in zip(candidates, paths, strict=True):
-            candidate.path = path
+        for candidate, found in zip(candidates, paths, strict=True):
+            candidate.path = path = keep_path_to_structure(candidate.request, found, candidate.cap)
             if candidate.policy == "goodput":
                 calibrated = self._path_calibration.estimate(path.confidences, candidate.state.heat)
                 self._forecast.observe(candidate.forecast_class, calibrated)
@@ -347,6 +357,8 @@ class DraftPipeline:
         calibration.observe(state.raw_confidences, outcome.num_accepted, state.heat)
         if drafted_by_diffusion:
             state.paper.observe(draft.raw_length, outcome.num_accepted)
+            if self._diffusion is not None:
+                self._diffusion.note(outcome.request_id, outcome.num_accepted)
 
     def _pause(self, candidates: Sequence[_Candidate]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
@@ -357,11 +369,12 @@ class DraftPipeline:
             for candidate in candidates:
                 self._diffusion.release(candidate.request.request_id)
 
-    def _measure_diffusion(self, diffusion: DiffusionDrafter) -> dict[int, float]:
+    def _measure_diffusion(self, diffusion: MaskedDrafter) -> dict[int, float]:
         """Seconds of a diffusion pass by rows, the median of a few passes each."""
         history = np.zeros(diffusion.longest, dtype=np.int32)
         measured = {}
         for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
+            length = min(length, diffusion.longest)
             requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
             seconds = []
             try:

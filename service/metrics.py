@@ -52,6 +52,7 @@ class ServiceMetrics:
         ProcessCollector(registry=registry)
         self._build_request_metrics()
         self._build_step_metrics()
+        self._build_audit_metrics()
         self._gauge("diffuspec_policy_info", "The draft length policy of requests that name none.", "policy").labels(
             model_name, policy
         ).set(1)
@@ -127,7 +128,8 @@ class ServiceMetrics:
             "diffuspec_expected_committed_tokens", "What the policy expected of verified drafts; beside the next one."
         ).labels(name)
         self._committed = self._counter(
-            "diffuspec_realised_committed_tokens", "What verified drafts came to, the extra token included."
+            "diffuspec_realised_committed_tokens",
+            "What verified drafts came to, with the next token, and what a stop token cut off.",
         ).labels(name)
         bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
         self._bypassed = {reason: bypassed.labels(name, reason) for reason in (*BYPASS_REASONS, OTHER_REASON)}
@@ -156,15 +158,34 @@ class ServiceMetrics:
         for name, gauge in self._engine_phases.items():
             gauge.set_function(lambda name=name: float(phase() == name))  # type: ignore[misc]  # bound here and now
 
+    def _build_audit_metrics(self) -> None:
+        name = self._model_name
+        self._audits_run = self._counter("diffuspec_audits_run", "Live requests decoded again, plainly.").labels(name)
+        self._audits_failed = self._counter(
+            "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
+        ).labels(name)
+
+    def observe_audit(self, is_failed: bool) -> None:
+        """One live request was decoded again."""
+        self._audits_run.inc()
+        if is_failed:
+            self._audits_failed.inc()
+
+    def show_vocabulary(self, relation: str, overlap: float) -> None:
+        """Say how the vocabularies of target and drafter relate, and which share of the target's tokens is shared."""
+        self._gauge(
+            "diffuspec_vocabulary_info", "How the drafter's vocabulary relates to the target's.", "relation"
+        ).labels(self._model_name, relation).set(1)
+        self._gauge(
+            "diffuspec_vocabulary_overlap_ratio", "Share of the target's tokens that the drafter has, too."
+        ).labels(self._model_name).set(overlap)
+
     def watch(self, engine: Engine) -> None:
-        """Read running, waiting and cache use from the engine whenever Prometheus asks."""
+        """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""
         self._running.set_function(lambda: engine.status().num_running)
         self._waiting.set_function(lambda: engine.status().num_waiting)
         self._usage.set_function(lambda: engine.status().kv_cache_usage)
-
-    def watch_drafter(self, is_up: Callable[[], bool]) -> None:
-        """Ask `is_up` whenever Prometheus asks."""
-        self._drafter_up.set_function(lambda: float(is_up()))
+        self._drafter_up.set_function(lambda: float(engine.status().drafter_up))
 
     def observe(self, step: StepRecord) -> None:
         """Count one engine step."""
@@ -201,8 +222,8 @@ class ServiceMetrics:
             return
         self._drafts.inc()
         self._draft_tokens.inc(len(draft.tokens))
-        self._accepted.inc(outcome.num_accepted)
-        for counter in self._accepted_at[: outcome.num_accepted]:
+        self._accepted.inc(outcome.num_kept)
+        for counter in self._accepted_at[: outcome.num_kept]:
             counter.inc()
         for counter in self._drafted_at[: len(draft.tokens)]:
             counter.inc()

@@ -51,11 +51,12 @@ class ModelSettings(SettingsGroup):
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
-        description="Folder of the target, the model whose text is served (safetensors).",
+        description="Folder of the target, the model whose text is served (safetensors), or its name on the hub if "
+        "`diffuspec pull` has fetched it.",
     )
     drafter: str | None = Field(
         default=None,
-        description="Folder of the diffusion drafter, or `prompt-lookup`, or `none`. "
+        description="Folder or name of the diffusion drafter, or `prompt-lookup`, or `none`. "
         "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
     )
     ngram: Path | None = Field(
@@ -68,7 +69,9 @@ class ModelSettings(SettingsGroup):
         min_length=1,
         description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and arithmetic.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Type of weights and arithmetic."
+    )
     device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
     context_length: int | None = Field(
         default=None,
@@ -128,7 +131,30 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(default=256, ge=16, description="Most tokens of context that the drafter reads.")
+    window_tokens: int = Field(
+        default=256,
+        ge=16,
+        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+    )
+    refresh_passes: int = Field(
+        default=16,
+        ge=0,
+        description="Drafters that see in both directions: passes until the cached context is read anew, which happens "
+        "too when acceptance falls; 1 reads it at every pass, 0 only then.",
+    )
+    refinement_steps: int = Field(
+        default=1, ge=1, le=64, description="Passes per diffusion draft; each fills in the surest tokens for the next."
+    )
+    draft_part_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Draft so many tokens in a pass, and go on after them in another one if they are sure enough; "
+        "0: all in one pass.",
+    )
+    draft_part_confidence: float = Field(
+        default=0.9, ge=0, le=1, description="Least probability of every token of a part for the next to be drafted."
+    )
     paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(
         default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
@@ -156,7 +182,27 @@ class LimitSettings(SettingsGroup):
     max_sequences: int = Field(default=128, ge=1, description="Most prompts times `n` of one request.")
     max_logit_bias: int = Field(default=1024, ge=0, description="Most entries of `logit_bias`.")
     max_bad_words: int = Field(default=128, ge=0, description="Most entries of `bad_words`.")
+    max_structure_characters: int = Field(
+        default=65536, ge=1, description="Longest JSON schema, regular expression or grammar."
+    )
+    structure_seconds: float = Field(
+        default=5.0, gt=0, description="How long a request may wait for its structure to be compiled."
+    )
+    structure_cache_size: int = Field(default=64, ge=0, description="Compiled structures that are kept.")
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
+
+
+class AuditSettings(SettingsGroup):
+    fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are decoded again without speculation, in idle time, and compared.",
+    )
+    idle_seconds: float = Field(
+        default=1.0, ge=0, description="How long the engine must have been idle before it audits."
+    )
+    max_pending: int = Field(default=64, ge=1, description="Most requests that wait for their audit.")
 
 
 class AuthSettings(SettingsGroup):
@@ -202,6 +248,7 @@ class Settings(BaseSettings):
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
+    audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -82,6 +85,7 @@ class VerifyRequest:
     draft: Sequence[int]
     rules: SamplingRules
     prompt_logprobs: int | None = None  # alternatives to report for each prompt token among the new rows; None: off
+    allowed: NDArray[np.bool_] | None = None  # [len(draft) + 1, ids] what may be drawn in each row; None: everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class VerifyResult:
     verification: Verification | None  # None while the prompt is not fully read, and with an error
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens in (num_cached, num_cached + num_new]
     error: str = ""  # why this request alone cannot go on, e.g. logits that are not numbers; then nothing is verified
+    is_request_at_fault: bool = False  # the error: its rules ban every token; else the model or the engine is
 
 
 class Verifier(Protocol):
@@ -107,6 +112,9 @@ class Verifier(Protocol):
 
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
         """Run one forward pass over all rows of all requests and check their drafts."""
+
+    def hidden_states(self, slot: int, length: int) -> "Tensor | None":
+        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`; None if it is not kept."""
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot's keys and values over another's."""

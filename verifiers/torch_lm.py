@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer.cache import lazy_zeros
 from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
 from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
 from verifiers.distribution import token_weights
-from verifiers.draws import draw, uniforms
+from verifiers.draws import NO_TOKEN, draw
 from verifiers.logprobs import token_logprobs
-from verifiers.sampling import apply_rules, changes_logits
+from verifiers.sampling import apply_rules, changes_logits, restrict
 
 log = logging.getLogger(__name__)
 
 DRAFT_ROOM = 64  # positions beyond the context, for drafts that reach over its end
-NO_TOKEN = -1  # drawn where the row's logits allow no token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,27 @@ class RowSpan:
 class TorchVerifier:
     """The target model with its key-value cache. One caller at a time."""
 
-    def __init__(self, model: Transformer, num_slots: int, context_length: int, num_tokens: int | None = None) -> None:
-        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be."""
+    def __init__(
+        self,
+        model: Transformer,
+        num_slots: int,
+        context_length: int,
+        num_tokens: int | None = None,
+        keep_hidden_states: bool = False,
+    ) -> None:
+        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be.
+
+        keep_hidden_states: for a drafter that is conditioned on them.
+        """
         self._model = model
         self._num_slots = num_slots
         self._context_length = context_length
         self._num_tokens = min(num_tokens or model.config.vocabulary_size, model.config.vocabulary_size)
         self._cache = model.new_cache(num_slots, context_length + DRAFT_ROOM)
+        self._states: Tensor | None = None  # [slots, positions, hidden] what the token at a position is predicted from
+        if keep_hidden_states:
+            shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
+            self._states = lazy_zeros(shape, model.device, model.dtype)
 
     @property
     def vocabulary_size(self) -> int:
@@ -56,6 +70,16 @@ class TorchVerifier:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot's keys and values over another's."""
         self._cache.copy_slot(source, target, length)
+        if self._states is not None:
+            with torch.inference_mode():
+                self._states[target, : length + 1] = self._states[source, : length + 1]
+
+    def hidden_states(self, slot: int, length: int) -> Tensor | None:
+        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`: a view, zero for the first.
+
+        None if it is not kept.
+        """
+        return None if self._states is None else self._states[slot, :length]
 
     @torch.inference_mode()
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
@@ -99,9 +123,19 @@ class TorchVerifier:
             counts,
         )
         hidden = self._model.forward(batch, self._cache)
+        self._keep_states(requests, counts, hidden)
         if len(needed) < len(tokens) or needed != list(range(len(tokens))):
             hidden = hidden.index_select(0, torch.tensor(needed, dtype=torch.int64, device=device))
         return self._model.logits(hidden), spans
+
+    def _keep_states(self, requests: Sequence[VerifyRequest], counts: Sequence[int], hidden: Tensor) -> None:
+        if self._states is None:
+            return
+        first_row = 0
+        for request, count in zip(requests, counts, strict=True):
+            first = request.num_cached + 1
+            self._states[request.slot, first : first + count] = hidden[first_row : first_row + count]
+            first_row += count
 
     def _runnable(self, draft: Sequence[int]) -> Sequence[int]:
         """The draft, with ids outside the vocabulary replaced: they can be run, and are rejected all the same."""
@@ -111,13 +145,14 @@ class TorchVerifier:
     def _draw(self, requests: Sequence[VerifyRequest], logits: Tensor, spans: Sequence[RowSpan]) -> list[int]:
         """The target's own token for each row of `logits`; NO_TOKEN where there is none."""
         allowed = logits[:, : self._num_tokens]
-        changed = [changes_logits(request.rules) for request in requests]
+        changed = [changes_logits(request.rules) or request.allowed is not None for request in requests]
         if any(changed):
             allowed = allowed.clone()  # log probabilities are reported from the raw ones
             for request, span, is_changed in zip(requests, spans, changed, strict=True):
                 if is_changed and span.drawn.stop > span.drawn.start:
                     rows = allowed[span.drawn]
                     try:
+                        restrict(rows, request.allowed)
                         apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
                     except Exception:  # whatever is wrong with one request's rules stays with that request
                         log.exception("the sampling rules of a request failed")
@@ -135,10 +170,10 @@ class TorchVerifier:
         if sampled:
             rows_taken = [row for row, _, _ in sampled]
             rules = [request.rules for _, request, _ in sampled]
-            numbers = uniforms([rule.seed for rule in rules], [position for _, _, position in sampled])
             weights = token_weights(allowed[rows_taken], rules)
-            for row, token in zip(rows_taken, draw(weights, numbers).tolist(), strict=True):
-                tokens[row] = token if token < self._num_tokens else NO_TOKEN
+            drawn = draw(weights, [rule.seed for rule in rules], [position for _, _, position in sampled])
+            for row, token in zip(rows_taken, drawn.tolist(), strict=True):
+                tokens[row] = token
         return tokens
 
     def _result(self, request: VerifyRequest, logits: Tensor, span: RowSpan, drawn: Sequence[int]) -> VerifyResult:
@@ -154,7 +189,8 @@ class TorchVerifier:
         verification = accept(request.draft, drawn)
         if verification.next_token == NO_TOKEN:
             self._cache.clear_slot(request.slot)
-            return VerifyResult(None, prompt_logprobs, error=self._complaint(request, logits[span.drawn.start]))
+            error, is_request_at_fault = self._complaint(request, logits[span.drawn.start])
+            return VerifyResult(None, prompt_logprobs, error, is_request_at_fault)
         if request.rules.logprobs is not None:
             committed = drawn[: verification.num_accepted + 1]
             rows = logits[span.drawn][: len(committed)]
@@ -162,10 +198,17 @@ class TorchVerifier:
             verification = replace(verification, logprobs=reported)
         return VerifyResult(verification, prompt_logprobs)
 
-    def _complaint(self, request: VerifyRequest, logits: Tensor) -> str:
-        if bool(logits.isfinite().all()):
-            return f"The rules of the request ban every token at position {len(request.tokens)}."
-        return f"The model's output at position {len(request.tokens)} is not a number."
+    def _complaint(self, request: VerifyRequest, logits: Tensor) -> tuple[str, bool]:
+        """Why the row `logits` [vocabulary] gives no token, and whether the request's rules are to blame."""
+        position = len(request.tokens)
+        if not bool(logits.isfinite().all()):
+            return f"The model's output at position {position} is not a number.", False
+        try:
+            restrict(logits.clone().unsqueeze(0), None if request.allowed is None else request.allowed[:1])
+            apply_rules(logits.clone().unsqueeze(0), request.rules, request.tokens, request.num_prompt, ())
+        except Exception:
+            return f"The rules of the request could not be applied at position {position}.", False
+        return f"The rules of the request ban every token at position {position}.", True
 
 
 def as_list(tokens: TokenIds) -> list[int]:

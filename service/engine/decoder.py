@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
-from service.engine.base import RequestFailedError, TokenDelta
+from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
 from service.engine.sequence import Decoding
@@ -56,6 +56,11 @@ class Decoder:
         self._pause_seconds = 0.0
         self.num_draft_failures = 0  # steps that went without drafts because the pipeline raised, and failed releases
 
+    @property
+    def drafter_up(self) -> bool:
+        """False from a failure of the drafter, or of a part of it, until it has drafted again."""
+        return self._pause_seconds == 0.0 and self._pipeline.drafter_up
+
     def step(self, parts: Sequence[Part]) -> list[StepResult]:
         """Advance every request by its part: by at least one token once its prompt is read (DiffuSpec, Algorithm 1).
 
@@ -86,7 +91,7 @@ class Decoder:
         proposal = _Proposal(drafts=[], num_prefill_rows=sum(part.num_new for part in reading))
         limits = [_draft_limit(part.decoding) for part in parts]
         requests = [
-            _draft_request(part.decoding, most)
+            self._draft_request(part.decoding, most)
             for part, (most, _) in zip(parts, limits, strict=True)
             if not part.decoding.is_reading  # those that may not draft are there too: they are rows of the step
         ]
@@ -98,6 +103,19 @@ class Decoder:
             draft = none if part.decoding.is_reading else next(proposed)
             proposal.drafts.append(draft if most else none)
         return proposal
+
+    def _draft_request(self, decoding: Decoding, most: int) -> DraftRequest:
+        request = decoding.request
+        return DraftRequest(
+            request_id=request.request_id,
+            tokens=decoding.tokens,
+            max_draft_tokens=most,
+            policy=request.speculation.policy,
+            temperature=0.0 if request.rules.is_greedy else request.rules.temperature,
+            seed=request.rules.seed,
+            hidden_states=self._verifier.hidden_states(decoding.slot, decoding.length),
+            constraint=decoding.constraint,
+        )
 
     def _ask(self, requests: Sequence[DraftRequest], proposal: _Proposal) -> list[Draft] | None:
         """The pipeline's drafts, its timings noted in `proposal`; None if it failed."""
@@ -155,15 +173,9 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
     return max(min(decoding.max_draft_tokens, decoding.num_left - 1), 0), _LAST_TOKEN
 
 
-def _draft_request(decoding: Decoding, most: int) -> DraftRequest:
-    request = decoding.request
-    return DraftRequest(
-        request.request_id, decoding.tokens, most, request.speculation.policy, request.rules.temperature
-    )
-
-
 def _rows(part: Part, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
+    is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
     return VerifyRequest(
         slot=decoding.slot,
         tokens=decoding.tokens,
@@ -173,10 +185,14 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
         draft=draft.tokens,
         rules=decoding.request.rules,
         prompt_logprobs=decoding.request.prompt_logprobs,
+        allowed=decoding.constraint.masks(draft.tokens) if decoding.constraint is not None and is_drawn else None,
     )
 
 
 def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
+    if result.is_request_at_fault:
+        constraint = part.decoding.constraint
+        return StepResult(part.decoding, NoTokenLeftError((constraint and constraint.error) or result.error))
     if result.error:
         return StepResult(part.decoding, RequestFailedError(result.error))
     return StepResult(part.decoding, part.decoding.commit(part.num_new, draft, result))
@@ -196,6 +212,7 @@ def _record(
                 draft,
                 result.verification.num_accepted,
                 part.decoding.request.speculation.policy,
+                result.verification.num_accepted - part.decoding.num_accepted_kept,
             )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)
             if result.verification is not None

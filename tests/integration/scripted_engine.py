@@ -29,6 +29,7 @@ class ScriptedEngine:
     context_length: int = 512
     default_draft_tokens: int = 16
     drafter_description: str = "a script"
+    drafter_up: bool = True
 
     def __post_init__(self) -> None:
         self._idle.set()
@@ -51,6 +52,7 @@ class ScriptedEngine:
             "the script says so" if self.phase != "ready" else "",
             0.5 if self.phase == "loading" else 1.0,
             num_running=len(self.seen) - len(self.ended),
+            drafter_up=self.drafter_up,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
