@@ -61,5 +61,5 @@ $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,loadtest]"
 	@touch $@
