@@ -27,10 +27,7 @@ def read_folder(folder: Path) -> FolderFacts:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder.")
     config = TransformerConfig.from_folder(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors file; other formats are not loaded.")
-    tensors = [tensor for file in files for tensor in _tensors(file)]
+    tensors = weight_tensors(folder)
     sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors]
     return FolderFacts(
         folder=folder,
@@ -40,6 +37,14 @@ def read_folder(folder: Path) -> FolderFacts:
         dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
         vocabulary=_vocabulary(folder / "tokenizer.json"),
     )
+
+
+def weight_tensors(folder: Path) -> list[dict[str, Any]]:
+    """`dtype`, `shape` and `data_offsets` of every tensor. Raises CheckpointError."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file; other formats are not loaded.")
+    return [tensor for file in files for tensor in _tensors(file)]
 
 
 def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:

@@ -5,9 +5,9 @@ answers while that is going on.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry
 
@@ -36,13 +36,19 @@ MOST_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, woul
 def build_metrics(settings: Settings) -> ServiceMetrics:
     speculation = settings.speculation
     return ServiceMetrics(
-        CollectorRegistry(), settings.model.public_name, speculation.policy, speculation.max_draft_tokens
+        CollectorRegistry(),
+        settings.model.public_name,
+        speculation.policy,
+        speculation.max_draft_tokens,
+        own_names_only=settings.model.engine == "vllm",  # vLLM counts under its names itself
     )
 
 
 def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, Callable[[], TextTokenizer]]:
     """The engine, not yet started, and what loads its tokenizer."""
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
+    if settings.model.engine == "vllm":
+        return build_vllm_engine(settings, metrics), load_tokenizer
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
         verifier, pipeline = load_parts(settings, load_tokenizer().size, progress)
@@ -58,6 +64,31 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     )
     hang_seconds = settings.scheduler.hang_seconds
     return EmbeddedEngine(load, limits, (metrics.observe,), hung_after_seconds=hang_seconds), load_tokenizer
+
+
+def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
+    """vLLM, with the pipeline below in its worker."""
+    from service.engine.vllm import VllmEngine
+
+    engine = VllmEngine(settings, (metrics.observe,), metrics.observe_drafter_failures)
+    metrics.watch_drafter(lambda: engine.drafter_up)
+    metrics.pass_through()
+    return engine
+
+
+def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipeline":
+    """What drafts in vLLM's worker process, from the settings that travelled there; on the target's device."""
+    import torch
+
+    from transformer.model import Transformer
+
+    settings = Settings(**content)
+    target = TransformerConfig.from_folder(settings.model.target)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.model.dtype]
+    drafter = _load_drafter(settings, lambda folder: Transformer.load(folder, device, dtype))
+    pipeline = build_pipeline(settings, target, drafter)
+    warm_up(pipeline)
+    return pipeline
 
 
 def build_tokenizer(target: Path) -> TextTokenizer:

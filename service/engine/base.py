@@ -1,6 +1,6 @@
 """What HTTP asks of an engine, and the words they share. Engines know token ids, never text."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -99,6 +99,10 @@ class EngineUnavailableError(EngineError):
     """Loading, draining, hung or dead."""
 
 
+class RequestRefusedError(EngineError):
+    """The engine cannot do what this request asks for; raised before anything ran."""
+
+
 class RequestFailedError(EngineError):
     """This request failed while running; others did not notice."""
 
@@ -123,6 +127,10 @@ class Engine(Protocol):
         """The service's largest draft: `num_spec_tokens` where a request sets none."""
 
     @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        """Request fields that this engine refuses, each with the reason that a client is told."""
+
+    @property
     def drafter_description(self) -> str:
         """For `/v1/models` and the banner, e.g. `diffusion (block, 1.3M) + copy`."""
 
@@ -138,5 +146,5 @@ class Engine(Protocol):
         """Yield the request's deltas. Admission errors are raised at the first `anext`.
 
         Closing the iterator early (`aclose`) cancels the request; everything it held is free after the next step.
-        Raises QueueFullError, EngineUnavailableError, RequestFailedError.
+        Raises QueueFullError, EngineUnavailableError, RequestRefusedError, RequestFailedError.
         """
