@@ -29,7 +29,7 @@ test: $(INSTALLED_DEV) ## run the tests
 	$(BIN)/python -m pytest -q
 
 test-vllm: $(INSTALLED_VLLM) ## run the tests of the vLLM engine
-	$(BIN_VLLM)/python -m pytest -q tests/vllm tests/unit/service/test_vllm_config.py tests/unit/drafters/test_vllm_proposer.py
+	$(BIN_VLLM)/python -m pytest -q tests/vllm tests/integration/test_api_openai.py tests/integration/test_api_logprobs.py
 
 lint: $(INSTALLED_DEV) ## style, types and import rules
 	$(BIN)/ruff format --check .

@@ -168,6 +168,12 @@ class VllmSettings(SettingsGroup):
     speculative_config: dict[str, Any] = Field(
         default_factory=dict, description="vLLM's own methods: more keys of vLLM's `speculative_config`, as JSON."
     )
+    pipeline: str = Field(
+        default="service.wiring:load_vllm_pipeline",
+        pattern=r"[\w.]+:\w+",
+        description="`diffuspec` method: `module:function` that makes the pipeline in vLLM's worker; for drafters of "
+        "your own.",
+    )
     tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share each layer of the target.")
     pipeline_parallel_size: int = Field(default=1, ge=1, description="Groups of devices that share the layers.")
     distributed_executor: Literal["mp", "ray"] | None = Field(

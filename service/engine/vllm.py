@@ -43,15 +43,13 @@ class VllmEngine:
         observers: Sequence[Callable[[StepRecord], None]] = (),
         observe_failures: Callable[[int], None] = lambda count: None,
         clock: Callable[[], float] = time.perf_counter,
-        pipeline: str = vllm_config.PIPELINE,
     ) -> None:
         """observers: get every step's record, in the event loop. observe_failures: hears how often the drafter failed
-        since the last time. pipeline: `module:function` for the worker."""
+        since the last time."""
         self._settings = settings
         self._observers = list(observers)
         self._observe_failures = observe_failures
         self._clock = clock
-        self._pipeline = pipeline
         self._llm: Any = None
         self._watch: Any = None
         self._loading = ("not started", 0.0)
@@ -243,7 +241,7 @@ class VllmEngine:
         from service.engine.vllm_watch import StepWatch
 
         self._loading = ("starting vLLM's processes", 0.3)
-        arguments = vllm_config.engine_arguments(settings, target, plan, self._pipeline)
+        arguments = vllm_config.engine_arguments(settings, target, plan)
         self._watch = StepWatch(self._note_progress)
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self._watch]

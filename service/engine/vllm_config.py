@@ -21,7 +21,6 @@ OURS = "diffuspec"
 PROPOSER = "drafters.vllm_worker.PipelineProposer"
 WORKER = "drafters.vllm_worker.DraftingWorker"
 SCHEDULER = "drafters.vllm_worker.ReportingScheduler"
-PIPELINE = "service.wiring:load_vllm_pipeline"
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -106,10 +105,8 @@ def batched_tokens(settings: Settings) -> int:
     return scheduler.prefill_chunk_tokens + scheduler.max_running * (1 + max_draft_tokens(settings))
 
 
-def engine_arguments(
-    settings: Settings, target: TargetFacts, plan: MemoryPlan, pipeline: str = PIPELINE
-) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `AsyncEngineArgs`. `pipeline`: `module:function` that makes what drafts."""
+def engine_arguments(settings: Settings, target: TargetFacts, plan: MemoryPlan) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `AsyncEngineArgs`."""
     model, vllm, scheduler = settings.model, settings.vllm, settings.scheduler
     speculation = speculative_config(settings)
     is_cpu = model.device == "cpu"
@@ -140,7 +137,7 @@ def engine_arguments(
         "worker_cls": WORKER,
         "additional_config": {
             KEY: {
-                "pipeline": pipeline,
+                "pipeline": vllm.pipeline,
                 "settings": settings.model_dump(mode="json", exclude={"auth", "server"}),
                 "slow_seconds": vllm.slow_draft_seconds,
             }
