@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,16 @@ SourceName = Literal["none", "copy", "diffusion"]
 `diffusion`: a pass of the diffusion model, its lattice joined with the free candidates in one search."""
 
 
+class DraftConstraint(Protocol):
+    """A structure that a request's output keeps to, such as a JSON schema, after the committed tokens."""
+
+    def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
+        """`[tokens]` what may follow the committed tokens and `draft`; None if the draft itself may not, or ends it."""
+
+    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
+        """The allowed beginning of a draft, then tokens that the structure leaves no choice about; at most `most`."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
     """One request as the pipeline sees it, before a step."""
@@ -23,6 +33,7 @@ class DraftRequest:
     max_draft_tokens: int  # never more than this many (API limit, room in the context, tokens left to generate)
     policy: PolicyName | None = None  # None: the service's
     temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
+    constraint: DraftConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,12 @@ class Outcome:
     request_id: str
     draft: Draft
     num_accepted: int
+    num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
+
+    @property
+    def num_kept(self) -> int:
+        """Accepted tokens that are part of the output: what clients and dashboards are told."""
+        return self.num_accepted - self.num_cut
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
+from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.costs import CostCurve
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
 from drafters.goodput import (
@@ -197,7 +198,9 @@ class DraftPipeline:
         floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
         for candidate, chain in zip(candidates, chains, strict=True):
-            candidate.copied, candidate.copied_confidences = chain.tokens, chain.confidences
+            candidate.copied, candidate.copied_confidences = keep_to_structure(
+                candidate.request, chain.tokens, chain.confidences, candidate.cap
+            )
 
     def _plan_diffusion(self, candidates: Sequence[_Candidate], base_rows: int) -> None:
         """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens."""
@@ -244,6 +247,7 @@ class DraftPipeline:
             logits = self._diffusion.propose(requests)
             drafted = self._clock()
             lengths = [request.length for request in requests]
+            mask_logits(logits, [candidate.request for candidate in candidates], lengths)
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
             paths = self._search.search([request.tokens for request in requests], lattice)
         except Exception:
@@ -253,8 +257,8 @@ class DraftPipeline:
         self.last_search_seconds = self._clock() - drafted
         self.last_diffusion_rows = rows
         self._failures = 0
-        for candidate, path in zip(candidates, paths, strict=True):
-            candidate.path = path
+        for candidate, found in zip(candidates, paths, strict=True):
+            candidate.path = path = keep_path_to_structure(candidate.request, found, candidate.cap)
             if candidate.policy == "goodput":
                 calibrated = self._path_calibration.estimate(path.confidences, candidate.state.heat)
                 self._forecast.observe(candidate.forecast_class, calibrated)

@@ -32,6 +32,7 @@ def _pack_outcome(outcome: Outcome) -> list[Any]:
         draft.path_gain,
         draft.bypass_reason,
         outcome.num_accepted,
+        outcome.num_cut,
     ]
 
 
@@ -51,7 +52,15 @@ def unpack_records(packed: Iterable[list[Any]]) -> list[StepRecord]:
 
 
 def _unpack_outcome(
-    name: str, tokens: list[int], source: Any, expected: float, width: float, gain: float, reason: str, accepted: int
+    name: str,
+    tokens: list[int],
+    source: Any,
+    expected: float,
+    width: float,
+    gain: float,
+    reason: str,
+    accepted: int,
+    cut: int,
 ) -> Outcome:
     draft = Draft(
         tokens=tuple(tokens),
@@ -61,4 +70,4 @@ def _unpack_outcome(
         path_gain=gain,
         bypass_reason=reason,
     )
-    return Outcome(name, draft, accepted)
+    return Outcome(name, draft, accepted, cut)

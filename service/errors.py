@@ -124,6 +124,11 @@ def from_engine(error: EngineError) -> ApiError:
         return NotReadyError(str(error), headers={"Retry-After": "1"})
     if isinstance(error, engine.RequestTimeoutError):
         return RequestTimeoutError(str(error))
+    if isinstance(error, engine.NoTokenLeftError):
+        return InvalidRequestError(
+            f"{error} Allow more: change allowed_token_ids, bad_words, min_tokens, stop_token_ids or the structure.",
+            code="no_token_left",
+        )
     return InternalError()
 
 

@@ -4,7 +4,7 @@
 the controller acted on. Labels are bounded: never a request, a user or a prompt.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.registry import Collector
@@ -131,7 +131,8 @@ class ServiceMetrics:
             "diffuspec_expected_committed_tokens", "What the policy expected of verified drafts; beside the next one."
         ).labels(name)
         self._committed = self._counter(
-            "diffuspec_realised_committed_tokens", "What verified drafts came to, the extra token included."
+            "diffuspec_realised_committed_tokens",
+            "What verified drafts came to, with the next token, and what a stop token cut off.",
         ).labels(name)
         bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
         self._bypassed = {reason: bypassed.labels(name, reason) for reason in (*BYPASS_REASONS, OTHER_REASON)}
@@ -143,14 +144,11 @@ class ServiceMetrics:
         )
 
     def watch(self, engine: Engine) -> None:
-        """Read running, waiting and cache use from the engine whenever Prometheus asks."""
+        """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""
         self._running.set_function(lambda: engine.status().num_running)
         self._waiting.set_function(lambda: engine.status().num_waiting)
         self._usage.set_function(lambda: engine.status().kv_cache_usage)
-
-    def watch_drafter(self, is_up: Callable[[], bool]) -> None:
-        """Ask `is_up` whenever Prometheus asks."""
-        self._drafter_up.set_function(lambda: float(is_up()))
+        self._drafter_up.set_function(lambda: float(engine.status().drafter_up))
 
     def observe_drafter_failures(self, count: int) -> None:
         """`count` more failures."""
@@ -184,8 +182,8 @@ class ServiceMetrics:
             return
         self._drafts.inc()
         self._draft_tokens.inc(len(draft.tokens))
-        self._accepted.inc(outcome.num_accepted)
-        for counter in self._accepted_at[: outcome.num_accepted]:
+        self._accepted.inc(outcome.num_kept)
+        for counter in self._accepted_at[: outcome.num_kept]:
             counter.inc()
         self._expected.inc(draft.expected_accepted + 1)
         self._committed.inc(outcome.num_accepted + 1)

@@ -199,6 +199,13 @@ class LimitSettings(SettingsGroup):
     max_sequences: int = Field(default=128, ge=1, description="Most prompts times `n` of one request.")
     max_logit_bias: int = Field(default=1024, ge=0, description="Most entries of `logit_bias`.")
     max_bad_words: int = Field(default=128, ge=0, description="Most entries of `bad_words`.")
+    max_structure_characters: int = Field(
+        default=65536, ge=1, description="Longest JSON schema, regular expression or grammar."
+    )
+    structure_seconds: float = Field(
+        default=5.0, gt=0, description="How long a request may wait for its structure to be compiled."
+    )
+    structure_cache_size: int = Field(default=64, ge=0, description="Compiled structures that are kept.")
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
 
 

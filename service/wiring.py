@@ -51,9 +51,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
         return build_vllm_engine(settings, metrics), load_tokenizer
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
-        verifier, pipeline = load_parts(settings, load_tokenizer().size, progress)
-        metrics.watch_drafter(lambda: pipeline.drafter_up)
-        return verifier, pipeline
+        return load_parts(settings, load_tokenizer().size, progress)
 
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,
@@ -71,7 +69,6 @@ def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
     from service.engine.vllm import VllmEngine
 
     engine = VllmEngine(settings, (metrics.observe,), metrics.observe_drafter_failures)
-    metrics.watch_drafter(lambda: engine.drafter_up)
     metrics.pass_through()
     return engine
 

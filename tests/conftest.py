@@ -1,11 +1,13 @@
 """Tiny checkpoints shared by the tests of a session."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.checkpoints import write_block_drafter, write_checkpoint
+from tests.near_ties import NearTies
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -24,6 +26,14 @@ def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drafter")
     write_block_drafter(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def near_ties() -> Iterator[NearTies]:
+    """Counts over all tests of the session that compare greedy outputs; the last of them hears the verdict."""
+    ties = NearTies()
+    yield ties
+    ties.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

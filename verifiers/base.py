@@ -82,6 +82,7 @@ class VerifyRequest:
     draft: Sequence[int]
     rules: SamplingRules
     prompt_logprobs: int | None = None  # alternatives to report for each prompt token among the new rows; None: off
+    allowed: NDArray[np.bool_] | None = None  # [len(draft) + 1, ids] what may be drawn in each row; None: everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class VerifyResult:
     verification: Verification | None  # None while the prompt is not fully read, and with an error
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens in (num_cached, num_cached + num_new]
     error: str = ""  # why this request alone cannot go on, e.g. logits that are not numbers; then nothing is verified
+    is_request_at_fault: bool = False  # the error: its rules ban every token; else the model or the engine is
 
 
 class Verifier(Protocol):

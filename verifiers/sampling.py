@@ -42,6 +42,15 @@ def apply_rules(logits: Tensor, rules: SamplingRules, tokens: TokenIds, num_prom
         penalize(logits, rules, tokens, num_prompt, draft)
 
 
+def restrict(logits: Tensor, allowed: NDArray[np.bool_] | None) -> None:
+    """Leave each row of logits [rows, vocabulary] what its row of `allowed` [rows, ids] does; ids beyond are banned."""
+    if allowed is None:
+        return
+    known = torch.from_numpy(allowed[:, : logits.shape[1]]).to(logits.device)
+    logits[:, : known.shape[1]].masked_fill_(~known, BANNED)
+    logits[:, known.shape[1] :] = BANNED
+
+
 def ban(logits: Tensor, rules: SamplingRules, output: TokenIds, draft: Sequence[int]) -> None:
     """Set forbidden tokens to -inf in each row."""
     vocabulary_size = logits.shape[1]

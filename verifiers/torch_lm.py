@@ -14,7 +14,7 @@ from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
 from verifiers.distribution import token_weights
 from verifiers.draws import draw, uniforms
 from verifiers.logprobs import token_logprobs
-from verifiers.sampling import apply_rules, changes_logits
+from verifiers.sampling import apply_rules, changes_logits, restrict
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +111,14 @@ class TorchVerifier:
     def _draw(self, requests: Sequence[VerifyRequest], logits: Tensor, spans: Sequence[RowSpan]) -> list[int]:
         """The target's own token for each row of `logits`; NO_TOKEN where there is none."""
         allowed = logits[:, : self._num_tokens]
-        changed = [changes_logits(request.rules) for request in requests]
+        changed = [changes_logits(request.rules) or request.allowed is not None for request in requests]
         if any(changed):
             allowed = allowed.clone()  # log probabilities are reported from the raw ones
             for request, span, is_changed in zip(requests, spans, changed, strict=True):
                 if is_changed and span.drawn.stop > span.drawn.start:
                     rows = allowed[span.drawn]
                     try:
+                        restrict(rows, request.allowed)
                         apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
                     except Exception:  # whatever is wrong with one request's rules stays with that request
                         log.exception("the sampling rules of a request failed")
@@ -154,7 +155,8 @@ class TorchVerifier:
         verification = accept(request.draft, drawn)
         if verification.next_token == NO_TOKEN:
             self._cache.clear_slot(request.slot)
-            return VerifyResult(None, prompt_logprobs, error=self._complaint(request, logits[span.drawn.start]))
+            error, is_request_at_fault = self._complaint(request, logits[span.drawn.start])
+            return VerifyResult(None, prompt_logprobs, error, is_request_at_fault)
         if request.rules.logprobs is not None:
             committed = drawn[: verification.num_accepted + 1]
             rows = logits[span.drawn][: len(committed)]
@@ -162,10 +164,17 @@ class TorchVerifier:
             verification = replace(verification, logprobs=reported)
         return VerifyResult(verification, prompt_logprobs)
 
-    def _complaint(self, request: VerifyRequest, logits: Tensor) -> str:
-        if bool(logits.isfinite().all()):
-            return f"The rules of the request ban every token at position {len(request.tokens)}."
-        return f"The model's output at position {len(request.tokens)} is not a number."
+    def _complaint(self, request: VerifyRequest, logits: Tensor) -> tuple[str, bool]:
+        """Why the row `logits` [vocabulary] gives no token, and whether the request's rules are to blame."""
+        position = len(request.tokens)
+        if not bool(logits.isfinite().all()):
+            return f"The model's output at position {position} is not a number.", False
+        try:
+            restrict(logits.clone().unsqueeze(0), None if request.allowed is None else request.allowed[:1])
+            apply_rules(logits.clone().unsqueeze(0), request.rules, request.tokens, request.num_prompt, ())
+        except Exception:
+            return f"The rules of the request could not be applied at position {position}.", False
+        return f"The rules of the request ban every token at position {position}.", True
 
 
 def as_list(tokens: TokenIds) -> list[int]:

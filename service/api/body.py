@@ -86,6 +86,8 @@ def _refusal(problem: Any) -> InvalidRequestError:
         return InvalidRequestError(f"Unknown field: {name}.", param=name, code="unknown_field")
     if problem["type"] == "missing":
         return InvalidRequestError(f"{name} is required.", param=name, code="missing_field")
+    if problem["type"] == "model_type":  # its own message names a class of ours
+        return InvalidRequestError(f"{name}: must be an object.", param=name, code="invalid_value")
     message: str = problem["msg"]
     return InvalidRequestError(f"{name}: {message[0].lower()}{message[1:]}.", param=name, code="invalid_value")
 

@@ -1,23 +1,20 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.body import read_body
+from service.api.call import Answering, answer, plan, receive
 from service.api.choice import Piece
-from service.api.formats import chat_logprobs, trace_steps
-from service.api.generation import Generation
+from service.api.formats import chat_logprobs, choice_ending
 from service.api.openapi import answers, takes
-from service.api.parameters import Prompt, make_plan
-from service.api.respond import respond
+from service.api.parameters import Prompt
 from service.api.responses import ChatChoice, ChatChoiceBase, ChatCompletion, ChatCompletionChunk, ChatDelta
 from service.api.schemas import ChatCompletionRequest, ChatMessage
-from service.api.serving import LONG_TEXT_CHARACTERS, ServedModel, Serving
+from service.api.serving import LONG_TEXT_CHARACTERS, ServedModel
 from service.errors import InvalidRequestError
 from service.text.tokenizer import ChatTemplateError
 
@@ -32,30 +29,17 @@ router = APIRouter(tags=["text"])
 )
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next message, with the chat template that came with the model."""
-    serving: Serving = request.app.state.serving
-    server, limits = serving.settings.server, serving.settings.limits
-    fields = await read_body(request, ChatCompletionRequest, server.max_body_bytes, server.body_seconds)
-    model = serving.model(fields.model)
-    if len(fields.messages) > limits.max_messages:
+    call = await receive(request, ChatCompletionRequest)
+    messages, most = call.fields.messages, call.serving.settings.limits.max_messages
+    if len(messages) > most:
         raise InvalidRequestError(
-            f"messages: at most {limits.max_messages}, got {len(fields.messages)}.", param="messages"
+            f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
         )
-    text = await render(fields.messages, model)
-    plan = make_plan(
-        fields,
-        [Prompt(tuple(await model.encode(text, add_special_tokens=False)))],
-        model,
-        limits,
-        max_tokens=_max_tokens(fields),
-        logprobs=_num_logprobs(fields),
-        prompt_logprobs=None,
-        draw_seed=serving.draw_seed(),
-        timeout_seconds=server.request_seconds,
+    prompt = await call.model.encode(await render(messages, call.model), add_special_tokens=False)
+    wanted = await plan(
+        call, [Prompt(tuple(prompt))], max_tokens=_max_tokens(call.fields), logprobs=_num_logprobs(call.fields)
     )
-    response_id = f"chatcmpl-{uuid.uuid4().hex}"
-    generation = Generation(serving, model, plan, request.state.record, response_id)
-    writer = ChatWriter(response_id, int(serving.now()), model, fields, generation)
-    return await respond(request, fields, generation, writer)
+    return await answer(call, wanted, "chatcmpl", ChatWriter)
 
 
 async def render(messages: Sequence[ChatMessage], model: ServedModel, *, add_generation_prompt: bool = True) -> str:
@@ -110,11 +94,7 @@ def _num_logprobs(fields: ChatCompletionRequest) -> int | None:
 class ChatWriter:
     """Shapes pieces as chat completions and their chunks."""
 
-    response_id: str
-    created: int  # Unix time
-    model: ServedModel
-    fields: ChatCompletionRequest
-    generation: Generation
+    about: Answering[ChatCompletionRequest]
     _begun: set[int] = field(default_factory=set)  # choices that have had a chunk
 
     def whole(self, pieces: list[Piece]) -> ChatCompletion:
@@ -126,25 +106,25 @@ class ChatWriter:
             for index, piece in enumerate(pieces)
         ]
         answer: ChatCompletion = {
-            "id": self.response_id,
+            "id": self.about.response_id,
             "object": "chat.completion",
-            "created": self.created,
-            "model": self.model.name,
+            "created": self.about.created,
+            "model": self.about.model.name,
             "choices": choices,
-            "usage": self.generation.usage(),
-            "metrics": self.generation.metrics(),
+            "usage": self.about.generation.usage(),
+            "metrics": self.about.generation.metrics(),
         }
-        if self.fields.return_token_ids:
-            answer["prompt_token_ids"] = list(self.generation.plan.prompts[0].tokens)
+        if self.about.fields.return_token_ids:
+            answer["prompt_token_ids"] = list(self.about.generation.plan.prompts[0].tokens)
         return answer
 
     def chunk(self, index: int, piece: Piece) -> ChatCompletionChunk | None:
-        says_tokens = piece.tokens and (self.fields.logprobs or self.fields.return_token_ids)
+        says_tokens = piece.tokens and (self.about.fields.logprobs or self.about.fields.return_token_ids)
         if not (piece.text or says_tokens or piece.steps or piece.finish_reason):
             return None
         answer = self.envelope()
-        if self.fields.return_token_ids and not self._begun:
-            answer["prompt_token_ids"] = list(self.generation.plan.prompts[0].tokens)
+        if self.about.fields.return_token_ids and not self._begun:
+            answer["prompt_token_ids"] = list(self.about.generation.plan.prompts[0].tokens)
         delta: ChatDelta = {"content": piece.text}
         if index not in self._begun:
             self._begun.add(index)
@@ -154,23 +134,15 @@ class ChatWriter:
 
     def envelope(self) -> ChatCompletionChunk:
         return {
-            "id": self.response_id,
+            "id": self.about.response_id,
             "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model.name,
+            "created": self.about.created,
+            "model": self.about.model.name,
             "choices": [],
         }
 
     def _choice(self, index: int, piece: Piece) -> ChatChoiceBase:
-        tokenizer = self.model.tokenizer
-        choice: ChatChoiceBase = {
-            "index": index,
-            "logprobs": chat_logprobs(tokenizer, piece.logprobs) if self.fields.logprobs else None,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.fields.return_token_ids:
-            choice["token_ids"] = list(piece.tokens)
-        if piece.steps:
-            choice["trace"] = trace_steps(tokenizer, piece.steps)
-        return choice
+        tokenizer = self.about.model.tokenizer
+        logprobs = chat_logprobs(tokenizer, piece.logprobs) if self.about.fields.logprobs else None
+        ending = choice_ending(tokenizer, piece, with_ids=bool(self.about.fields.return_token_ids))
+        return {"index": index, "logprobs": logprobs, **ending}

@@ -26,6 +26,7 @@ class TracedStep:
 
     tokens: tuple[int, ...]
     trace: StepTrace
+    num_shown: int  # the others were cut off by a stop string
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Choice:
             prompt_logprobs=delta.prompt_logprobs,
             finish_reason=finish_reason,
             stop_reason=stop if stop is not None else self._own_stop_token(delta),
-            steps=() if delta.trace is None else (TracedStep(delta.tokens[: len(offsets)], delta.trace),),
+            steps=() if delta.trace is None else (TracedStep(delta.tokens, delta.trace, len(offsets)),),
         )
 
     def _show(self, text: str) -> tuple[str, str | None]:

@@ -1,22 +1,20 @@
 """POST /v1/completions."""
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.body import read_body
+from service.api.call import Answering, answer, plan, receive
 from service.api.choice import Piece
-from service.api.formats import join_logprobs, legacy_logprobs, prompt_logprobs, trace_steps
-from service.api.generation import Generation
+from service.api.formats import choice_ending, join_logprobs, legacy_logprobs
+from service.api.formats import prompt_logprobs as score_prompt
 from service.api.openapi import answers, takes
-from service.api.parameters import Prompt, make_plan
-from service.api.respond import respond
+from service.api.parameters import Prompt
 from service.api.responses import Completion, CompletionChoice, LegacyLogprobs
 from service.api.schemas import CompletionRequest
-from service.api.serving import ServedModel, Serving
+from service.api.serving import ServedModel
 from service.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 16
@@ -32,28 +30,15 @@ router = APIRouter(tags=["text"])
 )
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts; with `stream`, as server-sent events that end with `data: [DONE]`."""
-    serving: Serving = request.app.state.serving
-    server = serving.settings.server
-    fields = await read_body(request, CompletionRequest, server.max_body_bytes, server.body_seconds)
-    model = serving.model(fields.model)
+    call = await receive(request, CompletionRequest)
+    fields = call.fields
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     if max_tokens == 0 and not fields.echo:
         raise InvalidRequestError("max_tokens: 0 only with echo.", param="max_tokens", code="invalid_value")
-    plan = make_plan(
-        fields,
-        await _encode_prompts(fields.prompt, model, serving.settings.limits.max_prompts),
-        model,
-        serving.settings.limits,
-        max_tokens=max_tokens,
-        logprobs=fields.logprobs,
-        prompt_logprobs=fields.logprobs if fields.echo else None,
-        draw_seed=serving.draw_seed(),
-        timeout_seconds=server.request_seconds,
-    )
-    response_id = f"cmpl-{uuid.uuid4().hex}"
-    generation = Generation(serving, model, plan, request.state.record, response_id)
-    writer = CompletionWriter(response_id, int(serving.now()), model, fields, generation)
-    return await respond(request, fields, generation, writer)
+    prompts = await _encode_prompts(fields.prompt, call.model, call.serving.settings.limits.max_prompts)
+    prompt_logprobs = fields.logprobs if fields.echo else None
+    wanted = await plan(call, prompts, max_tokens=max_tokens, logprobs=fields.logprobs, prompt_logprobs=prompt_logprobs)
+    return await answer(call, wanted, "cmpl", CompletionWriter)
 
 
 async def _encode_prompts(
@@ -81,11 +66,7 @@ async def _encode_prompts(
 class CompletionWriter:
     """Shapes pieces as completions and their chunks, beginning with the prompt where `echo` asks for it."""
 
-    response_id: str
-    created: int  # Unix time
-    model: ServedModel
-    fields: CompletionRequest
-    generation: Generation
+    about: Answering[CompletionRequest]
     _begun: set[int] = field(default_factory=set)  # choices that have had a chunk
     _early: dict[int, list[Piece]] = field(
         default_factory=dict
@@ -95,8 +76,8 @@ class CompletionWriter:
     def whole(self, pieces: list[Piece]) -> Completion:
         answer = self.envelope()
         answer["choices"] = [self._choice(index, piece, is_first=True) for index, piece in enumerate(pieces)]
-        answer["usage"] = self.generation.usage()
-        answer["metrics"] = self.generation.metrics()
+        answer["usage"] = self.about.generation.usage()
+        answer["metrics"] = self.about.generation.metrics()
         return answer
 
     def chunk(self, index: int, piece: Piece) -> Completion | None:
@@ -107,9 +88,9 @@ class CompletionWriter:
                 early.append(piece)
                 return None
             piece = Piece.join([*early, piece])
-        says_tokens = piece.tokens and (self.fields.logprobs is not None or self.fields.return_token_ids)
+        says_tokens = piece.tokens and (self.about.fields.logprobs is not None or self.about.fields.return_token_ids)
         is_silent = not (piece.text or says_tokens or piece.steps or piece.finish_reason)
-        if is_silent and not (is_first and self.fields.echo):
+        if is_silent and not (is_first and self.about.fields.echo):
             return None
         self._begun.add(index)
         answer = self.envelope()
@@ -118,54 +99,47 @@ class CompletionWriter:
 
     def envelope(self) -> Completion:
         return {
-            "id": self.response_id,
+            "id": self.about.response_id,
             "object": "text_completion",
-            "created": self.created,
-            "model": self.model.name,
+            "created": self.about.created,
+            "model": self.about.model.name,
             "choices": [],
         }
 
     def _choice(self, index: int, piece: Piece, *, is_first: bool) -> CompletionChoice:
-        prompt = self.generation.plan.prompts[index // self.generation.plan.n]
+        prompt = self.about.generation.plan.prompts[index // self.about.generation.plan.n]
         text, logprobs = piece.text, self._logprobs(index, piece)
-        if is_first and self.fields.echo:
+        if is_first and self.about.fields.echo:
             text = self._prompt_text(prompt) + text
             self._shifts[index] = len(text) - len(piece.text)
             logprobs = self._with_prompt(prompt, piece)
-        choice: CompletionChoice = {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-        }
-        if self.fields.return_token_ids:
-            choice["token_ids"] = list(piece.tokens)
-            if is_first:
-                choice["prompt_token_ids"] = list(prompt.tokens)
-        if piece.steps:
-            choice["trace"] = trace_steps(self.model.tokenizer, piece.steps)
+        with_ids = bool(self.about.fields.return_token_ids)
+        ending = choice_ending(self.about.model.tokenizer, piece, with_ids=with_ids)
+        # A subtype of the ending might hold prompt_token_ids of another type, as far as mypy knows.
+        choice: CompletionChoice = {"index": index, "text": text, "logprobs": logprobs, **ending}  # type: ignore[typeddict-item]
+        if with_ids and is_first:
+            choice["prompt_token_ids"] = list(prompt.tokens)
         return choice
 
     def _logprobs(self, index: int, piece: Piece) -> LegacyLogprobs | None:
-        if self.fields.logprobs is None:
+        if self.about.fields.logprobs is None:
             return None
         shift = self._shifts.get(index, 0)
-        return legacy_logprobs(self.model.tokenizer, piece.logprobs, [offset + shift for offset in piece.offsets])
+        return legacy_logprobs(self.about.model.tokenizer, piece.logprobs, [offset + shift for offset in piece.offsets])
 
     def _skips_special_tokens(self) -> bool:
-        return self.generation.plan.text_rules.skip_special_tokens
+        return self.about.generation.plan.text_rules.skip_special_tokens
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        return self.model.tokenizer.decode(prompt.tokens, skip_special_tokens=self._skips_special_tokens())
+        return self.about.model.tokenizer.decode(prompt.tokens, skip_special_tokens=self._skips_special_tokens())
 
     def _with_prompt(self, prompt: Prompt, piece: Piece) -> LegacyLogprobs | None:
-        if self.fields.logprobs is None:
+        if self.about.fields.logprobs is None:
             return None
-        tokenizer = self.model.tokenizer
-        first = prompt_logprobs(
+        tokenizer = self.about.model.tokenizer
+        first = score_prompt(
             tokenizer, prompt.tokens, piece.prompt_logprobs, skip_special_tokens=self._skips_special_tokens()
         )
         second = legacy_logprobs(tokenizer, piece.logprobs, piece.offsets)

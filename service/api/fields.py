@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 4
@@ -10,6 +10,12 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 128
 MAX_LOGPROBS = 20
 MAX_INT = 2**31 - 1
+
+
+class RequestModel(BaseModel):
+    """Part of a body: types are strict, unknown fields are refused, null means unset."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def refuse(message: str) -> PydanticCustomError:
@@ -104,12 +110,6 @@ def _refuse_set(value: Any) -> Any:
     return None
 
 
-def _check_response_format(value: Any) -> Any:
-    if value is None or value == {"type": "text"}:
-        return None
-    raise refuse('only {"type": "text"} is supported by this server')
-
-
 def _check_best_of(value: Any) -> Any:
     if value is None or (_is_integer(value) and value == 1):
         return None
@@ -172,7 +172,4 @@ LogitBias = Annotated[dict[str, float], AfterValidator(_check_logit_bias)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Unsupported = Annotated[Any, BeforeValidator(_refuse_set), WithJsonSchema({"type": "null"})]
 BestOf = Annotated[Any, BeforeValidator(_check_best_of), WithJsonSchema({"enum": [1, None]})]
-ResponseFormat = Annotated[
-    Any, BeforeValidator(_check_response_format), WithJsonSchema({"enum": [{"type": "text"}, None]})
-]
 ToolChoice = Annotated[Any, BeforeValidator(_check_tool_choice), WithJsonSchema({"enum": ["none", None]})]

@@ -2,8 +2,16 @@
 
 from collections.abc import Sequence
 
-from service.api.choice import TracedStep
-from service.api.responses import ChatLogprobs, LegacyLogprobs, TokenLogprob, TopLogprob, TracedToken, TraceStep
+from service.api.choice import Piece, TracedStep
+from service.api.responses import (
+    ChatLogprobs,
+    ChoiceEnding,
+    LegacyLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    TracedToken,
+    TraceStep,
+)
 from service.text.detokenizer import IncrementalDetokenizer
 from service.text.tokenizer import TextTokenizer
 from verifiers.base import TokenLogprobs
@@ -57,20 +65,35 @@ def join_logprobs(first: LegacyLogprobs, second: LegacyLogprobs, shift: int) -> 
     }
 
 
+def choice_ending(tokenizer: TextTokenizer, piece: Piece, *, with_ids: bool) -> ChoiceEnding:
+    """What choices of both endpoints have in common."""
+    ending: ChoiceEnding = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+    if with_ids:
+        ending["token_ids"] = list(piece.tokens)
+    if piece.steps:
+        ending["trace"] = trace_steps(tokenizer, piece.steps)
+    return ending
+
+
 def chat_logprobs(tokenizer: TextTokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
     return {"content": [_chat_entry(tokenizer, entry) for entry in entries], "refusal": None}
 
 
 def trace_steps(tokenizer: TextTokenizer, steps: Sequence[TracedStep]) -> list[TraceStep]:
     """Which tokens of each step were drafted, recovered or bonus, and which drafted tokens were rejected."""
-    return [
-        {
+    traces: list[TraceStep] = []
+    for step in steps:
+        tokens = [_traced_token(tokenizer, step, position) for position in range(len(step.tokens))]
+        rejected = list(step.trace.drafted[step.trace.num_accepted :])
+        trace: TraceStep = {
             "source": step.trace.source,
-            "tokens": [_traced_token(tokenizer, step, position) for position in range(len(step.tokens))],
-            "rejected": list(step.trace.drafted[step.trace.num_accepted :]),
+            "tokens": tokens[: step.num_shown],
+            "rejected": rejected,
         }
-        for step in steps
-    ]
+        if step.num_shown < len(tokens):
+            trace["cut"] = tokens[step.num_shown :]
+        traces.append(trace)
+    return traces
 
 
 def _traced_token(tokenizer: TextTokenizer, step: TracedStep, position: int) -> TracedToken:

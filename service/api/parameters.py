@@ -9,6 +9,7 @@ from service.api.serving import ServedModel
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.errors import InvalidRequestError
 from service.settings import LimitSettings
+from service.structured import Structure
 from verifiers.base import SamplingRules
 
 SEED_MASK = 2**64 - 1
@@ -36,6 +37,7 @@ class Plan:
     priority: int
     prompt_logprobs: int | None
     timeout_seconds: float | None
+    structure: Structure | None
 
     @property
     def num_sequences(self) -> int:
@@ -50,7 +52,7 @@ class Plan:
             GenerationRequest(
                 request_id=f"{request_id}-{index * self.n + i}",
                 prompt=prompt.tokens,
-                max_tokens=max(self.max_tokens[index], 1),
+                max_tokens=self.max_tokens[index],
                 rules=replace(
                     self.rules, seed=(self.rules.seed + i + (0 if self.is_seeded else index * self.n)) & SEED_MASK
                 ),
@@ -59,6 +61,7 @@ class Plan:
                 speculation=self.speculation,
                 priority=self.priority,
                 timeout_seconds=self.timeout_seconds,
+                structure=self.structure,
             )
             for index, prompt in enumerate(self.prompts)
             for i in range(self.n)
@@ -76,6 +79,7 @@ def make_plan(
     prompt_logprobs: int | None,
     draw_seed: int,
     timeout_seconds: float | None,
+    structure: Structure | None,
 ) -> Plan:
     """Raises InvalidRequestError. `max_tokens` None: the rest of the context."""
     n = check_counts(fields, len(prompts), limits)
@@ -109,6 +113,7 @@ def make_plan(
         priority=fields.priority or 0,
         prompt_logprobs=prompt_logprobs,
         timeout_seconds=timeout_seconds,
+        structure=structure,
     )
 
 
@@ -155,12 +160,12 @@ def truncate(prompt: Prompt, num_tokens: int | None, context_length: int) -> Pro
 def check_length(num_prompt: int, max_tokens: int | None, context_length: int) -> int:
     """Most tokens to generate."""
     room = context_length - num_prompt
-    wanted = room if max_tokens is None else max_tokens
-    if room < max(wanted, 1):
+    wanted = max(room, 1) if max_tokens is None else max_tokens
+    if room < wanted:
         asked = "at least 1 must be left" if max_tokens is None else f"{max_tokens} are to be generated"
         raise InvalidRequestError(
             f"The context of this model is {context_length} tokens; the prompt has {num_prompt} and {asked}.",
-            param="prompt" if room < 1 else "max_tokens",
+            param="prompt" if room < min(wanted, 1) else "max_tokens",
             code="context_length_exceeded",
         )
     return wanted
@@ -214,7 +219,7 @@ def sampling_rules(
     allowed = None if fields.allowed_token_ids is None else tuple(dict.fromkeys(fields.allowed_token_ids))
     check_ids(allowed or (), "allowed_token_ids", size)
     bad_words = encode_bad_words(fields.bad_words or (), model, limits)
-    check_something_left(allowed, bad_words, stops if min_tokens else (), size)
+    check_something_left(allowed, bad_words, stops if min_tokens else (), min(size, model.tokenizer.size))
     top_k = max(fields.top_k or 0, 0)
     return SamplingRules(
         seed=(draw_seed if fields.seed is None else fields.seed) & SEED_MASK,
@@ -246,7 +251,9 @@ def encode_bad_words(words: Sequence[str], model: ServedModel, limits: LimitSett
     for position, word in enumerate(words):
         name = f"bad_words[{position}]"
         if not word.strip() or len(word) > 256:
-            raise InvalidRequestError(f"{name}: must be a word of 1 to 256 characters.", param=name)
+            raise InvalidRequestError(
+                f"{name}: must be a word of 1 to 256 characters.", param=name, code="invalid_value"
+            )
         for text in (word, " " + word.lstrip()):
             sequences[tuple(model.tokenizer.encode(text, add_special_tokens=False))] = None
     check_ids([token for sequence in sequences for token in sequence], "bad_words", model.engine.vocabulary_size)
@@ -254,14 +261,18 @@ def encode_bad_words(words: Sequence[str], model: ServedModel, limits: LimitSett
 
 
 def check_something_left(
-    allowed: tuple[int, ...] | None, bad_words: Sequence[tuple[int, ...]], stops: Sequence[int], vocabulary_size: int
+    allowed: tuple[int, ...] | None, bad_words: Sequence[tuple[int, ...]], stops: Sequence[int], num_tokens: int
 ) -> None:
-    """Refuse rules under which no token at all may be drawn."""
+    """Refuse rules under which no token at all may be drawn first; only ids below `num_tokens` ever are."""
     banned = {word[0] for word in bad_words if len(word) == 1} | set(stops)
-    left = len(set(allowed) - banned) if allowed is not None else vocabulary_size - len(banned)
-    if left <= 0:
+    if allowed is None:
+        is_something_left = sum(token < num_tokens for token in banned) < num_tokens
+    else:
+        is_something_left = any(token < num_tokens and token not in banned for token in allowed)
+    if not is_something_left:
         raise InvalidRequestError(
-            "allowed_token_ids, bad_words and min_tokens together leave no token that may be generated.",
+            "allowed_token_ids, bad_words and min_tokens together leave no token that may be generated: "
+            f"allow an id below {num_tokens} that the others do not ban.",
             param="allowed_token_ids" if allowed is not None else "bad_words",
-            code="invalid_value",
+            code="no_token_left",
         )

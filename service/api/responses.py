@@ -51,6 +51,7 @@ class TraceStep(TypedDict):
     source: str  # none, copy or diffusion
     tokens: list[TracedToken]
     rejected: list[int]  # drafted tokens that were not kept
+    cut: NotRequired[list[TracedToken]]  # kept by the step, then cut off by a stop text; the statistics count them
 
 
 class LegacyLogprobs(TypedDict):
@@ -60,24 +61,32 @@ class LegacyLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CompletionChoice(TypedDict):
-    index: int
-    text: str
-    logprobs: LegacyLogprobs | None
+class ChoiceEnding(TypedDict):
+    """What choices of both endpoints have in common."""
+
     finish_reason: str | None
     stop_reason: int | str | None
     token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
     trace: NotRequired[list[TraceStep]]
 
 
-class Completion(TypedDict):
-    """Answer of POST /v1/completions, whole or as one chunk of a stream."""
+class CompletionChoice(ChoiceEnding):
+    index: int
+    text: str
+    logprobs: LegacyLogprobs | None
+    prompt_token_ids: NotRequired[list[int]]
 
+
+class AnswerHead(TypedDict):
     id: str
     object: str
     created: int
     model: str
+
+
+class Completion(AnswerHead):
+    """Answer of POST /v1/completions, whole or as one chunk of a stream."""
+
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
     metrics: NotRequired[Metrics]
@@ -109,13 +118,9 @@ class ChatDelta(TypedDict, total=False):
     content: str
 
 
-class ChatChoiceBase(TypedDict):
+class ChatChoiceBase(ChoiceEnding):
     index: int
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    token_ids: NotRequired[list[int]]
-    trace: NotRequired[list[TraceStep]]
 
 
 class ChatChoice(ChatChoiceBase):
@@ -126,26 +131,18 @@ class ChatChunkChoice(ChatChoiceBase):
     delta: ChatDelta
 
 
-class ChatCompletion(TypedDict):
+class ChatCompletion(AnswerHead):
     """Answer of POST /v1/chat/completions."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
     metrics: Metrics
     prompt_token_ids: NotRequired[list[int]]
 
 
-class ChatCompletionChunk(TypedDict):
+class ChatCompletionChunk(AnswerHead):
     """One chunk of a streamed POST /v1/chat/completions."""
 
-    id: str
-    object: str
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
     metrics: NotRequired[Metrics]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from drafters.base import PolicyName
 from service.api.fields import (
@@ -13,17 +13,14 @@ from service.api.fields import (
     Content,
     LogitBias,
     Prompt,
-    ResponseFormat,
+    RequestModel,
     Seed,
     Stop,
     TokenIds,
     ToolChoice,
     Unsupported,
 )
-
-
-class RequestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+from service.api.structures import ResponseFormat, StructuredOutputs
 
 
 class StreamOptions(RequestModel):
@@ -68,8 +65,8 @@ class GenerationFields(RequestModel):
     return_token_ids: bool | None = Field(None, description="Answer with token ids too.")
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep this many last tokens.")
     speculative: SpeculativeField | None = Field(None, description="Speculative decoding of this request.")
-    response_format: ResponseFormat = Field(None, description="Only text for now.")
-    structured_outputs: Unsupported = Field(None, description="Not supported yet.")
+    response_format: ResponseFormat | None = Field(None, description="Text, a JSON object, or JSON by a schema.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="What the output keeps to, in vLLM's words.")
 
 
 class CompletionRequest(GenerationFields):

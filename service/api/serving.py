@@ -8,6 +8,7 @@ from service.engine.base import Engine, EngineStatus
 from service.errors import NotFoundError, NotReadyError
 from service.metrics import ServiceMetrics
 from service.settings import Settings
+from service.structured import Structure, StructureCompiler, StructureSpec
 from service.text.tokenizer import TextTokenizer
 
 LONG_TEXT_CHARACTERS = 4096  # beyond it tokenizing leaves the event loop
@@ -23,6 +24,16 @@ class ServedModel:
     engine: Engine
     tokenizer: TextTokenizer
     created: int  # Unix time
+    structures: StructureCompiler
+
+    async def compile(self, spec: StructureSpec, seconds: float) -> Structure:
+        """Find or compile a structure, in another thread. Raises StructureError; TimeoutError if others come first."""
+        known = self.structures.find(spec)
+        if known is not None:
+            return known
+        running = asyncio.get_running_loop().run_in_executor(self.structures.executor, self.structures.compile, spec)
+        async with asyncio.timeout(seconds):
+            return await running
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Tokenize; a long text in another thread."""
@@ -70,7 +81,10 @@ class Serving:
         except Exception as error:
             self._failure = error
             raise
-        self._model = ServedModel(self.name, self._engine, tokenizer, int(self.now()))
+        structures = StructureCompiler(
+            tokenizer.to_json, tokenizer.end_token_ids, self.settings.limits.structure_cache_size
+        )
+        self._model = ServedModel(self.name, self._engine, tokenizer, int(self.now()), structures)
         self.metrics.watch(self._engine)
 
     async def stop(self) -> None:
@@ -78,6 +92,8 @@ class Serving:
         if self._is_stopping:
             return
         self._is_stopping = True
+        if self._model is not None:
+            self._model.structures.close()
         await self._engine.stop(self.settings.server.drain_seconds)
 
     @property

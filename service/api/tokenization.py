@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Request
 
-from service.api.body import read_body
+from service.api.call import receive
 from service.api.chat import render
 from service.api.openapi import answers, takes
 from service.api.parameters import check_ids
@@ -22,10 +22,8 @@ router = APIRouter(tags=["tokens"])
     response_model=None,
 )
 async def tokenize(request: Request) -> Tokenized:
-    serving: Serving = request.app.state.serving
-    server = serving.settings.server
-    fields = await read_body(request, TokenizeRequest, server.max_body_bytes, server.body_seconds)
-    model = serving.model(fields.model)
+    call = await receive(request, TokenizeRequest)
+    fields, model = call.fields, call.model
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Send either prompt or messages.", param="prompt", code="invalid_value")
     if fields.messages is not None:
@@ -50,10 +48,8 @@ async def tokenize(request: Request) -> Tokenized:
     response_model=None,
 )
 async def detokenize(request: Request) -> Detokenized:
-    serving: Serving = request.app.state.serving
-    server = serving.settings.server
-    fields = await read_body(request, DetokenizeRequest, server.max_body_bytes, server.body_seconds)
-    model = serving.model(fields.model)
+    call = await receive(request, DetokenizeRequest)
+    fields, model = call.fields, call.model
     if any(token < 0 for token in fields.tokens):
         raise InvalidRequestError("tokens: token ids are at least 0.", param="tokens", code="invalid_value")
     check_ids(fields.tokens, "tokens", model.engine.vocabulary_size)

@@ -129,6 +129,7 @@ class PromptLookupDrafting:
     """Published prompt lookup: the baseline that knows nothing of costs."""
 
     description = "prompt lookup"
+    drafter_up = True
     last_draft_seconds = last_search_seconds = 0.0
     last_diffusion_rows = 0
 

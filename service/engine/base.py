@@ -4,7 +4,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from drafters.base import PolicyName, SourceName
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import DraftConstraint, PolicyName, SourceName
 from verifiers.base import SamplingRules, TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -21,24 +24,64 @@ class SpeculationOptions:
     trace: bool = False
 
 
+class Constraint(DraftConstraint, Protocol):
+    """What may come next in one output that keeps to a structure."""
+
+    @property
+    def error(self) -> str:
+        """Why nothing may come next any more, if the structure's state has failed; else empty."""
+
+    def masks(self, draft: Sequence[int]) -> NDArray[np.bool_]:
+        """`[len(draft) + 1, tokens]` what may follow the output and the draft before each row."""
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in what was committed."""
+
+
+class StructureSpec(Protocol):
+    """A structure in words."""
+
+    @property
+    def kind(self) -> Literal["json_schema", "regex", "grammar", "choice"]: ...
+
+    @property
+    def definition(self) -> str:
+        """A JSON schema, a regular expression, a Lark or GBNF grammar, or a JSON list of texts."""
+
+
+class Structure(Protocol):
+    """A compiled structure."""
+
+    @property
+    def spec(self) -> StructureSpec:
+        """What was compiled, for an engine that compiles by itself."""
+
+    def start(self) -> Constraint:
+        """The state of an output that has not begun."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate. Already validated: ids in range, prompt plus `max_tokens` within the context."""
 
     request_id: str
     prompt: Sequence[int]
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is read, for its log probabilities
     rules: SamplingRules  # its seed is set, and its stop_token_ids are the tokens that end this request
     include_stop_token: bool = False  # whether the ending stop token is part of the output
     prompt_logprobs: int | None = None
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     priority: int = 0  # lower runs first
     timeout_seconds: float | None = None
+    structure: Structure | None = None  # what the output keeps to
 
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Per-request counts, by vLLM's names. Only steps after the prompt was read count."""
+    """Per-request counts, by vLLM's names. Only steps after the prompt was read count.
+
+    A drafted token counts as accepted if it was kept: not if it stood behind the stop token that ended the request.
+    """
 
     num_spec_steps: int = 0  # verification steps with at least one draft token
     num_spec_tokens: int = 0  # the most draft tokens a step may have had
@@ -81,6 +124,7 @@ class EngineStatus:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0  # 0 to 1
+    drafter_up: bool = True  # False from a failure of the drafter until it has drafted again; True where there is none
 
 
 class EngineError(Exception):
@@ -105,6 +149,10 @@ class RequestRefusedError(EngineError):
 
 class RequestFailedError(EngineError):
     """This request failed while running; others did not notice."""
+
+
+class NoTokenLeftError(RequestFailedError):
+    """The request's own rules ban every token at some position: it is the request that must change."""
 
 
 class RequestTimeoutError(RequestFailedError):

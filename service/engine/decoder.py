@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
-from service.engine.base import RequestFailedError, TokenDelta
+from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
 from service.engine.sequence import Decoding
@@ -55,6 +55,11 @@ class Decoder:
         self._drafting_resumes_at = 0.0
         self._pause_seconds = 0.0
         self.num_draft_failures = 0  # steps that went without drafts because the pipeline raised, and failed releases
+
+    @property
+    def drafter_up(self) -> bool:
+        """False from a failure of the drafter, or of a part of it, until it has drafted again."""
+        return self._pause_seconds == 0.0 and self._pipeline.drafter_up
 
     def step(self, parts: Sequence[Part]) -> list[StepResult]:
         """Advance every request by its part: by at least one token once its prompt is read (DiffuSpec, Algorithm 1).
@@ -158,12 +163,18 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
 def _draft_request(decoding: Decoding, most: int) -> DraftRequest:
     request = decoding.request
     return DraftRequest(
-        request.request_id, decoding.tokens, most, request.speculation.policy, request.rules.temperature
+        request.request_id,
+        decoding.tokens,
+        most,
+        request.speculation.policy,
+        request.rules.temperature,
+        decoding.constraint,
     )
 
 
 def _rows(part: Part, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
+    is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
     return VerifyRequest(
         slot=decoding.slot,
         tokens=decoding.tokens,
@@ -173,10 +184,14 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
         draft=draft.tokens,
         rules=decoding.request.rules,
         prompt_logprobs=decoding.request.prompt_logprobs,
+        allowed=decoding.constraint.masks(draft.tokens) if decoding.constraint is not None and is_drawn else None,
     )
 
 
 def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
+    if result.is_request_at_fault:
+        constraint = part.decoding.constraint
+        return StepResult(part.decoding, NoTokenLeftError((constraint and constraint.error) or result.error))
     if result.error:
         return StepResult(part.decoding, RequestFailedError(result.error))
     return StepResult(part.decoding, part.decoding.commit(part.num_new, draft, result))
@@ -191,7 +206,12 @@ def _record(
 ) -> StepRecord:
     return StepRecord(
         outcomes=[
-            Outcome(part.decoding.request.request_id, draft, result.verification.num_accepted)
+            Outcome(
+                part.decoding.request.request_id,
+                draft,
+                result.verification.num_accepted,
+                result.verification.num_accepted - part.decoding.num_accepted_kept,
+            )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)
             if result.verification is not None
         ],

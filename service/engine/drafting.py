@@ -18,6 +18,10 @@ class Drafting(Protocol):
         """For people, e.g. `diffusion (block, 1.3M) + copy`."""
 
     @property
+    def drafter_up(self) -> bool:
+        """False while a part of it is left out after a failure."""
+
+    @property
     def last_draft_seconds(self) -> float:
         """Of the latest `propose`: seconds in drafter passes."""
 

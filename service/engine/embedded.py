@@ -110,7 +110,7 @@ class EmbeddedEngine:
             return EngineStatus("dead", self._failure)
         if core is None:
             return EngineStatus("loading", *self._loading)
-        counts = (1.0, core.num_running, core.num_waiting, core.cache_usage)
+        counts = (1.0, core.num_running, core.num_waiting, core.cache_usage, core.drafter_up)
         seconds = core.seconds_in_step
         if core.failure:
             return EngineStatus("dead", core.failure, *counts)

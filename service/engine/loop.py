@@ -81,6 +81,11 @@ class EngineLoop:
         return self._scheduler.cache_usage
 
     @property
+    def drafter_up(self) -> bool:
+        """False from a failure of the drafter until it has drafted again."""
+        return self._decoder.drafter_up
+
+    @property
     def seconds_in_step(self) -> float:
         """How long the current step has taken so far; 0 when idle."""
         started = self._step_started

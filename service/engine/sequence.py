@@ -25,8 +25,10 @@ class Decoding:
         "_prompt_logprobs",
         "_stop_tokens",
         "arrival",
+        "constraint",
         "deadline",
         "max_draft_tokens",
+        "num_accepted_kept",
         "num_cached",
         "num_prompt",
         "num_reused",
@@ -50,7 +52,9 @@ class Decoding:
         self.max_draft_tokens = max(min(wanted, service_draft_tokens), 0) if speculation.enabled else 0
         self.num_prompt = len(request.prompt)
         self.num_cached = 0
+        self.num_accepted_kept = 0  # in the latest step: accepted draft tokens that are part of the output
         self.num_reused = 0  # prompt tokens whose keys and values came from another request
+        self.constraint = None if request.structure is None else request.structure.start()
         self.slot = -1  # none yet
         self.queue_seconds = 0.0
         self.stats = SpeculationStats(
@@ -121,17 +125,20 @@ class Decoding:
         self._buffer[self._length : self._length + num_kept] = kept
         self._length += num_kept
         self.num_cached = min(self.num_cached + num_accepted, self._length)
-        if draft.tokens:
-            self.stats.num_spec_steps += 1
-            self.stats.num_draft_tokens += len(draft.tokens)
-            self.stats.num_accepted_draft_tokens += num_accepted
-            self.stats.acceptance_histogram[num_accepted] += 1
+        if self.constraint is not None and reason is None:
+            self.constraint.advance(kept)
         stop_token = kept[-1] if reason == "stop" else None
         if reason == "stop" and not self.request.include_stop_token:
             kept = kept[:-1]
+        self.num_accepted_kept = min(num_accepted, len(kept))
+        if draft.tokens:
+            self.stats.num_spec_steps += 1
+            self.stats.num_draft_tokens += len(draft.tokens)
+            self.stats.num_accepted_draft_tokens += self.num_accepted_kept
+            self.stats.acceptance_histogram[self.num_accepted_kept] += 1
         trace = None
         if self.request.speculation.trace:
-            trace = StepTrace(draft.source, draft.tokens, min(num_accepted, len(kept)))
+            trace = StepTrace(draft.source, draft.tokens, self.num_accepted_kept)
         return self._delta(kept, verification.logprobs[: len(kept)], reason, stop_token, trace)
 
     def abort(self) -> TokenDelta:

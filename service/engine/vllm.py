@@ -89,11 +89,6 @@ class VllmEngine:
     def drafter_description(self) -> str:
         return self._description
 
-    @property
-    def drafter_up(self) -> bool:
-        """Whether drafts are asked for; False for a while after the drafter failed."""
-        return self._drafter_up
-
     async def start(self) -> None:
         """Load everything; returns when ready, raises CheckpointError, MemoryBudgetError or what vLLM raises."""
         try:
@@ -128,7 +123,7 @@ class VllmEngine:
             return EngineStatus("loading", *self._loading)
         watch = self._watch
         running = min(watch.num_running, len(self._live))
-        counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage)
+        counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage, self._drafter_up)
         if self._llm is None or self._llm.errored:
             return EngineStatus("dead", "vLLM's engine has died", *counts)
         seconds = self._seconds_without_progress()

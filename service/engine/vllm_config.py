@@ -131,6 +131,7 @@ def engine_arguments(settings: Settings, target: TargetFacts, plan: MemoryPlan) 
         "quantization": vllm.quantization,
         "enforce_eager": is_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
         "max_logprobs": 20,
+        "structured_outputs_config": {"backend": "guidance"},  # the library that checked the structure before
         "seed": 0,
         "enable_log_requests": False,
         "speculative_config": speculation,

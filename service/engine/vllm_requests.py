@@ -1,11 +1,19 @@
 """One request on its way into vLLM, and its outputs on their way back."""
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from drafters.step_packing import KEY
 from drafters.vllm_proposer import RequestOptions
-from service.engine.base import FinishReason, GenerationRequest, SpeculationStats, StepTrace, TokenDelta
+from service.engine.base import (
+    FinishReason,
+    GenerationRequest,
+    SpeculationStats,
+    StepTrace,
+    StructureSpec,
+    TokenDelta,
+)
 from verifiers.base import TokenLogprobs
 
 SEED_MASK = 2**63 - 1
@@ -37,19 +45,28 @@ def sampling_params(request: GenerationRequest, probe: int | None = None) -> Any
         logit_bias=dict(rules.logit_bias) or None,
         allowed_token_ids=None if rules.allowed_token_ids is None else list(rules.allowed_token_ids),
         seed=None if rules.is_greedy else rules.seed & SEED_MASK,
-        max_tokens=request.max_tokens,
+        max_tokens=max(request.max_tokens, 1),  # vLLM always generates; whoever wants nothing is not shown it
         min_tokens=rules.min_tokens,
         stop_token_ids=list(rules.stop_token_ids),
         ignore_eos=True,  # end tokens that count are among the stop tokens
         logprobs=rules.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         detokenize=False,
+        structured_outputs=None if request.structure is None else _structured_outputs(request.structure.spec),
         output_kind=RequestOutputKind.DELTA,
         extra_args={KEY: options.to_dict()},
     )
     if rules.bad_words:
         params._bad_words_token_ids = [list(word) for word in rules.bad_words]
     return params
+
+
+def _structured_outputs(spec: StructureSpec) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if spec.kind == "choice":
+        return StructuredOutputsParams(choice=json.loads(spec.definition))
+    return StructuredOutputsParams(**{"json" if spec.kind == "json_schema" else spec.kind: spec.definition})
 
 
 class DeltaReader:
@@ -73,6 +90,9 @@ class DeltaReader:
         self._count(output, completion)
         self.has_ended = bool(output.finished)
         reason = _REASONS.get(completion.finish_reason, "error") if output.finished else None
+        if self._request.max_tokens == 0:
+            yield self._delta(output, (), (), reason and "length", None)
+            return
         tokens = tuple(map(int, completion.token_ids))
         wanted = self._request.rules.logprobs or 0
         entries = completion.logprobs or [None] * len(tokens)

@@ -48,6 +48,10 @@ class TextTokenizer:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise TokenizerError(f"no usable tokenizer in {folder}: {error}") from None
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._backend.to_str()
+
     @property
     def size(self) -> int:
         """Number of ids the tokenizer knows; the target's logits may be wider."""

@@ -35,6 +35,7 @@ class ScriptedEngine:
     default_draft_tokens: int = 16
     drafter_description: str = "a script"
     unsupported_fields: Mapping[str, str] = field(default_factory=dict)
+    drafter_up: bool = True
 
     def __post_init__(self) -> None:
         self._idle.set()
@@ -57,6 +58,7 @@ class ScriptedEngine:
             "the script says so" if self.phase != "ready" else "",
             0.5 if self.phase == "loading" else 1.0,
             num_running=len(self.seen) - len(self.ended),
+            drafter_up=self.drafter_up,
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:

@@ -1,8 +1,6 @@
 """The bundled pair writes what plain decoding and transformers' `generate` write, whatever drafts for it.
 
-Prompts are held-out files of the standard library. Two float32 programs may round differently, so that a near-tie
-between two tokens may fall either way: such a case is printed with its margin and counted once for all drafters; a
-margin above 1e-4, or more places than one in the 100,000 tokens that all tests together compare, fails.
+Prompts are held-out files of the standard library. Where rounding flips a near-tie, `tests.near_ties` decides.
 """
 
 import itertools
@@ -21,12 +19,11 @@ from service.bench.prompts import cut_prompts, held_out_texts
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.engine.scheduler import SchedulerLimits
 from service.settings import BUNDLED_MODELS, load_settings
+from tests.near_ties import NearTies
 from tests.unit.engine.driver import Driver
 from verifiers.base import SamplingRules
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 96, 200
-WIDEST_MARGIN = 1e-4  # logits
-MOST_NEAR_TIES = 1  # places: all tests together compare some 170,000 tokens
 LONGEST_DRAFT = 32
 
 BY_NAME = {cell.name: cell for cell in CELLS}
@@ -80,35 +77,22 @@ def greedy(prompts: Sequence[tuple[int, ...]], lengths: Sequence[int | None]) ->
     ]
 
 
-@pytest.fixture(scope="module")
-def near_ties() -> set[tuple[int, int]]:
-    """Prompt and position of every near-tie that fell the other way, over all tests."""
-    return set()
-
-
 def check(
     written: list[list[int]],
     expected: list[list[int]],
     prompts: Sequence[tuple[int, ...]],
-    near_ties: set[tuple[int, int]],
+    near_ties: NearTies,
 ) -> None:
     """Fail unless all tokens are equal, near-ties aside."""
-    for index, (prompt, found, wanted) in enumerate(zip(prompts, written, expected, strict=True)):
-        if found == wanted:
-            continue
-        position = next(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if a != b)
-        margin = logit_margin(prompt, wanted, position, found[position])
-        print(f"near-tie at position {position}: {found[position]} for {wanted[position]}, margin {margin:.2e}")
-        assert margin <= WIDEST_MARGIN
-        near_ties.add((index, position))
-    assert len(near_ties) <= MOST_NEAR_TIES
+    for prompt, found, wanted in zip(prompts, written, expected, strict=True):
+        near_ties.compare(prompt, found, wanted, logit_margin)
 
 
-def logit_margin(prompt: tuple[int, ...], wanted: list[int], position: int, found: int) -> float:
+def logit_margin(tokens: Sequence[int], wanted: int, found: int) -> float:
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODELS / "target", dtype=torch.float32).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *wanted[:position]]])).logits[0, -1]
-    return float(logits[wanted[position]] - logits[found])
+        logits = model(torch.tensor([list(tokens)])).logits[0, -1]
+    return float(logits[wanted] - logits[found])
 
 
 @pytest.mark.parametrize("name", [*BY_NAME])
@@ -117,7 +101,7 @@ def test_greedy_equals_transformers_with_every_drafter_and_policy(
     loaded: Loaded,
     prompts: list[tuple[int, ...]],
     reference: list[list[int]],
-    near_ties: set[tuple[int, int]],
+    near_ties: NearTies,
 ) -> None:
     check(write(loaded, BY_NAME[name], greedy(prompts, [None] * NUM_PROMPTS)), reference, prompts, near_ties)
 
@@ -128,7 +112,7 @@ def test_greedy_equals_transformers_at_every_draft_length(
     loaded: Loaded,
     prompts: list[tuple[int, ...]],
     reference: list[list[int]],
-    near_ties: set[tuple[int, int]],
+    near_ties: NearTies,
 ) -> None:
     """Requests of one batch draft 0 to 32 tokens each."""
     cell = replace(BY_NAME[name], overrides={**BY_NAME[name].overrides, **ANY_LENGTH})
@@ -142,7 +126,7 @@ def test_greedy_equals_transformers_in_small_batches(
     loaded: Loaded,
     prompts: list[tuple[int, ...]],
     reference: list[list[int]],
-    near_ties: set[tuple[int, int]],
+    near_ties: NearTies,
 ) -> None:
     few = 8 * batch if batch < 5 else NUM_PROMPTS
     requests = greedy(prompts[:few], [None] * few)

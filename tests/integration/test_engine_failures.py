@@ -110,15 +110,36 @@ def test_a_drafter_that_raises_costs_drafts_and_nothing_else(
     drafter = RuleDrafter(rule, 4)
     driver = Driver(verifier(model), drafter, clock=lambda: now)
     driver.submit(request())
+    assert driver.loop.drafter_up
     for _ in range(20):
         driver.loop.turn()
         now += 1.0
+    assert not driver.loop.drafter_up
     assert driver.received["r"].tokens == plain
     assert 3 <= raised <= 5  # after 1, 2, 4, 8 seconds
     assert "no luck" in caplog.text
     reasons = {each.draft.bypass_reason for step in drafter.steps for each in step.outcomes}
     assert reasons == {"prefill", "drafter_failed", "last_token"}
     assert not drafter.remembered
+
+
+def test_the_drafter_is_up_again_once_it_has_drafted(model: Transformer) -> None:
+    now = 0.0
+    failures = iter([True, False])
+
+    def rule(_: DraftRequest) -> tuple[int, ...]:
+        if next(failures, False):
+            raise RuntimeError("once")
+        return (1,)
+
+    driver = Driver(verifier(model), RuleDrafter(rule, 4), clock=lambda: now)
+    driver.submit(request())
+    states = []
+    for _ in range(6):
+        driver.loop.turn()
+        states.append(driver.loop.drafter_up)
+        now += 0.6
+    assert states == [True, False, False, True, True, True]  # read, failed, paused for a second, drafted
 
 
 @pytest.mark.parametrize("bad", [[VOCABULARY_SIZE], [-1], [1, 2, 3, 4, 5]], ids=["too high", "negative", "too long"])

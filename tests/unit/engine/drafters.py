@@ -17,6 +17,7 @@ class RuleDrafter:
         self._rule = rule
         self.max_draft_tokens = max_draft_tokens
         self.description = "a rule"
+        self.drafter_up = True
         self.last_draft_seconds = 0.0
         self.last_search_seconds = 0.0
         self.last_diffusion_rows = 0

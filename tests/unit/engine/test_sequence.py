@@ -50,7 +50,10 @@ def test_the_first_stop_token_ends_the_request_wherever_it_stands_in_the_draft(i
     assert (delta.finish_reason, delta.stop_token) == ("stop", STOP)
     assert one.cached_tokens.tolist() == [1, 2, 3, 4, STOP]
     assert delta.trace is not None
-    assert delta.trace.num_accepted == len(delta.tokens)
+    assert delta.stats is not None
+    counts = (delta.trace.num_accepted, delta.stats.num_accepted_draft_tokens, one.num_accepted_kept)
+    assert counts == (len(delta.tokens),) * 3
+    assert delta.stats.acceptance_histogram[len(delta.tokens)] == delta.stats.num_spec_steps == 1
 
 
 def test_without_stop_tokens_nothing_stops() -> None:

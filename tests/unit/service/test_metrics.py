@@ -5,6 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
 from service.metrics import ServiceMetrics
+from tests.integration.scripted_engine import ScriptedEngine
 
 DRAFTED = Draft(
     tokens=(1, 2, 3), source="diffusion", expected_accepted=1.5, lattice_width=4.0, path_gain=0.3, raw_length=3
@@ -85,8 +86,17 @@ def test_nothing_a_client_sends_becomes_a_label(metrics: ServiceMetrics) -> None
 
 
 def test_the_drafters_state_is_asked_for(metrics: ServiceMetrics) -> None:
-    state = {"is_up": True}
-    metrics.watch_drafter(lambda: state["is_up"])
+    engine = ScriptedEngine(lambda _: [])
+    metrics.watch(engine)
     assert value(metrics, "diffuspec_drafter_up") == 1
-    state["is_up"] = False
+    engine.drafter_up = False
     assert value(metrics, "diffuspec_drafter_up") == 0
+
+
+def test_what_a_stop_token_cut_off_is_not_called_accepted(metrics: ServiceMetrics) -> None:
+    metrics.observe(StepRecord((Outcome("a", DRAFTED, 3, num_cut=2),), 4, 0, PhaseSeconds()))
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 1
+    by_position = [
+        value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)
+    ]
+    assert by_position == [1, 0, 0]

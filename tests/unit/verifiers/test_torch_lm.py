@@ -217,6 +217,7 @@ def test_rules_that_ban_everything_fail_that_request_alone(verifier: TorchVerifi
     results = verifier.verify([nothing.request([1, 2]), other.request()])
     assert results[0].verification is None
     assert "ban every token" in results[0].error
+    assert results[0].is_request_at_fault
     assert results[1].verification is not None
     assert results[1].error == ""
     assert results[1].verification.next_token == decode(verifier, 1, RULES["sampled"]).output[0]

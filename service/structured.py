@@ -1,0 +1,200 @@
+"""Output that keeps to a structure: JSON, a regular expression, a grammar or a choice, by llguidance.
+
+A structure is compiled once, within bounds of time and memory that count work rather than seconds, and kept in a
+bounded cache. Each sequence has a state of its own, which says what tokens may come next: to the verifier for every
+row, so that the text is that of plain constrained decoding, and to the drafter, so that it drafts nothing in vain.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import llguidance
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+StructureKind = Literal["json_schema", "regex", "grammar", "choice"]
+
+WHITESPACE = r"( |\n[ \t]{0,16})?"  # between the parts of JSON; unbounded, a weak model never stops indenting
+LIMITS = {
+    "max_items_in_row": 1000,
+    "initial_lexer_fuel": 500_000,  # some 10 ms
+    "step_lexer_fuel": 100_000,  # some 7 ms
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,  # 1 to 2 kB each
+    "max_grammar_size": 100_000,
+    "precompute_large_lexemes": False,
+    "verbose_errors": False,
+}
+
+
+class StructureError(Exception):
+    """The structure cannot be used; the message says why, and is fit for a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class StructureSpec:
+    """What a client asked for."""
+
+    kind: StructureKind
+    definition: str  # a JSON schema, a regular expression, a Lark or GBNF grammar, or a JSON list of texts
+
+
+class Structure:
+    """A compiled structure; any number of sequences may start from it, in any thread."""
+
+    def __init__(self, spec: StructureSpec, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
+        self.spec = spec
+        self._matcher = matcher
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+
+    def start(self) -> "StructureState":
+        """The state of an output that has not begun."""
+        with self._lock:
+            return StructureState(self._matcher.deep_copy(), self._tokenizer)
+
+
+class StructureState:
+    """What may come next in one output. Of one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
+        self._matcher = matcher
+        self._end_tokens = frozenset(tokenizer.eos_tokens)
+        self._num_tokens = tokenizer.vocab_size
+
+    @property
+    def error(self) -> str:
+        """Why nothing may come next any more, if the work on a step was beyond the limits; else empty."""
+        return "The structure is too complex to be followed." if self._matcher.is_error() else ""
+
+    def masks(self, draft: Sequence[int]) -> NDArray[np.bool_]:
+        """`[len(draft) + 1, tokens]`: what may follow the output and the draft before each row.
+
+        Rows behind a drafted token that may not stand there, or that ends the text, allow everything: such a draft is
+        not accepted so far, or what follows is cut off.
+        """
+        bits = [self._bits()]
+        num_consumed = 0
+        for token in self._text_of(draft):
+            if self._matcher.try_consume_tokens([token]) != 1:
+                break
+            num_consumed += 1
+            bits.append(self._bits())
+        self._matcher.rollback(num_consumed)
+        known = np.unpackbits(np.array(bits), axis=1, bitorder="little").astype(bool)
+        masks = np.ones((len(draft) + 1, known.shape[1]), dtype=bool)
+        masks[: len(known)] = known
+        return masks
+
+    def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
+        """`[tokens]` what may follow the output and `draft`; None if the draft is not allowed or ends the text."""
+        text = self._text_of(draft)
+        if len(text) < len(draft):
+            return None
+        num_consumed = self._matcher.try_consume_tokens(text)
+        bits = self._bits() if num_consumed == len(draft) else None
+        self._matcher.rollback(num_consumed)
+        return None if bits is None else np.unpackbits(bits, bitorder="little").astype(bool)
+
+    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
+        """The allowed beginning of a draft, and after it tokens of text that the structure leaves no choice about."""
+        text = self._text_of(draft)
+        num_consumed = self._matcher.try_consume_tokens(text)
+        following: Sequence[int] = ()
+        if num_consumed < len(text) or len(text) == len(draft):
+            following = self._matcher.compute_ff_tokens()
+        elif draft[len(text)] in self._end_tokens and self._matcher.is_accepting():
+            following = [draft[len(text)]]
+        self._matcher.rollback(num_consumed)
+        return (*text[:num_consumed], *following)[:most]
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in what was committed. Tokens that end the text are not told."""
+        self._matcher.consume_tokens(list(tokens))
+
+    def _text_of(self, draft: Sequence[int]) -> list[int]:
+        """The tokens before the first that ends the text or that the tokenizer does not know."""
+        is_text = [token < self._num_tokens and token not in self._end_tokens for token in draft]
+        return list(draft[: is_text.index(False)]) if False in is_text else list(draft)
+
+    def _bits(self) -> NDArray[np.uint8]:
+        """The mask of the current state, one bit a token; nothing is allowed after an error."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return np.zeros_like(bits) if self._matcher.is_error() else bits
+
+
+class StructureCompiler:
+    """Compiles structures for one tokenizer, one at a time in a thread of its own, and keeps the latest."""
+
+    def __init__(self, load_tokenizer: Callable[[], str], end_tokens: Sequence[int], cache_size: int) -> None:
+        """load_tokenizer: gives the tokenizer.json, when the first structure is asked for.
+
+        end_tokens: end a text; where the structure is complete, these alone are left. cache_size: structures kept.
+        """
+        self._load_tokenizer = load_tokenizer
+        self._end_tokens = tuple(end_tokens)
+        self._cache_size = cache_size
+        self._cache: OrderedDict[StructureSpec, Structure] = OrderedDict()
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="structures")
+
+    def find(self, spec: StructureSpec) -> Structure | None:
+        """One that was compiled before and is still kept."""
+        with self._lock:
+            known = self._cache.get(spec)
+            if known is not None:
+                self._cache.move_to_end(spec)
+            return known
+
+    def close(self) -> None:
+        """Compile nothing any more."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+    def compile(self, spec: StructureSpec) -> Structure:
+        """Blocks for up to some tenths of a second. Raises StructureError."""
+        known = self.find(spec)
+        if known is not None:
+            return known
+        structure = Structure(spec, *self._matcher(spec))
+        with self._lock:
+            self._cache[spec] = structure
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return structure
+
+    def _matcher(self, spec: StructureSpec) -> tuple[LLMatcher, LLTokenizer]:
+        if not self._end_tokens:
+            raise StructureError("this model has no token that ends a text, which structured output needs")
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._load_tokenizer(), eos_token=list(self._end_tokens))
+        try:
+            grammar = _grammar(spec)
+        except ValueError as error:
+            raise StructureError(_first_line(str(error))) from None
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
+        matcher.compute_bitmask()  # the first step's work counts, too
+        if matcher.is_error():
+            raise StructureError(_first_line(matcher.get_error()))
+        return matcher, self._tokenizer
+
+
+def _grammar(spec: StructureSpec) -> str:
+    """Raises ValueError."""
+    if spec.kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(spec.definition, overrides={"whitespace_pattern": WHITESPACE})
+    if spec.kind == "choice":
+        texts = json.loads(spec.definition)
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in texts))
+    return llguidance.grammar_from(spec.kind, spec.definition)
+
+
+def _first_line(message: str) -> str:
+    """Of an error of the library, without what it quotes of the structure."""
+    return " ".join(message.split("\n")[0].split())[:300] or "it cannot be compiled"
