@@ -159,6 +159,7 @@ class VllmEngine:
         reader = DeltaReader(request, self.default_draft_tokens)
         seconds = request.timeout_seconds
         deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        has_begun = False
         try:
             stream = self._llm.generate(
                 tokens_input(list(map(int, request.prompt))),
@@ -171,19 +172,18 @@ class VllmEngine:
                     async with asyncio.timeout_at(deadline):
                         output = await anext(stream)
                         steps = await self._trace(request) if request.speculation.trace else []
+                    has_begun = True
                     for delta in reader.read(output, steps):
                         yield delta
         except TimeoutError:
             raise RequestTimeoutError(f"the request did not finish within {seconds:g} seconds") from None
         except EngineDeadError as error:
             raise EngineUnavailableError("vLLM's engine has died") from error
-        except VLLMClientError as error:
-            raise RequestRefusedError(str(error)) from error
-        except ValueError as error:  # what vLLM's validation of structured outputs raises
-            raise RequestRefusedError(str(error)) from error
         except StopAsyncIteration:
             raise RequestFailedError("vLLM ended this request without a reason") from None
         except Exception as error:
+            if not has_begun and isinstance(error, VLLMClientError | ValueError):  # vLLM's own validation
+                raise RequestRefusedError(str(error)) from error
             raise RequestFailedError(f"vLLM failed on this request: {error!r}") from error
 
     def _admit(self, request: GenerationRequest) -> None:

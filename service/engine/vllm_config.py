@@ -1,6 +1,8 @@
 """From this service's settings to vLLM's: environment and engine arguments. Imports nothing heavy."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +169,10 @@ def _drafter_bytes(settings: Settings) -> int:
 def _device_memory(device: str) -> tuple[int, int]:
     if device == "cpu":
         return host_memory()
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
+    # In a process of its own: asking initialises CUDA, which holds some hundred MB and forbids forking ever after.
+    question = f"import torch; print(*torch.cuda.mem_get_info({device!r}))"
+    answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise CheckpointError(f"The memory of {device} cannot be asked for: {answer.stderr.strip().splitlines()[-1]}")
+    free, total = map(int, answer.stdout.split())
     return total, free

@@ -99,3 +99,10 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_pipeline_is_named_by_module_and_function() -> None:
     with pytest.raises(SettingsError, match=r"vllm\.pipeline"):
         load_settings(overrides={"vllm.pipeline": "rm -rf"})
+
+
+def test_a_device_that_is_not_there_is_told_in_one_sentence() -> None:
+    settings = load_settings(overrides={"model.device": "cuda:99"})
+    facts = TargetFacts.from_folder(settings.model.target, "float32")
+    with pytest.raises(CheckpointError, match=r"memory of cuda:99 cannot be asked for"):
+        vllm_config.budget(settings, facts)
