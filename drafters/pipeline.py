@@ -13,7 +13,8 @@ from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.costs import CostCurve
-from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from drafters.coupling import known_noise
+from drafters.diffusion import MaskedDrafter, MaskedRequest
 from drafters.goodput import (
     TEMPERATURES,
     Calibration,
@@ -102,7 +103,7 @@ class DraftPipeline:
         self,
         causal: CausalModel | None,
         search: PathSearch | None,
-        diffusion: DiffusionDrafter | None,
+        diffusion: MaskedDrafter | None,
         options: PipelineOptions,
         description: str,
         clock: Callable[[], float] = time.perf_counter,
@@ -196,7 +197,8 @@ class DraftPipeline:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
         floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
+        noise = known_noise([candidate.request for candidate in candidates])
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.copied, candidate.copied_confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap
@@ -240,7 +242,10 @@ class DraftPipeline:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
         if not candidates or self._diffusion is None or self._search is None:
             return
-        requests = [MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length) for c in candidates]
+        requests = [
+            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states)
+            for c in candidates
+        ]
         try:
             started = self._clock()
             rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
@@ -249,7 +254,8 @@ class DraftPipeline:
             lengths = [request.length for request in requests]
             mask_logits(logits, [candidate.request for candidate in candidates], lengths)
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
-            paths = self._search.search([request.tokens for request in requests], lattice)
+            noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
+            paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
             self._pause(candidates)
             return
@@ -351,6 +357,8 @@ class DraftPipeline:
         calibration.observe(state.raw_confidences, outcome.num_accepted, state.heat)
         if drafted_by_diffusion:
             state.paper.observe(draft.raw_length, outcome.num_accepted)
+            if self._diffusion is not None:
+                self._diffusion.note(outcome.request_id, outcome.num_accepted)
 
     def _pause(self, candidates: Sequence[_Candidate]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
@@ -361,11 +369,12 @@ class DraftPipeline:
             for candidate in candidates:
                 self._diffusion.release(candidate.request.request_id)
 
-    def _measure_diffusion(self, diffusion: DiffusionDrafter) -> dict[int, float]:
+    def _measure_diffusion(self, diffusion: MaskedDrafter) -> dict[int, float]:
         """Seconds of a diffusion pass by rows, the median of a few passes each."""
         history = np.zeros(diffusion.longest, dtype=np.int32)
         measured = {}
         for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
+            length = min(length, diffusion.longest)
             requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
             seconds = []
             try:

@@ -32,6 +32,7 @@ def _pack_outcome(outcome: Outcome) -> list[Any]:
         draft.path_gain,
         draft.bypass_reason,
         outcome.num_accepted,
+        outcome.policy,
         outcome.num_cut,
     ]
 
@@ -60,6 +61,7 @@ def _unpack_outcome(
     gain: float,
     reason: str,
     accepted: int,
+    policy: Any,
     cut: int,
 ) -> Outcome:
     draft = Draft(
@@ -70,4 +72,4 @@ def _unpack_outcome(
         path_gain=gain,
         bypass_reason=reason,
     )
-    return Outcome(name, draft, accepted, cut)
+    return Outcome(name, draft, accepted, policy, cut)

@@ -201,7 +201,8 @@ class VllmProposer:
             if not row.num_sampled:
                 continue
             draft = _READING if row.is_prefill else pending.drafts.get(row.request_id, _PAUSED)
-            outcomes.append(Outcome(row.request_id, _verified(draft, row.num_verified), row.num_sampled - 1))
+            verified = _verified(draft, row.num_verified)
+            outcomes.append(Outcome(row.request_id, verified, row.num_sampled - 1, row.options.policy))
         return StepRecord(
             outcomes=outcomes,
             num_rows=sum(row.num_rows for row in rows),

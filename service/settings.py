@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from drafters.base import PolicyName
@@ -53,11 +52,12 @@ class ModelSettings(SettingsGroup):
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
-        description="Folder of the target, the model whose text is served (safetensors).",
+        description="Folder of the target, the model whose text is served (safetensors), or its name on the hub if "
+        "`diffuspec pull` has fetched it.",
     )
     drafter: str | None = Field(
         default=None,
-        description="Folder of the diffusion drafter, or `prompt-lookup`, or `none`. "
+        description="Folder or name of the diffusion drafter, or `prompt-lookup`, or `none`. "
         "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
     )
     ngram: Path | None = Field(
@@ -70,7 +70,9 @@ class ModelSettings(SettingsGroup):
         min_length=1,
         description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and arithmetic.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Type of weights and arithmetic."
+    )
     device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
     context_length: int | None = Field(
         default=None,
@@ -130,7 +132,30 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(default=256, ge=16, description="Most tokens of context that the drafter reads.")
+    window_tokens: int = Field(
+        default=256,
+        ge=16,
+        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+    )
+    refresh_passes: int = Field(
+        default=16,
+        ge=0,
+        description="Drafters that see in both directions: passes until the cached context is read anew, which happens "
+        "too when acceptance falls; 1 reads it at every pass, 0 only then.",
+    )
+    refinement_steps: int = Field(
+        default=1, ge=1, le=64, description="Passes per diffusion draft; each fills in the surest tokens for the next."
+    )
+    draft_part_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Draft so many tokens in a pass, and go on after them in another one if they are sure enough; "
+        "0: all in one pass.",
+    )
+    draft_part_confidence: float = Field(
+        default=0.9, ge=0, le=1, description="Least probability of every token of a part for the next to be drafted."
+    )
     paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(
         default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
@@ -166,7 +191,7 @@ class VllmSettings(SettingsGroup):
         default=None, description="vLLM's own methods: folder of the draft model, if the method has one."
     )
     speculative_config: dict[str, Any] = Field(
-        default_factory=dict, description="vLLM's own methods: more keys of vLLM's `speculative_config`, as JSON."
+        default={}, description="vLLM's own methods: more keys of vLLM's `speculative_config`, as JSON."
     )
     pipeline: str = Field(
         default="service.wiring:load_vllm_pipeline",
@@ -209,10 +234,41 @@ class LimitSettings(SettingsGroup):
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
 
 
+class AuditSettings(SettingsGroup):
+    fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the requests that are decoded again without speculation, in idle time, and compared.",
+    )
+    idle_seconds: float = Field(
+        default=1.0, ge=0, description="How long the engine must have been idle before it audits."
+    )
+    max_pending: int = Field(default=64, ge=1, description="Most requests that wait for their audit.")
+
+
 class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
         default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
     )
+    api_keys_file: Path | None = Field(
+        default=None, description="File with more such keys, one a line; lines that begin with # are comments."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_keys_of_file(cls, given: Any) -> Any:
+        """A file without a key is refused: whoever names one does not want an open server."""
+        if not isinstance(given, dict) or given.get("api_keys_file") is None:
+            return given
+        try:
+            lines = Path(given["api_keys_file"]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            raise ValueError("the file of API keys cannot be read") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ValueError("the file of API keys has no key in it")
+        return {**given, "api_keys": (*given.get("api_keys", ()), *keys)}
 
 
 class LoggingSettings(SettingsGroup):
@@ -235,6 +291,7 @@ class Settings(BaseSettings):
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
     vllm: VllmSettings = Field(default_factory=VllmSettings, description="The vLLM engine")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
+    audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
 
@@ -331,7 +388,7 @@ def describe(name: str) -> str:
 
 
 def _default_text(value: Any) -> str:
-    if value is None or value == () or value is PydanticUndefined:
+    if value is None or value == ():
         return ""
     if isinstance(value, Path):
         return f"`{value.relative_to(BUNDLED_MODELS.parent)}`"

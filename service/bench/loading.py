@@ -45,7 +45,7 @@ def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
     scheduler = settings.scheduler.model_copy(update={"max_running": num_slots, "max_waiting": 0})
     settings = settings.model_copy(update={"scheduler": scheduler})
     model = settings.model
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    dtype: torch.dtype = getattr(torch, model.dtype)
     tokenizer = build_tokenizer(model.target)
     target = Transformer.load(model.target, model.device, dtype)
     context = min(model.context_length or target.config.max_positions, target.config.max_positions)

@@ -78,7 +78,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
     built = Settings(**settings)
     speculation = built.speculation.model_copy(update={"copying": False, "search": False})
     built = built.model_copy(update={"speculation": speculation})
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[built.model.dtype]
+    dtype: torch.dtype = getattr(torch, built.model.dtype)
     drafter = ShiftedTransformer.load(built.model.drafter_choice, device, dtype)  # type: ignore[arg-type]
     pipeline = build_pipeline(built, TransformerConfig.from_folder(built.model.target), drafter)
     warm_up(pipeline)

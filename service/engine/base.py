@@ -74,6 +74,7 @@ class GenerationRequest:
     priority: int = 0  # lower runs first
     timeout_seconds: float | None = None
     structure: Structure | None = None  # what the output keeps to
+    reuse_prefix: bool = True  # False: the whole prompt is read again, whatever is cached of it
 
 
 @dataclass(slots=True)

@@ -109,7 +109,7 @@ class Decoding:
     @property
     def may_reuse_prefix(self) -> bool:
         """Log probabilities of the prompt need the rows that reuse would save."""
-        return self.request.prompt_logprobs is None
+        return self.request.prompt_logprobs is None and self.request.reuse_prefix
 
     def commit(self, num_new: int, draft: Draft, result: VerifyResult) -> TokenDelta | None:
         """Take in one step that ran `num_new` pending tokens and `draft`; None while the prompt is being read."""

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from service.folders import read_folder, weight_tensors
-from transformer.config import CheckpointError, read_json
+from service.folders import read_folder
+from transformer.config import CheckpointError
+from transformer.folder import read_json
+from transformer.weights import StoredTensor, read_headers
 
 GIB = 1 << 30
 BLOCK_TOKENS = 128  # what vLLM's largest usual block rounds a sequence up to
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them; weights of other types stay as they are
 
 
 class MemoryBudgetError(CheckpointError):
@@ -40,7 +41,7 @@ class TargetFacts:
             return cls(
                 vocabulary_size=int(raw["vocab_size"]),
                 max_positions=int(raw["max_position_embeddings"]),
-                weight_bytes=sum(_loaded_bytes(tensor, size) for tensor in weight_tensors(folder)),
+                weight_bytes=sum(_loaded_bytes(tensor, size) for tensor in read_headers(folder).values()),
                 kv_bytes_per_token=2 * int(raw["num_hidden_layers"]) * kv_heads * head_dim * size,
                 hidden_size=hidden,
             )
@@ -116,10 +117,9 @@ def host_memory() -> tuple[int, int]:
     return total, free
 
 
-def _loaded_bytes(tensor: dict[str, Any], size: int) -> int:
-    stored: int = tensor["data_offsets"][1] - tensor["data_offsets"][0]
-    width = STORED_BYTES.get(tensor["dtype"])
-    return stored if width is None else stored // width * size  # quantised weights stay as they are
+def _loaded_bytes(tensor: StoredTensor, size: int) -> int:
+    is_quantised = tensor.dtype not in FLOATS
+    return tensor.num_bytes if is_quantised else tensor.num_entries * size
 
 
 def _gib(size: int) -> str:

@@ -53,6 +53,7 @@ def sampling_params(request: GenerationRequest, probe: int | None = None) -> Any
         prompt_logprobs=request.prompt_logprobs,
         detokenize=False,
         structured_outputs=None if request.structure is None else _structured_outputs(request.structure.spec),
+        skip_reading_prefix_cache=None if request.reuse_prefix else True,
         output_kind=RequestOutputKind.DELTA,
         extra_args={KEY: options.to_dict()},
     )
