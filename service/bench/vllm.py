@@ -150,7 +150,10 @@ async def vllm_contestants(
             log = StepLog()
             engine = VllmEngine(changed, [log])
             engines.append(engine)
-            await engine.start()
+            try:
+                await engine.start()
+            except (ValueError, ImportError) as error:  # what vLLM says to a method it cannot run here
+                raise UnknownCellError(f"the cell {cell.name!r} cannot be started: {error}") from error
             contestants.append(VllmContestant(cell.name, engine, log, cell.role))
         yield contestants
     finally:
