@@ -59,7 +59,8 @@ def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
         drafters["garbage"] = ShiftedTransformer.load(folder, model.device, dtype)
         facts["drafter"] = _describe(folder)
     facts["n-grams"] = "none" if model.ngram_folder is None else str(model.ngram_folder)
-    verifier = TorchVerifier(target, num_slots, context, tokenizer.size)
+    is_conditioned = any(drafter.config.target_hidden_size for drafter in drafters.values())
+    verifier = TorchVerifier(target, num_slots, context, tokenizer.size, is_conditioned)
     return Loaded(settings, tokenizer, verifier, Models(target.config, drafters), facts)
 
 
