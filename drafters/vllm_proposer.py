@@ -6,11 +6,14 @@ Nothing here imports vLLM: `drafters.vllm_worker` translates its objects into th
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_RECORDS = 4096  # kept until somebody takes them
 MOST_TRACES = 64  # requests whose traces are kept after they ended
@@ -73,6 +76,7 @@ class Row:
     num_left: int  # tokens that may still be generated
     temperature: float
     options: RequestOptions
+    hidden_states: "Tensor | None" = None  # [length, hidden] the target's that each token was predicted from; a view
 
 
 @dataclass(slots=True)
@@ -161,7 +165,14 @@ class VllmProposer:
         """One draft per row; those whose prompt is still read are no rows of the next step's drafts."""
         limits = [_limit(row, self._pipeline.max_draft_tokens) for row in rows]
         requests = [
-            DraftRequest(row.request_id, row.tokens, most, row.options.policy, row.temperature)
+            DraftRequest(
+                row.request_id,
+                row.tokens,
+                most,
+                row.options.policy,
+                row.temperature,
+                hidden_states=row.hidden_states,
+            )
             for row, (most, _) in zip(rows, limits, strict=True)
             if row.num_sampled
         ]

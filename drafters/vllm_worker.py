@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -36,6 +37,7 @@ class PipelineProposer:
         self._runner: Any = None
         self._verified: dict[str, list[int]] = {}
         self._rows: dict[str, int] = {}  # scheduled tokens
+        self._states: dict[str, Tensor] = {}  # by request: what each token was predicted from, [most tokens, hidden]
 
     def load_model(self, target_model: Any) -> None:
         """Load the pipeline by the name in `additional_config`, on the target's device."""
@@ -68,7 +70,27 @@ class PipelineProposer:
         self._verified = scheduler_output.scheduled_spec_decode_tokens
         self._rows = scheduler_output.num_scheduled_tokens
         gone = [*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())]
+        for request_id in gone:
+            self._states.pop(request_id, None)
         self._proposer.begin(gone, self._rows)
+
+    def keep_states(self, hidden_states: Tensor) -> None:
+        """Remember a step's hidden states `[rows, hidden]` (after the final norm), for a drafter that reads them.
+
+        Those of rejected drafts are overwritten by the next step; those of a cached prefix are not known and stay zero.
+        """
+        if self._proposer is None or not getattr(self._pipeline, "reads_hidden_states", False):
+            return
+        begin = 0
+        for request_id in self._runner.input_batch.req_ids:
+            count, state = self._rows[request_id], self._runner.requests[request_id]
+            kept = self._states.get(request_id)
+            if kept is None:
+                most = state.num_prompt_tokens + state.sampling_params.max_tokens + self._pipeline.max_draft_tokens + 2
+                kept = self._states[request_id] = hidden_states.new_zeros(most, hidden_states.shape[1])
+            first = state.num_computed_tokens + 1
+            kept[first : first + count] = hidden_states[begin : begin + count]
+            begin += count
 
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
@@ -112,6 +134,7 @@ class PipelineProposer:
                     num_left=num_prompt + params.max_tokens - length,
                     temperature=params.temperature,
                     options=_NO_OPTIONS if options is None else RequestOptions.from_dict(options),
+                    hidden_states=self._states[request_id][:length] if request_id in self._states else None,
                 )
             )
         return rows
@@ -146,6 +169,19 @@ class DraftingWorker(PlatformWorker):
         runner.drafter = self._guard
         if self._ours is not None:
             self._ours.attach(runner)
+            self._watch_hidden_states(self._guard, self._ours)
+
+    def _watch_hidden_states(self, guard: DraftGuard, ours: PipelineProposer) -> None:
+        """Let the proposer see the step's hidden states, which vLLM gives to its own proposers alone."""
+        propose = self.model_runner.propose_draft_token_ids
+
+        def keep_and_propose(
+            scheduler_output: Any, sampled: Any, metadata: Any, hidden_states: Tensor, *arguments: Any, **named: Any
+        ) -> Any:
+            guard.contain(lambda: ours.keep_states(hidden_states))
+            return propose(scheduler_output, sampled, metadata, hidden_states, *arguments, **named)
+
+        self.model_runner.propose_draft_token_ids = keep_and_propose
 
     @property
     def _ours(self) -> PipelineProposer | None:

@@ -103,6 +103,7 @@ def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipelin
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     drafter = _load_drafter(settings, lambda folder: Transformer.load(folder, device, dtype))
     pipeline = build_pipeline(settings, target, drafter)
+    pipeline.reads_hidden_states = drafter is not None and drafter.config.target_hidden_size > 0
     warm_up(pipeline)
     return pipeline
 

@@ -22,6 +22,7 @@ class Scripted:
     drafter_up = True
     last_draft_seconds = last_search_seconds = 0.0
     last_diffusion_rows = 0
+    reads_hidden_states = False
 
     def __init__(self, propose: Propose, max_draft_tokens: int = 8) -> None:
         self.max_draft_tokens = max_draft_tokens

@@ -1,5 +1,6 @@
 """Greedy output is vLLM's own, token by token, whoever drafts and whoever else is in the batch."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +95,31 @@ def test_what_the_pipeline_learns_is_what_vllm_counted(speculative: InProcess, p
     assert sum(outcome.num_accepted + 1 for outcome in outcomes) >= 4 * 32
     speculative.run(prompts[:1], params(2))  # a later step tells that the first four are gone
     assert len(scripted.released) >= 4
+
+
+def test_the_pipeline_sees_what_each_token_was_predicted_from(tiny: InProcess, tiny_folders: tuple[Path, Path]) -> None:
+    """The target's hidden states after its final norm, in a batch with chunked prompts and rejected drafts."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    seen: list[tuple[list[int], torch.Tensor]] = []
+    scripted = pipelines.garbage(tiny.vocabulary_size)
+    scripted.reads_hidden_states = True
+    draft_anything = scripted._propose
+
+    def propose(requests: Any) -> Any:
+        for request in requests:
+            seen.append((request.tokens.tolist(), request.hidden_states.clone()))
+        return draft_anything(requests)
+
+    scripted._propose = propose
+    tiny.use(scripted)
+    tiny.run([[7, 8, 9] * 110, list(range(30)), [5]], params(12))
+    assert tiny.guard.num_failures == 0
+    assert {len(tokens) for tokens, _ in seen} >= {331, 31, 2}
+    model = LlamaForCausalLM.from_pretrained(tiny_folders[0]).model.eval()
+    for tokens, states in seen[:: max(len(seen) // 12, 1)]:
+        with torch.inference_mode():
+            expected = model(torch.tensor([tokens])).last_hidden_state[0]
+        assert states.shape == expected.shape
+        assert torch.allclose(states[1:], expected[:-1], atol=1e-3)
