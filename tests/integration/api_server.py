@@ -30,7 +30,8 @@ def serving(app: FastAPI, *, wait_until_ready: bool = True) -> Iterator[str]:
         _wait_for(lambda: server.started, 30)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         if wait_until_ready:
-            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 240)  # numba may have to compile
+            # numba may have to compile, and vLLM starts two processes that import it again
+            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 600)
         yield url
     finally:
         server.should_exit = True
