@@ -17,6 +17,7 @@ from drafters.base import StepRecord
 from drafters.step_packing import KEY, pack_record
 from drafters.vllm_cpu_sampling import mend_cpu_sampling
 from drafters.vllm_guard import DraftGuard
+from drafters.vllm_lifeline import hold_lifeline
 from drafters.vllm_proposer import RequestOptions, Row, Trace, VllmProposer
 
 if current_platform.is_cpu():
@@ -149,6 +150,7 @@ class DraftingWorker(PlatformWorker):
     _guard: DraftGuard | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        hold_lifeline()
         mend_cpu_sampling()
         super().load_model(load_dummy_weights=load_dummy_weights)
         speculation = self.vllm_config.speculative_config

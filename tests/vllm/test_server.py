@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from drafters.vllm_lifeline import parent_of
 from tests.integration.api_server import wait_for
 
 PORT = 8157
@@ -71,6 +73,40 @@ class Server:
             grown = not found <= known
             known |= found
         return [int(pid) for pid, _, name in rows if int(pid) in known and "Worker" in name]
+
+
+def test_vllms_processes_end_with_a_service_that_was_killed_outright() -> None:
+    """With stand-ins for the three processes: the service, vLLM's engine process and a worker that holds the line."""
+    script = """
+import multiprocessing, os, sys, time
+from drafters import vllm_lifeline
+
+def worker():
+    vllm_lifeline.POLL_SECONDS = vllm_lifeline.GRACE_SECONDS = 0.1
+    vllm_lifeline.hold_lifeline()
+    print(os.getppid(), os.getpid(), flush=True)
+    time.sleep(120)
+
+def core():
+    process = multiprocessing.get_context("spawn").Process(target=worker, name="VllmWorker-0")
+    process.start()
+    process.join()
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=core, name="EngineCore").start()
+    time.sleep(120)
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        service = subprocess.Popen([sys.executable, file.name], stdout=subprocess.PIPE, text=True)
+        assert service.stdout is not None
+        pids = [int(part) for part in service.stdout.readline().split()]
+        assert all(parent_of(pid) is not None for pid in pids)
+        service.kill()
+        service.wait()
+        service.stdout.close()
+        wait_for(lambda: all(parent_of(pid) is None for pid in pids), 30)
 
 
 @pytest.fixture(scope="module")
