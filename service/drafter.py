@@ -13,7 +13,7 @@ from service.text.tokenizer import TextTokenizer
 from transformer.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from drafters.diffusion import MaskedDrafter
+    from drafters.masked import MaskedDrafter
     from transformer.model import Transformer
 
 log = logging.getLogger(__name__)

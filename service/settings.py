@@ -114,7 +114,7 @@ class SpeculationSettings(SettingsGroup):
     )
     fixed_draft_tokens: int = Field(default=8, ge=0, le=128, description="`fixed` policy: tokens of a draft.")
     diffusion_draft_tokens: int = Field(
-        default=12, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
+        default=6, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
     )
     search: bool = Field(
         default=True, description="Search the lattice for the best path; off: each position's best token."
