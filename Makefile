@@ -32,7 +32,8 @@ test: $(INSTALLED_DEV) ## run the tests
 	$(BIN)/python -m pytest -q
 
 test-vllm: $(INSTALLED_VLLM) ## run the tests of the vLLM engine
-	$(BIN_VLLM)/python -m pytest -q tests/vllm tests/integration/test_api_openai.py tests/integration/test_api_logprobs.py
+	$(BIN_VLLM)/python -m pytest -q -k vllm tests/vllm tests/integration/test_api_openai.py \
+		tests/integration/test_api_logprobs.py tests/integration/test_structured.py
 
 lint: $(INSTALLED_DEV) ## style, types and import rules
 	$(BIN)/ruff format --check .
