@@ -23,10 +23,12 @@ MODEL_FLAGS = {
     "--threads": "model.num_threads",
     "--policy": "speculation.policy",
     "--max-draft-tokens": "speculation.max_draft_tokens",
+    "--method": "vllm.method",
 }
 SERVER_FLAGS = {"--host": "server.host", "--port": "server.port"}
 METAVARS = {
-    "--engine": "NAME",
+    "--engine": "embedded|vllm",
+    "--method": "NAME",
     "--target": "DIR|NAME",
     "--drafter": "DIR|NAME|prompt-lookup|none",
     "--policy": "goodput|paper|fixed",

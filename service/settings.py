@@ -46,8 +46,9 @@ class ServerSettings(SettingsGroup):
 
 
 class ModelSettings(SettingsGroup):
-    engine: Literal["embedded"] = Field(
-        default="embedded", description="What runs the models: this project's torch engine."
+    engine: Literal["embedded", "vllm"] = Field(
+        default="embedded",
+        description="What runs the target: `embedded` (this project's torch engine) or `vllm` (`make setup-vllm`).",
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
@@ -177,6 +178,47 @@ class SchedulerSettings(SettingsGroup):
     hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
 
 
+class VllmSettings(SettingsGroup):
+    """Only read with `model.engine = vllm`."""
+
+    method: str = Field(
+        default="diffuspec",
+        min_length=1,
+        description="Who drafts: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: `ngram`, "
+        "`suffix`, `draft_model`, `eagle3`, `dflash`, ...",
+    )
+    method_tokens: int = Field(default=8, ge=1, le=128, description="vLLM's own methods: tokens of a draft.")
+    method_model: str | None = Field(
+        default=None, description="vLLM's own methods: folder of the draft model, if the method has one."
+    )
+    speculative_config: dict[str, Any] = Field(
+        default={}, description="vLLM's own methods: more keys of vLLM's `speculative_config`, as JSON."
+    )
+    pipeline: str = Field(
+        default="service.wiring:load_vllm_pipeline",
+        pattern=r"[\w.]+:\w+",
+        description="`diffuspec` method: `module:function` that makes the pipeline in vLLM's worker; for drafters of "
+        "your own.",
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share each layer of the target.")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="Groups of devices that share the layers.")
+    distributed_executor: Literal["mp", "ray"] | None = Field(
+        default=None, description="How workers are started: `mp` on one machine, `ray` across machines. Unset: by size."
+    )
+    quantization: str | None = Field(
+        default=None, description="vLLM's name of a quantisation. Unset: the checkpoint's."
+    )
+    enforce_eager: bool | None = Field(
+        default=None, description="Run the target without compiling it. Unset: only on a CPU."
+    )
+    memory_fraction: float = Field(
+        default=0.9, gt=0, le=1, description="Share of the device's memory for target, drafter and KV cache together."
+    )
+    slow_draft_seconds: float = Field(
+        default=2.0, gt=0, description="A drafting call that takes longer counts as failed: plain decoding for a while."
+    )
+
+
 class LimitSettings(SettingsGroup):
     max_choices: int = Field(default=16, ge=1, le=128, description="Largest `n`.")
     max_prompts: int = Field(default=64, ge=1, description="Most prompts in one completion request.")
@@ -248,6 +290,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings, description="Models")
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
+    vllm: VllmSettings = Field(default_factory=VllmSettings, description="The vLLM engine")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
     audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
