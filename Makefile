@@ -1,12 +1,15 @@
 # Everything a newcomer needs; each target installs what it needs first.
 PYTHON ?= python3
 PORT ?= 8000
+USERS ?= 8
+SECONDS ?= 60
+LOCUST ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help setup setup-dev serve test lint format bench train-pair clean
+.PHONY: help setup setup-dev serve test lint format bench loadtest compose-test train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +36,13 @@ format: $(INSTALLED_DEV) ## format the code
 
 bench: $(INSTALLED) ## compare plain and speculative decoding side by side; writes reports/
 	$(BIN)/diffuspec bench
+
+loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); writes reports/loadtest.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
+	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
+
+compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
+	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
 
 train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
 	$(BIN)/python -m models.training all

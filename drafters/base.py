@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Tokens = NDArray[np.int32]
 PolicyName = Literal["goodput", "paper", "fixed"]
@@ -34,6 +37,8 @@ class DraftRequest:
     policy: PolicyName | None = None  # None: the service's
     temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
     constraint: DraftConstraint | None = None
+    seed: int | None = None  # of the noise that the target draws with (`transformer.noise`); None: not to be known
+    hidden_states: "Tensor | None" = None  # [length, hidden] the target's, that each token was predicted from; a view
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Outcome:
     request_id: str
     draft: Draft
     num_accepted: int
+    policy: PolicyName | None = None  # the request's; None: the service's
     num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
 
     @property

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels import MAX_MATCH, copy_weight, greedy_chains, learn_copying, new_workspace
+from drafters.kernels import MAX_MATCH, Noise, copy_weight, greedy_chains, learn_copying, new_workspace
 from drafters.ngram import NgramModel
 
 WINDOW = 4096  # tokens of a request's text that copying looks at
@@ -88,9 +88,14 @@ class CausalModel:
         self.workspace = new_workspace(vocabulary_size, WINDOW)
 
     def greedy_chains(
-        self, histories: Sequence[Tokens], max_tokens: Sequence[int], least_survival: Sequence[float] | None = None
+        self,
+        histories: Sequence[Tokens],
+        max_tokens: Sequence[int],
+        least_survival: Sequence[float] | None = None,
+        noise: Noise | None = None,
     ) -> list[Chain]:
-        """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token.
+        """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token, or
+        the one that the target would draw from the mixture, where its `noise` is known.
 
         least_survival: a request's chain ends where it would survive with less than this probability (default 0).
         """
@@ -102,8 +107,9 @@ class CausalModel:
         confidences = np.zeros(tokens.shape)
         lengths = np.zeros(len(caps), np.int64)
         floors = np.zeros(len(caps)) if least_survival is None else np.array(least_survival, np.float64)
+        noise = noise or no_noise(len(caps))
         greedy_chains(
-            text, starts, caps, floors, self.end_tokens, self.ngram.arrays, self.copy_weights, self.workspace,
+            text, starts, caps, floors, self.end_tokens, noise, self.ngram.arrays, self.copy_weights, self.workspace,
             lengths, tokens, confidences,
         )  # fmt: skip
         return [
@@ -121,6 +127,11 @@ class CausalModel:
                 text, first, self.ngram.arrays, calibration.weights, self.workspace,
                 calibration.decay, calibration.right, calibration.seen,
             )  # fmt: skip
+
+
+def no_noise(count: int) -> Noise:
+    """Nothing is known of the noise of `count` requests: each is drafted for as if it were greedy."""
+    return Noise(np.zeros(count, np.uint64), np.zeros(count, np.int64), np.zeros(count), np.zeros(count))
 
 
 def join(histories: Sequence[Tokens]) -> tuple[Tokens, NDArray[np.int64]]:

@@ -24,6 +24,7 @@ class MaskedRequest:
     request_id: str
     tokens: Tokens  # [any] committed tokens, at least one
     length: int  # tokens to propose, at least one
+    hidden_states: Tensor | None = None  # [any, target hidden] the target's, that each token was predicted from
 
 
 @dataclass(slots=True)
@@ -67,6 +68,11 @@ class DiffusionDrafter:
         """Most tokens one pass proposes: the block the model was trained for."""
         return self._model.config.block_size or 32
 
+    @property
+    def temperature(self) -> float:
+        """Of the target's distribution that the logits stand for."""
+        return self._model.config.logits_temperature
+
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request would have to run before its masks."""
         cached = self._cached.get(request_id)
@@ -106,11 +112,28 @@ class DiffusionDrafter:
             counts=counts,
             limits=torch.tensor(limits, device=self._model.device),
         )
-        hidden = self._model.forward(rows, self._cache)
+        hidden = self._model.forward(rows, self._cache, self._target_states(requests, starts, counts))
         logits = self._model.logits(hidden[torch.tensor(predicting, device=hidden.device)])[:, : self._vocabulary_size]
         if self._excluded:
             logits[:, self._excluded] = -torch.inf
         return logits
+
+    def _target_states(
+        self, requests: Sequence[MaskedRequest], starts: Sequence[int], counts: Sequence[int]
+    ) -> Tensor | None:
+        """What the target knew at every clean row: `[rows, target hidden]`, zero for masks and where it is unknown."""
+        width = self._model.config.target_hidden_size
+        if not width or all(request.hidden_states is None for request in requests):
+            return None
+        states = torch.zeros(sum(counts), width, device=self._model.device, dtype=self._model.dtype)
+        first_row = 0
+        for request, start, count in zip(requests, starts, counts, strict=True):
+            if request.hidden_states is not None:
+                cached = self._cached[request.request_id]
+                clean = request.hidden_states[cached.offset + start : cached.offset + cached.length]
+                states[first_row : first_row + len(clean)] = clean
+            first_row += count
+        return states
 
     def release(self, request_id: str) -> None:
         """Free the request's slot; harmless if it has none."""

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.costs import KNOTS, CostCurve
-from drafters.kernels import compiled
+from transformer.compiled import compiled
 
 Floats = NDArray[np.float64]
 

@@ -6,31 +6,19 @@ defined in, but not of functions it calls in other files, and would go on runnin
 Words: a `text` is the flat window of a request's committed tokens; positions past its end are the path under search.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from transformer.compiled import compiled
+from transformer.noise import gumbel, noise_key
 
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
 MAX_ORDER = 8
 NO_TOKEN = -1
+LEAST_SHARE = 1e-3  # of the most probable token's probability: less probable ones are not expected to be drawn
 BEST_SUCCESSORS = 3  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable."""
-    options: dict[str, Any] = {
-        "nogil": True,
-        "error_model": "numpy",  # divisions need no check for zero
-        "fastmath": {"reassoc", "contract"},  # sums may be reordered, to vectorise; infinities and not-a-number stay
-    }
-    try:
-        kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no writable place: a read-only install, as in some containers
-        kernel = numba.njit(**options)(function)
-    return kernel
 
 
 class NgramArrays(NamedTuple):
@@ -55,6 +43,18 @@ class Workspace(NamedTuple):
     stops: NDArray[np.int64]  # [MAX_ORDER]
     last: NDArray[np.int32]  # [vocabulary] last position of a token in the text at hand, or -1
     previous: NDArray[np.int32]  # [window] previous position of the same token, or -1
+
+
+class Noise(NamedTuple):
+    """What is known of the noise that the target draws with, per request of a batch.
+
+    The target takes the token with the largest `log p / temperature + noise`; so does a draft, with its estimate of p.
+    """
+
+    seeds: NDArray[np.uint64]  # [requests]
+    positions: NDArray[np.int64]  # [requests] absolute position of the first drafted token
+    causal_scales: NDArray[np.float64]  # [requests] on the causal model's log probabilities; 0: no noise, as if greedy
+    lattice_scales: NDArray[np.float64]  # [requests] on the lattice's log probabilities
 
 
 def new_workspace(vocabulary_size: int, window: int) -> Workspace:
@@ -211,12 +211,69 @@ def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, n
 
 
 @compiled
+def _most_probable(
+    ngram: Any, found: int, rest: float, copied: int, weight: float, work: Any
+) -> tuple[np.int64, float]:
+    """The mixture's most probable token in the context at hand, and its probability."""
+    best, best_probability = np.int64(NO_TOKEN), 0.0
+    for index in range(found):
+        for successor in range(work.starts[index], work.stops[index]):
+            token = np.int64(ngram.tokens[successor])
+            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+            if token == copied:
+                probability += weight
+            if probability > best_probability:
+                best, best_probability = token, probability
+    if weight > 0.0:
+        probability = weight + (1.0 - weight) * (work.sums[copied] + rest * ngram.unigram[copied])
+        if probability > best_probability:
+            best, best_probability = np.int64(copied), probability
+    return best, best_probability
+
+
+@compiled
+def _likely_draw(
+    ngram: Any,
+    found: int,
+    rest: float,
+    copied: int,
+    weight: float,
+    least: float,
+    scale: float,
+    key: np.uint64,
+    work: Any,
+) -> tuple[np.int64, float]:
+    """The token that the target would draw with this noise if the mixture were its distribution, and how surely.
+
+    Tokens of a probability below `least` are left out. The confidence grows with the lead over the second.
+    """
+    best, first, second = np.int64(NO_TOKEN), -np.inf, -np.inf
+    for index in range(-1, found):
+        start, stop = (work.starts[index], work.stops[index]) if index >= 0 else (np.int64(0), np.int64(weight > 0.0))
+        for successor in range(start, stop):
+            token = np.int64(ngram.tokens[successor]) if index >= 0 else np.int64(copied)
+            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+            if token == copied:
+                probability += weight
+            if probability < least or token == best:
+                continue
+            value = scale * np.log(probability) + gumbel(key, token)
+            if value > first:
+                best, first, second = token, value, first
+            elif value > second:
+                second = value
+    return best, (1.0 - np.exp(second - first)) * (1.0 - (1.0 - weight) * rest)
+
+
+@compiled
 def greedy_chains(
-    flat: Any, starts: Any, caps: Any, floors: Any, ends: Any, ngram: Any, copy_weights: Any, work: Any, lengths: Any,
-    tokens: Any, confidences: Any,
+    flat: Any, starts: Any, caps: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copy_weights: Any, work: Any,
+    lengths: Any, tokens: Any, confidences: Any,
 ) -> None:  # fmt: skip
-    """Per text, follow the mixture's most probable token: up to `caps` times, to an end token, or until the product of
-    the confidences falls below `floors`."""
+    """Per text, follow the mixture's most probable token (or likely draw, where the noise is known).
+
+    Up to `caps` times, to an end token, or until the product of the confidences falls below `floors`.
+    """
     for request in range(len(caps)):
         text, path = flat[starts[request] : starts[request + 1]], tokens[request]
         index_text(text, 0, len(text), work)
@@ -225,24 +282,16 @@ def greedy_chains(
             match, copied = find_copy(text, path, step, work)
             weight = copy_weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
-            best, best_probability = np.int64(NO_TOKEN), 0.0
-            for index in range(found):
-                for successor in range(work.starts[index], work.stops[index]):
-                    token = np.int64(ngram.tokens[successor])
-                    probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
-                    if token == copied:
-                        probability += weight
-                    if probability > best_probability:
-                        best, best_probability = token, probability
-            if weight > 0.0:
-                probability = weight + (1.0 - weight) * (work.sums[copied] + rest * ngram.unigram[copied])
-                if probability > best_probability:
-                    best, best_probability = copied, probability
+            best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
+            if noise.causal_scales[request] > 0.0 and best != NO_TOKEN:
+                key = noise_key(noise.seeds[request], noise.positions[request] + step)
+                scale, least = noise.causal_scales[request], confidence * LEAST_SHARE
+                best, confidence = _likely_draw(ngram, found, rest, copied, weight, least, scale, key, work)
             leave_context(ngram, found, work)
-            survival *= best_probability
+            survival *= confidence
             if best == NO_TOKEN or survival < floors[request]:
                 break
-            path[step], confidences[request, step] = best, best_probability
+            path[step], confidences[request, step] = best, confidence
             lengths[request] = step + 1
             if contains(ends, len(ends), best):
                 break
@@ -291,6 +340,7 @@ class Search(NamedTuple):
     logits: NDArray[np.float32]  # [rows, drafter's vocabulary]
     log_normalisers: NDArray[np.float32]  # [rows]
     ends: NDArray[np.int32]
+    noise: Noise
     lattice_weights: NDArray[np.float64]  # [longest] by position of the draft
     log_floor: float  # nats
     option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
@@ -324,12 +374,14 @@ def _join(tokens: Any, count: np.int64, token: np.int64, vocabulary: int) -> np.
 
 @compiled
 def expand(
-    search: Any, row: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int, use_copy: bool, work: Any
-) -> np.int64:
+    search: Any, row: int, request: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int,
+    use_copy: bool, work: Any,
+) -> np.int64:  # fmt: skip
     """Fill the options for the token after `text + path[:length]`; return their number.
 
     They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
-    option's confidence is its share of their probabilities after mixing (a product of experts).
+    option's confidence is its share of their probabilities after mixing (a product of experts). Where the noise of the
+    draw is known, it is part of the mixture, and the score is the confidence's logarithm.
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
     tokens, scores = search.option_tokens, search.option_scores
@@ -347,7 +399,10 @@ def expand(
     for index in range(max(found - 2, 0), found):  # the two longest contexts
         for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
             count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
-    total = 0.0
+    noise = search.noise
+    is_drawn = noise.causal_scales[request] > 0.0
+    key = noise_key(noise.seeds[request], noise.positions[request] + length)
+    total, highest = 0.0, -np.inf
     for index in range(count):
         token = tokens[index]
         log_lattice = search.log_floor
@@ -360,11 +415,18 @@ def expand(
             probability += weight
         log_causal = max(np.log(max(probability, 1e-30)), search.log_floor)
         score = lattice_weight * log_lattice + (1.0 - lattice_weight) * log_causal
+        if is_drawn:
+            score = lattice_weight * noise.lattice_scales[request] * log_lattice
+            score += (1.0 - lattice_weight) * noise.causal_scales[request] * log_causal + gumbel(key, token)
         scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
-        scores[index, 3] = np.exp(score)
+        highest = max(highest, score)
+    for index in range(count):
+        scores[index, 3] = np.exp(scores[index, 0] - highest)
         total += scores[index, 3]
     for index in range(count):
         scores[index, 3] /= total
+        if is_drawn:
+            scores[index, 0] = max(np.log(max(scores[index, 3], 1e-30)), search.log_floor)
     leave_context(ngram, found, work)
     return count
 
@@ -446,7 +508,7 @@ def search_paths(
                 if beam >= num_beams and not (beam == width and step < raw_length):
                     continue
                 path = raw_path if beam == width else search.paths[side, beam]
-                count = expand(search, row, ngram, copy_weights, text, path, step, use_copy, work)
+                count = expand(search, row, request, ngram, copy_weights, text, path, step, use_copy, work)
                 for option in range(count):
                     token = search.option_tokens[option]
                     if beam == width:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.causal_scorer import CausalModel, join
-from drafters.kernels import BEST_SUCCESSORS, Found, Search, search_paths
+from drafters.causal_scorer import CausalModel, join, no_noise
+from drafters.kernels import BEST_SUCCESSORS, Found, Noise, Search, search_paths
 from drafters.lattice import DraftLattice
 
 LOG_FLOOR = -20.0  # nats
@@ -72,8 +72,8 @@ class PathSearch:
         self.lattice_weight, self.lattice_weight_decay = lattice_weight, lattice_weight_decay
         self.mode = mode
 
-    def search(self, histories: Sequence[Tokens], lattice: DraftLattice) -> list[Path]:
-        """Choose a path for every request; `histories` in the order of the lattice's requests.
+    def search(self, histories: Sequence[Tokens], lattice: DraftLattice, noise: Noise | None = None) -> list[Path]:
+        """Choose a path for every request; `histories` and `noise` in the order of the lattice's requests.
 
         Raises ValueError if their numbers differ.
         """
@@ -94,7 +94,7 @@ class PathSearch:
         causal = self.causal
         search_paths(
             text, starts, causal.ngram.arrays, causal.copy_weights, causal.use_copy, self.mode == "search",
-            self._arguments(lattice, longest), causal.workspace, found,
+            self._arguments(lattice, longest, noise or no_noise(len(histories))), causal.workspace, found,
         )  # fmt: skip
         return _paths(found)
 
@@ -102,7 +102,7 @@ class PathSearch:
         powers: NDArray[np.float64] = np.power(self.lattice_weight_decay, np.arange(longest, dtype=np.float64))
         return self.lattice_weight * powers
 
-    def _arguments(self, lattice: DraftLattice, longest: int) -> Search:
+    def _arguments(self, lattice: DraftLattice, longest: int, noise: Noise) -> Search:
         most_options = lattice.tokens.shape[1] + 1 + 2 * BEST_SUCCESSORS
         return Search(
             row_starts=lattice.row_starts,
@@ -111,6 +111,7 @@ class PathSearch:
             logits=lattice.logits,
             log_normalisers=lattice.log_normalisers,
             ends=self.end_tokens,
+            noise=noise,
             lattice_weights=self._lattice_weights(longest),
             log_floor=LOG_FLOOR,
             option_tokens=np.empty(most_options, np.int64),

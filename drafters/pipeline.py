@@ -13,6 +13,7 @@ from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.costs import CostCurve
+from drafters.coupling import known_noise
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
 from drafters.goodput import (
     TEMPERATURES,
@@ -196,7 +197,8 @@ class DraftPipeline:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
         floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors)
+        noise = known_noise([candidate.request for candidate in candidates])
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.copied, candidate.copied_confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap
@@ -240,7 +242,10 @@ class DraftPipeline:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
         if not candidates or self._diffusion is None or self._search is None:
             return
-        requests = [MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length) for c in candidates]
+        requests = [
+            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states)
+            for c in candidates
+        ]
         try:
             started = self._clock()
             rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
@@ -249,7 +254,8 @@ class DraftPipeline:
             lengths = [request.length for request in requests]
             mask_logits(logits, [candidate.request for candidate in candidates], lengths)
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
-            paths = self._search.search([request.tokens for request in requests], lattice)
+            noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
+            paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
             self._pause(candidates)
             return

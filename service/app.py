@@ -63,7 +63,7 @@ def create_app(
         app.include_router(module.router)
     app.include_router(ops.router)
     app.add_middleware(KeyMiddleware, serving=serving)
-    app.add_middleware(RequestMiddleware, clock=clock)
+    app.add_middleware(RequestMiddleware, clock=clock, observe=metrics.observe_response)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnectedError, _answer_nobody)

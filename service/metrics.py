@@ -4,10 +4,13 @@
 the controller acted on. Labels are bounded: never a request, a user or a prompt.
 """
 
+from collections.abc import Callable
+from typing import get_args
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from drafters.base import Outcome, StepRecord
-from service.engine.base import Engine
+from drafters.base import Outcome, PolicyName, SourceName, StepRecord
+from service.engine.base import Engine, EnginePhase
 
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 TOKEN_BUCKETS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 10.0)
@@ -17,7 +20,11 @@ LENGTH_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 64, 128)
 WIDTH_BUCKETS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 40, 64)
 GAIN_BUCKETS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0)
 FINISH_REASONS = ("stop", "length", "abort", "error")
-SOURCES = ("none", "copy", "diffusion")
+SOURCES = get_args(SourceName)
+POLICIES = get_args(PolicyName)
+PHASES = get_args(EnginePhase)
+BATCHES = ((1, "1"), (2, "2"), (4, "3-4"), (8, "5-8"), (16, "9-16"), (32, "17-32"))  # most sequences of a step, label
+LARGEST_BATCH = "33+"
 BYPASS_REASONS = (
     "prefill",
     "disabled",
@@ -41,6 +48,7 @@ class ServiceMetrics:
         self.registry = registry
         self._num_positions = max_draft_tokens
         self._model_name = model_name
+        self._policy = policy
         ProcessCollector(registry=registry)
         self._build_request_metrics()
         self._build_step_metrics()
@@ -81,6 +89,9 @@ class ServiceMetrics:
         self._generation_tokens = self._counter("vllm:generation_tokens", "Generated tokens.").labels(name)
         finished = self._counter("vllm:request_success", "Ended sequences by how they ended.", "finished_reason")
         self._finished = {reason: finished.labels(name, reason) for reason in FINISH_REASONS}
+        self._responses = self._counter("diffuspec_http_responses", "HTTP responses.", "route", "status")
+        phases = self._gauge("diffuspec_engine_phase", "1 for the phase that the engine is in.", "phase")
+        self._engine_phases = {phase: phases.labels(name, phase) for phase in PHASES}
 
     def _build_step_metrics(self) -> None:
         name = self._model_name
@@ -91,13 +102,22 @@ class ServiceMetrics:
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position, from 0.", "position"
         )
         self._accepted_at = [per_position.labels(name, str(position)) for position in range(self._num_positions)]
+        per_position = self._counter(
+            "diffuspec_draft_tokens_per_pos", "Verified draft tokens by position, from 0.", "position"
+        )
+        self._drafted_at = [per_position.labels(name, str(position)) for position in range(self._num_positions)]
         self._steps = self._counter("diffuspec_steps", "Engine steps.").labels(name)
         rows = self._counter("diffuspec_rows", "Rows of the models' passes.", "kind")
         self._rows = {kind: rows.labels(name, kind) for kind in ("prefill", "decode", "diffusion")}
         phases = self._histogram("diffuspec_step_seconds", "Seconds of a step by phase.", PHASE_BUCKETS, "phase")
         self._phases = {phase: phases.labels(name, phase) for phase in ("draft", "search", "verify", "commit")}
-        lengths = self._histogram("diffuspec_draft_length", "Tokens drafted for one step.", LENGTH_BUCKETS, "source")
-        self._lengths = {source: lengths.labels(name, source) for source in SOURCES}
+        lengths = self._histogram(
+            "diffuspec_draft_length", "Tokens drafted for one step.", LENGTH_BUCKETS, "source", "policy"
+        )
+        self._lengths = {
+            (source, policy): lengths.labels(name, source, policy) for source in SOURCES for policy in POLICIES
+        }
+        self._build_decode_metrics()
         self._width = self._histogram(
             "diffuspec_lattice_width", "Mean candidates per position of a lattice.", WIDTH_BUCKETS
         ).labels(name)
@@ -130,6 +150,27 @@ class ServiceMetrics:
         if is_failed:
             self._audits_failed.inc()
 
+    def _build_decode_metrics(self) -> None:
+        """What a step without prompt tokens costs and brings, drafted or not: from it follows the speed-up.
+
+        A drafted token saves a plain step of the same batch, so that side by side, summed over the batches,
+        `tokens{drafted="yes"} * seconds{drafted="no"} / tokens{drafted="no"}` is what plain decoding would have taken.
+        """
+        name, labels = self._model_name, ("drafted", "batch")
+        steps = self._counter("diffuspec_decode_steps", "Steps without prompt tokens.", *labels)
+        seconds = self._counter("diffuspec_decode_step_seconds", "Seconds of steps without prompt tokens.", *labels)
+        tokens = self._counter("diffuspec_decode_step_tokens", "Tokens from steps without prompt tokens.", *labels)
+        self._decode = {
+            (drafted, batch): tuple(counter.labels(name, drafted, batch) for counter in (steps, seconds, tokens))
+            for drafted in ("yes", "no")
+            for batch in (*(label for _, label in BATCHES), LARGEST_BATCH)
+        }
+
+    def watch_phase(self, phase: Callable[[], EnginePhase]) -> None:
+        """Ask for the engine's phase whenever Prometheus asks."""
+        for name, gauge in self._engine_phases.items():
+            gauge.set_function(lambda name=name: float(phase() == name))  # type: ignore[misc]  # bound here and now
+
     def watch(self, engine: Engine) -> None:
         """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""
         self._running.set_function(lambda: engine.status().num_running)
@@ -149,10 +190,21 @@ class ServiceMetrics:
         self._rows["diffusion"].inc(step.num_diffusion_rows)
         for outcome in step.outcomes:
             self._observe_outcome(outcome)
+        if step.outcomes and not step.num_prefill_rows:
+            self._observe_decode_step(step)
+
+    def _observe_decode_step(self, step: StepRecord) -> None:
+        num_sequences = len(step.outcomes)
+        drafted = "yes" if any(outcome.draft.tokens for outcome in step.outcomes) else "no"
+        batch = next((label for most, label in BATCHES if num_sequences <= most), LARGEST_BATCH)
+        steps, seconds, tokens = self._decode[drafted, batch]
+        steps.inc()
+        seconds.inc(step.seconds.draft + step.seconds.search + step.seconds.verify + step.seconds.commit)
+        tokens.inc(num_sequences + sum(outcome.num_accepted for outcome in step.outcomes))
 
     def _observe_outcome(self, outcome: Outcome) -> None:
         draft = outcome.draft
-        self._lengths[draft.source].observe(len(draft.tokens))
+        self._lengths[draft.source, outcome.policy or self._policy].observe(len(draft.tokens))
         if draft.lattice_width > 0:
             self._width.observe(draft.lattice_width)
             self._gain.observe(draft.path_gain)
@@ -164,8 +216,14 @@ class ServiceMetrics:
         self._accepted.inc(outcome.num_kept)
         for counter in self._accepted_at[: outcome.num_kept]:
             counter.inc()
+        for counter in self._drafted_at[: len(draft.tokens)]:
+            counter.inc()
         self._expected.inc(draft.expected_accepted + 1)
         self._committed.inc(outcome.num_accepted + 1)
+
+    def observe_response(self, route: str, status: int) -> None:
+        """One HTTP response. `route` is a route's own pattern, never a path that a client made up."""
+        self._responses.labels(self._model_name, route, str(status)).inc()
 
     def observe_first_token(self, num_prompt_tokens: int, queue_seconds: float, seconds: float) -> None:
         """One sequence has its first token, `seconds` after it arrived."""

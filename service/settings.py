@@ -200,13 +200,32 @@ class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
         default=(),
         description="Keys that clients may send as `Authorization: Bearer KEY`, each as it is or as `sha256:` and its "
-        "hash. Without these and a keys file no key is asked for.",
+        "hash. Without these and a file of keys none is asked for.",
     )
     keys_file: Path | None = Field(
         default=None,
         description="TOML file with a `[[keys]]` table for each key: its hash, limits and expiry (`diffuspec key`).",
     )
     open_metrics: bool = Field(default=False, description="Answer `/metrics` without a key, for Prometheus.")
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File with more such keys, one a line, without limits; lines that begin with # are comments.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_keys_of_file(cls, given: Any) -> Any:
+        """A file without a key is refused: whoever names one does not want an open server."""
+        if not isinstance(given, dict) or given.get("api_keys_file") is None:
+            return given
+        try:
+            lines = Path(given["api_keys_file"]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            raise ValueError("the file of API keys cannot be read") from None
+        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not keys:
+            raise ValueError("the file of API keys has no key in it")
+        return {**given, "api_keys": (*given.get("api_keys", ()), *keys)}
 
 
 class LoggingSettings(SettingsGroup):

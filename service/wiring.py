@@ -105,8 +105,9 @@ def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tupl
         raise CheckpointError(
             f"model.context_length is {context}, but the target was made for {target.config.max_positions} tokens."
         )
-    verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens)
     drafter = _load_drafter(settings, lambda folder: load_model(folder, "drafter", 0.6, 0.9))
+    is_conditioned = drafter is not None and drafter.config.target_hidden_size > 0
+    verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens, is_conditioned)
     progress("compiling the drafting kernels (kept for the next start)", 0.9)
     pipeline = build_pipeline(settings, target.config, drafter)
     warm_up(pipeline)

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.checkpoints import write_block_drafter, write_checkpoint
 from tests.near_ties import NearTies
 
+settings.register_profile("unhurried", deadline=None)  # the first call of a kernel compiles it
+settings.load_profile("unhurried")
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 

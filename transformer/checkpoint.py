@@ -21,6 +21,8 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * head_dim, config.num_key_value_heads * head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocabulary_size, hidden)}
+    if config.target_hidden_size:
+        shapes["model.target_projection.weight"] = (hidden, config.target_hidden_size)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
         for name, size in (("q", queries), ("k", keys), ("v", keys)):

@@ -54,6 +54,8 @@ class TransformerConfig:
     logits_shifted: bool = False  # the row of position i predicts position i + 1, as in causal models
     attention: AttentionPattern = "causal"
     block_size: int = 0  # tokens; "block" only
+    logits_temperature: float = 1.0  # of the target's distribution that the logits were trained to give
+    target_hidden_size: int = 0  # width of the target's hidden states that join the embeddings; 0: none do
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -185,6 +187,8 @@ def read_diffusion(raw: Mapping[str, Any]) -> dict[str, Any]:
         "logits_shifted": bool(raw.get("logits_shifted", raw["model_type"] == "Dream")),
         "attention": cast(AttentionPattern, pattern),
         "block_size": int(raw.get("block_size", 0)),
+        "logits_temperature": float(raw.get("logits_temperature", 1.0)),
+        "target_hidden_size": int(raw.get("target_hidden_size", 0)),
     }
 
 

@@ -50,6 +50,9 @@ class Transformer:
             head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
             # A tied head is transposed into a copy on the CPU only: there it is worth its memory.
             self._head = Matrix(head.t().contiguous() if head.device.type == "cpu" else head.t())
+            self._target_projection: Matrix | None = None
+            if config.target_hidden_size:
+                self._target_projection = Matrix(weights.pop("model.target_projection.weight").t().contiguous())
             self._final_norm = folded_norm(weights.pop("model.norm.weight")).to(self.dtype)
             self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
             self._rotations = rotary_table(config, config.max_positions).to(self.device)
@@ -83,11 +86,16 @@ class Transformer:
         return KeyValueCache(*sizes, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def forward(self, rows: RowBatch, cache: KeyValueCache) -> Tensor:
-        """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache."""
+    def forward(self, rows: RowBatch, cache: KeyValueCache, target_states: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache.
+
+        target_states: [rows, target hidden] joined to the embeddings; zeros where there are none.
+        """
         attention = Attention(rows, cache, self.config.num_heads // self.config.num_key_value_heads)
         rotations = self._rotations[attention.positions]
         hidden = self._embedding.index_select(0, rows.tokens)
+        if target_states is not None and self._target_projection is not None:
+            hidden = self._target_projection.add_product(hidden, target_states)
         for index, layer in enumerate(self._layers):
             hidden = self._attend(hidden, index, layer, attention, rotations)
             gate, up = layer.gate_up.multiply(self._normalized(hidden)).chunk(2, dim=-1)

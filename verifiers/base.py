@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TokenIds = Sequence[int] | NDArray[np.int32]
 
@@ -109,6 +112,9 @@ class Verifier(Protocol):
 
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
         """Run one forward pass over all rows of all requests and check their drafts."""
+
+    def hidden_states(self, slot: int, length: int) -> "Tensor | None":
+        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`; None if it is not kept."""
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot's keys and values over another's."""

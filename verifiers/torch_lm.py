@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer.cache import lazy_zeros
 from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
 from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
 from verifiers.distribution import token_weights
-from verifiers.draws import draw, uniforms
+from verifiers.draws import NO_TOKEN, draw
 from verifiers.logprobs import token_logprobs
 from verifiers.sampling import apply_rules, changes_logits, restrict
 
 log = logging.getLogger(__name__)
 
 DRAFT_ROOM = 64  # positions beyond the context, for drafts that reach over its end
-NO_TOKEN = -1  # drawn where the row's logits allow no token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +33,27 @@ class RowSpan:
 class TorchVerifier:
     """The target model with its key-value cache. One caller at a time."""
 
-    def __init__(self, model: Transformer, num_slots: int, context_length: int, num_tokens: int | None = None) -> None:
-        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be."""
+    def __init__(
+        self,
+        model: Transformer,
+        num_slots: int,
+        context_length: int,
+        num_tokens: int | None = None,
+        keep_hidden_states: bool = False,
+    ) -> None:
+        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be.
+
+        keep_hidden_states: for a drafter that is conditioned on them.
+        """
         self._model = model
         self._num_slots = num_slots
         self._context_length = context_length
         self._num_tokens = min(num_tokens or model.config.vocabulary_size, model.config.vocabulary_size)
         self._cache = model.new_cache(num_slots, context_length + DRAFT_ROOM)
+        self._states: Tensor | None = None  # [slots, positions, hidden] what the token at a position is predicted from
+        if keep_hidden_states:
+            shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
+            self._states = lazy_zeros(shape, model.device, model.dtype)
 
     @property
     def vocabulary_size(self) -> int:
@@ -56,6 +70,16 @@ class TorchVerifier:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot's keys and values over another's."""
         self._cache.copy_slot(source, target, length)
+        if self._states is not None:
+            with torch.inference_mode():
+                self._states[target, : length + 1] = self._states[source, : length + 1]
+
+    def hidden_states(self, slot: int, length: int) -> Tensor | None:
+        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`: a view, zero for the first.
+
+        None if it is not kept.
+        """
+        return None if self._states is None else self._states[slot, :length]
 
     @torch.inference_mode()
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
@@ -99,9 +123,19 @@ class TorchVerifier:
             counts,
         )
         hidden = self._model.forward(batch, self._cache)
+        self._keep_states(requests, counts, hidden)
         if len(needed) < len(tokens) or needed != list(range(len(tokens))):
             hidden = hidden.index_select(0, torch.tensor(needed, dtype=torch.int64, device=device))
         return self._model.logits(hidden), spans
+
+    def _keep_states(self, requests: Sequence[VerifyRequest], counts: Sequence[int], hidden: Tensor) -> None:
+        if self._states is None:
+            return
+        first_row = 0
+        for request, count in zip(requests, counts, strict=True):
+            first = request.num_cached + 1
+            self._states[request.slot, first : first + count] = hidden[first_row : first_row + count]
+            first_row += count
 
     def _runnable(self, draft: Sequence[int]) -> Sequence[int]:
         """The draft, with ids outside the vocabulary replaced: they can be run, and are rejected all the same."""
@@ -136,10 +170,10 @@ class TorchVerifier:
         if sampled:
             rows_taken = [row for row, _, _ in sampled]
             rules = [request.rules for _, request, _ in sampled]
-            numbers = uniforms([rule.seed for rule in rules], [position for _, _, position in sampled])
             weights = token_weights(allowed[rows_taken], rules)
-            for row, token in zip(rows_taken, draw(weights, numbers).tolist(), strict=True):
-                tokens[row] = token if token < self._num_tokens else NO_TOKEN
+            drawn = draw(weights, [rule.seed for rule in rules], [position for _, _, position in sampled])
+            for row, token in zip(rows_taken, drawn.tolist(), strict=True):
+                tokens[row] = token
         return tokens
 
     def _result(self, request: VerifyRequest, logits: Tensor, span: RowSpan, drawn: Sequence[int]) -> VerifyResult:

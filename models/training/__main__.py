@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from drafters.ngram import NgramModel
 from models.training.cards import write_cards
 from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
 from models.training.data import Corpus
-from models.training.drafter import DrafterRecipe, facts_of, save_drafter, train_drafter
+from models.training.drafter import ConditionedDrafter, DrafterRecipe, facts_of, save_drafter, train_drafter
 from models.training.evaluate import drafter_figures, held_out_continuations, ngram_accuracy
 from models.training.ngram import fit_ngram
 from models.training.target import TargetRecipe, held_out_bits_per_byte, load_start, train_target
@@ -58,11 +58,11 @@ class Pair:
     def continuations(self) -> Continuations:
         return Continuations.load(self.work / "continuations")
 
-    def with_corpus(self, continuations: Continuations, share: float) -> Continuations:
-        """The continuations, and so many windows of the corpus that these are `share` of the rows."""
+    def with_corpus(self, model: LlamaForCausalLM, continuations: Continuations, share: float) -> Continuations:
+        """`model`'s continuations, and so many windows of the corpus that these are `share` of the rows."""
         rows = round(len(continuations.tokens) * share / (1 - share))
         return continuations.joined(
-            corpus_rows(self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
+            corpus_rows(model, self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
         )
 
 
@@ -82,10 +82,11 @@ def run_drafter(pair: Pair) -> None:
     folder = pair.models / "drafter"
     if not (folder / "model.safetensors").exists():
         recipe = pair.drafter_recipe
-        start_data = pair.with_corpus(Continuations.load(pair.work / "start-continuations"), recipe.start_corpus_share)
-        data = pair.with_corpus(pair.continuations, recipe.corpus_share)
+        started = Continuations.load(pair.work / "start-continuations")
+        start_data = pair.with_corpus(pair.start, started, recipe.start_corpus_share)
+        data = pair.with_corpus(pair.target, pair.continuations, recipe.corpus_share)
         drafter = train_drafter(pair.start, start_data, data, pair.work, recipe)
-        save_drafter(drafter, pair.models / "target", folder, facts_of(recipe, pair.continuations))
+        save_drafter(drafter, pair.models / "target", folder, recipe, facts_of(recipe, pair.continuations))
 
 
 def run_ngram(pair: Pair) -> None:
@@ -97,7 +98,7 @@ def run_ngram(pair: Pair) -> None:
 
 def run_cards(pair: Pair) -> None:
     held_out = held_out_continuations(pair.target, pair.corpus.held_out, pair.evaluation_prompts, TEMPERATURES, seed=1)
-    drafter = Qwen2ForCausalLM.from_pretrained(pair.models / "drafter", dtype=torch.float32).eval()
+    drafter = ConditionedDrafter.from_pretrained(pair.models / "drafter", dtype=torch.float32).eval()
     figures: dict[str, Any] = {
         "target_bits_per_byte": round(held_out_bits_per_byte(pair.target, pair.corpus), 4),
         "target_parameters": pair.target.num_parameters(),

@@ -16,13 +16,14 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 CANDIDATES = 8  # tokens of the target's distribution kept per position
+READ_TOGETHER = 64  # rows of the corpus in one pass
 
 
 @dataclass(frozen=True)
 class ContinuationRecipe:
     """Sizes of the run. A row is a prompt from the corpus and the target's continuation, `length` tokens together."""
 
-    shards: int = 42
+    shards: int = 64
     rows: int = 128  # per shard
     length: int = 288
     shortest_prompt: int = 32
@@ -37,7 +38,9 @@ class Continuations:
     """Rows of text, with the target's most probable tokens for each position given what stands before it.
 
     `tokens` int16 `[rows, length]`; `prompt_lengths` and `temperatures` `[rows]`; `candidates` int16 and
-    `log_probabilities` float16 (nats, at temperature 1) `[rows, length, CANDIDATES]`, both zero at position 0.
+    `log_probabilities` float16 (nats, at temperature 1) `[rows, length, CANDIDATES]`; `features` float16
+    `[rows, length, hidden]`, the target's final hidden state that a position was predicted from. The last three are
+    zero at position 0.
     """
 
     tokens: NDArray[np.int16]
@@ -45,6 +48,7 @@ class Continuations:
     temperatures: NDArray[np.float32]
     candidates: NDArray[np.int16]
     log_probabilities: NDArray[np.float16]
+    features: NDArray[np.float16]
 
     def save(self, path: Path) -> None:
         new = path.with_suffix(".new.npz")
@@ -86,8 +90,8 @@ class BatchDecoder:
         self._keys, self._values = torch.empty(shape), torch.empty(shape)
         self._length = 0
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append `tokens` `[rows, count]` (one at a time once begun) and return `[rows, count, vocabulary]` logits."""
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append `tokens` `[rows, count]` (one at a time once begun); their final hidden states, normed."""
         rows, count = tokens.shape
         start, end = self._length, self._length + count
         heads, key_value_heads, size = self._heads
@@ -112,8 +116,8 @@ class BatchDecoder:
             hidden = hidden + attention.o_proj(context.transpose(1, 2).reshape(rows, count, -1))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self._length = end
-        logits: torch.Tensor = self._model.lm_head(self._model.model.norm(hidden))
-        return logits
+        final: torch.Tensor = self._model.model.norm(hidden)
+        return final
 
 
 def draw(logits: torch.Tensor, temperatures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
@@ -134,10 +138,13 @@ def continue_prompts(
     tokens = torch.empty((rows, length), dtype=torch.int64)
     candidates = torch.zeros((rows, length, CANDIDATES), dtype=torch.int16)
     log_probabilities = torch.zeros((rows, length, CANDIDATES), dtype=torch.float16)
+    features = torch.zeros((rows, length, model.config.hidden_size), dtype=torch.float16)
     tokens[:, :prompt_length] = prompts
     start, end = 0, prompt_length
     while end < length:
-        logits = decoder.logits(tokens[:, start:end])
+        hidden = decoder.hidden(tokens[:, start:end])
+        features[:, start + 1 : end + 1] = hidden.half()
+        logits: torch.Tensor = model.lm_head(hidden)
         best, ids = logits.topk(CANDIDATES)
         candidates[:, start + 1 : end + 1] = ids.short()
         log_probabilities[:, start + 1 : end + 1] = (best - logits.logsumexp(-1, keepdim=True)).half()
@@ -149,6 +156,7 @@ def continue_prompts(
         temperatures,
         candidates.numpy(),
         log_probabilities.numpy(),
+        features.numpy(),
     )
 
 
@@ -175,14 +183,21 @@ def write_continuations(
         continue_prompts(model, prompts, recipe.length, temperatures, int(random.integers(2**31))).save(path)
 
 
-def corpus_rows(tokens: NDArray[np.int32], rows: int, length: int, seed: int) -> Continuations:
+@torch.inference_mode()
+def corpus_rows(model: LlamaForCausalLM, tokens: NDArray[np.int32], rows: int, length: int, seed: int) -> Continuations:
     """Windows of the corpus in the same form: a prompt of one token, and each next token certain (temperature 1)."""
-    windows = random_prompts(tokens, length, rows, np.random.default_rng(seed)).numpy().astype(np.int16)
-    candidates = np.repeat(windows[:, :, None], CANDIDATES, 2)
+    windows = random_prompts(tokens, length, rows, np.random.default_rng(seed))
+    features = torch.zeros((rows, length, model.config.hidden_size), dtype=torch.float16)
+    for at in range(0, rows, READ_TOGETHER):
+        read = windows[at : at + READ_TOGETHER, :-1]
+        features[at : at + len(read), 1:] = BatchDecoder(model, len(read), length).hidden(read).half()
+    words = windows.numpy().astype(np.int16)
+    candidates = np.repeat(words[:, :, None], CANDIDATES, 2)
     return Continuations(
-        windows,
+        words,
         np.ones(rows, np.int16),
         np.ones(rows, np.float32),
         candidates,
         np.zeros(candidates.shape, np.float16),
+        features.numpy(),
     )

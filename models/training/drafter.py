@@ -1,7 +1,8 @@
 """Train the drafter: a two-layer block-diffusion model distilled on the target's own continuations.
 
 It starts from the first and last layer of the small model that the target grew from, and is trained exactly as it
-drafts (see `models.training.blocks`).
+drafts (see `models.training.blocks`): each clean row also gets the target's final hidden state that its token was
+predicted from, which the target has computed anyway when the token is committed (as in EAGLE, arXiv 2401.15077).
 Labels are the target's own distributions, sharpened; their most probable tokens are stored with each continuation.
 """
 
@@ -10,10 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from models.training.blocks import BLOCK_SIZE, BlockBatch, attach_blocks, draw_blocks
 from models.training.checkpoint import Checkpoint
@@ -27,11 +31,10 @@ SAVE_EVERY = 250  # steps
 class DrafterRecipe:
     """Sizes and schedule."""
 
-    intermediate_size: int = 240
+    intermediate_size: int = 208
     layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
-    steps: int = 1500
-    more_steps: int = 1300  # afterwards, the learning rate starting anew and falling all the way
+    steps: int = 6000
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
     mean_masks: float = 5.0  # per block
@@ -41,7 +44,8 @@ class DrafterRecipe:
     label_temperature: float = 0.5
     first_labelled: int = 96  # clean rows before it carry no loss, which saves their logits
     prompt_weight: float = 0.1  # of the other clean rows inside the prompt
-    decay_share: float = 0.7
+    decay_share: float = 1.0
+    unconditioned_share: float = 0.1  # of the sequences, whose hidden states are missing up to a random token, or all
     muon_rate: float = 0.015
     adam_rate: float = 2e-3
     start_corpus_share: float = 0.75  # of the rows, plain windows of the corpus; in the warm-up
@@ -50,19 +54,68 @@ class DrafterRecipe:
     seed: int = 0
 
 
-def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Qwen2ForCausalLM:
-    """A Qwen2-layout model from the target's embedding and some of its layers, with mask tokens after the vocabulary.
+class ConditionedDrafter(Qwen2ForCausalLM):
+    """A Qwen2 whose input embeddings may be joined by the target's hidden states; `target_projection` maps these."""
 
-    Of each feed-forward layer the neurons with the largest product of weight norms stay.
-    """
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__(config)
+        self.model.target_projection = torch.nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
+        torch.nn.init.zeros_(self.model.target_projection.weight)
+
+    def rows(self, batch: BlockBatch, features: torch.Tensor) -> torch.Tensor:
+        """Final hidden states of all rows, `[sequences, rows, hidden]`.
+
+        `features` `[sequences, clean rows, target hidden]`: what each clean token was predicted from; zero if unknown.
+        """
+        embedded = self.model.embed_tokens(batch.token_ids)
+        joined = self.model.target_projection(features)
+        output = self.model(
+            inputs_embeds=embedded + F.pad(joined, (0, 0, 0, embedded.shape[1] - joined.shape[1])),
+            attention_mask=batch.visible,
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+
+def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> ConditionedDrafter:
+    """A Qwen2-layout model from the target's embedding and some of its layers, and mask tokens after the vocabulary."""
     torch.manual_seed(recipe.seed)
     source = target.config
-    drafter = Qwen2ForCausalLM(
+    drafter = _empty_drafter(source, source.vocab_size + BLOCK_SIZE, len(recipe.layers), source.hidden_size, recipe)
+    with torch.no_grad():
+        words, rows = target.model.embed_tokens.weight, drafter.model.embed_tokens.weight
+        rows[: source.vocab_size] = words
+        rows[source.vocab_size :] = words.mean(0) + 0.3 * words.std() * torch.randn(BLOCK_SIZE, source.hidden_size)
+        drafter.model.norm.weight.copy_(target.model.norm.weight)
+        for layer, index in zip(drafter.model.layers, recipe.layers, strict=True):
+            _copy_layer(target.model.layers[index], layer)
+    return drafter
+
+
+def narrowed(drafter: Qwen2ForCausalLM, target_hidden_size: int, recipe: DrafterRecipe) -> ConditionedDrafter:
+    """A finished drafter, to be trained on: of the recipe's feed-forward size, and not conditioned on anything yet."""
+    torch.manual_seed(recipe.seed)
+    config = drafter.config
+    new = _empty_drafter(config, config.vocab_size, config.num_hidden_layers, target_hidden_size, recipe)
+    with torch.no_grad():
+        new.model.embed_tokens.weight.copy_(drafter.model.embed_tokens.weight)
+        new.model.norm.weight.copy_(drafter.model.norm.weight)
+        for layer, old in zip(new.model.layers, drafter.model.layers, strict=True):
+            _copy_layer(old, layer)
+    return new
+
+
+def _empty_drafter(
+    source: LlamaConfig | Qwen2Config, vocab_size: int, layers: int, target_hidden_size: int, recipe: DrafterRecipe
+) -> ConditionedDrafter:
+    return ConditionedDrafter(
         Qwen2Config(
-            vocab_size=source.vocab_size + BLOCK_SIZE,
+            vocab_size=vocab_size,
             hidden_size=source.hidden_size,
             intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=len(recipe.layers),
+            num_hidden_layers=layers,
             num_attention_heads=source.num_attention_heads,
             num_key_value_heads=source.num_key_value_heads,
             max_position_embeddings=source.max_position_embeddings,
@@ -72,37 +125,26 @@ def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Qwen2ForCa
             bos_token_id=source.bos_token_id,
             eos_token_id=source.eos_token_id,
             pad_token_id=source.pad_token_id,
+            target_hidden_size=target_hidden_size,
         )
     )
-    with torch.no_grad():
-        words, rows = target.model.embed_tokens.weight, drafter.model.embed_tokens.weight
-        rows[: source.vocab_size] = words
-        rows[source.vocab_size :] = words.mean(0) + 0.3 * words.std() * torch.randn(BLOCK_SIZE, source.hidden_size)
-        drafter.model.norm.weight.copy_(target.model.norm.weight)
-        for layer, index in zip(drafter.model.layers, recipe.layers, strict=True):
-            old = target.model.layers[index]
-            layer.input_layernorm.weight.copy_(old.input_layernorm.weight)
-            layer.post_attention_layernorm.weight.copy_(old.post_attention_layernorm.weight)
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                getattr(layer.self_attn, name).weight.copy_(getattr(old.self_attn, name).weight)
-                if name != "o_proj":
-                    getattr(layer.self_attn, name).bias.zero_()
-            gate, up, down = old.mlp.gate_proj.weight, old.mlp.up_proj.weight, old.mlp.down_proj.weight
-            importance = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
-            kept = importance.topk(recipe.intermediate_size).indices.sort().values
-            layer.mlp.gate_proj.weight.copy_(gate[kept])
-            layer.mlp.up_proj.weight.copy_(up[kept])
-            layer.mlp.down_proj.weight.copy_(down[:, kept])
-    return drafter
 
 
-def block_hidden(drafter: Qwen2ForCausalLM, batch: BlockBatch) -> torch.Tensor:
-    """Final hidden states of all rows, `[sequences, rows, hidden]`."""
-    output = drafter.model(
-        input_ids=batch.token_ids, attention_mask=batch.visible, position_ids=batch.positions, use_cache=False
-    )
-    hidden: torch.Tensor = output.last_hidden_state
-    return hidden
+def _copy_layer(old: Any, new: Any) -> None:
+    """Copy a layer; of its feed-forward neurons those with the largest product of weight norms, as many as fit."""
+    new.input_layernorm.weight.copy_(old.input_layernorm.weight)
+    new.post_attention_layernorm.weight.copy_(old.post_attention_layernorm.weight)
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        source, copy = getattr(old.self_attn, name), getattr(new.self_attn, name)
+        copy.weight.copy_(source.weight)
+        if copy.bias is not None:
+            copy.bias.zero_() if source.bias is None else copy.bias.copy_(source.bias)
+    gate, up, down = old.mlp.gate_proj.weight, old.mlp.up_proj.weight, old.mlp.down_proj.weight
+    importance = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    kept = importance.topk(len(new.mlp.gate_proj.weight)).indices.sort().values
+    new.mlp.gate_proj.weight.copy_(gate[kept])
+    new.mlp.up_proj.weight.copy_(up[kept])
+    new.mlp.down_proj.weight.copy_(down[:, kept])
 
 
 @dataclass(frozen=True)
@@ -110,6 +152,7 @@ class Example:
     """One step's input, and for every row from the first labelled one on its label distribution and its weight."""
 
     batch: BlockBatch
+    features: torch.Tensor
     label_ids: torch.Tensor
     label_shares: torch.Tensor
     weights: torch.Tensor
@@ -155,18 +198,31 @@ def _example(
     clean_weights = clean_weights / clean_weights.sum()
     mask_weights = mask_weights / mask_weights.sum() * recipe.mask_weight
     weights = torch.cat([clean_weights, torch.zeros(len(chosen), 1), mask_weights], 1)
-    return Example(batch, ids, (logs / recipe.label_temperature).softmax(-1), weights)
+    features = torch.from_numpy(data.features[chosen].astype(np.float32))
+    missing = missing_features(len(chosen), length, recipe.unconditioned_share, random)
+    features.masked_fill_(torch.from_numpy(missing)[:, :, None], 0.0)
+    return Example(batch, features, ids, (logs / recipe.label_temperature).softmax(-1), weights)
+
+
+def missing_features(sequences: int, length: int, share: float, random: np.random.Generator) -> NDArray[np.bool_]:
+    """Which hidden states `[sequences, length]` are withheld: none, or those up to a random token, or all of them.
+
+    While serving they are missing for a prefix that the verifier did not compute itself, and on other engines.
+    """
+    chosen = random.random(sequences) < share
+    ends = np.where(random.random(sequences) < 0.5, length, random.integers(length, size=sequences))
+    return np.arange(length) < np.where(chosen, ends, 0)[:, None]
 
 
 class DistillationLoss(torch.nn.Module):
     """Weighted cross entropy of the drafter's rows with the target's candidates, in nats."""
 
-    def __init__(self, drafter: Qwen2ForCausalLM) -> None:
+    def __init__(self, drafter: ConditionedDrafter) -> None:
         super().__init__()
         self.drafter = drafter
 
     def forward(self, example: Example) -> torch.Tensor:
-        hidden = block_hidden(self.drafter, example.batch)[:, -example.weights.shape[1] :]
+        hidden = self.drafter.rows(example.batch, example.features)[:, -example.weights.shape[1] :]
         logits = self.drafter.lm_head(hidden)
         chosen = logits.gather(2, example.label_ids)
         losses = logits.logsumexp(-1) - (chosen * example.label_shares).sum(-1)
@@ -185,7 +241,7 @@ class Phase:
 
 
 def distil(
-    drafter: Qwen2ForCausalLM,
+    drafter: ConditionedDrafter,
     data: Continuations,
     work: Path,
     recipe: DrafterRecipe,
@@ -226,16 +282,17 @@ def distil(
 
 def train_drafter(
     start: LlamaForCausalLM, start_data: Continuations, data: Continuations, work: Path, recipe: DrafterRecipe
-) -> Qwen2ForCausalLM:
+) -> ConditionedDrafter:
     """Warm up on continuations by the target's small start (they need not wait for the target), then on its own."""
     drafter = build_drafter(start, recipe)
     distil(drafter, start_data, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
     distil(drafter, data, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
-    distil(drafter, data, work, recipe, Phase("drafter-more", recipe.more_steps, 1.0, recipe.seed + 2))
     return drafter
 
 
-def save_drafter(drafter: Qwen2ForCausalLM, target_folder: Path, folder: Path, facts: dict[str, object]) -> None:
+def save_drafter(
+    drafter: ConditionedDrafter, target_folder: Path, folder: Path, recipe: DrafterRecipe, facts: dict[str, object]
+) -> None:
     """Write the folder: weights as bfloat16, computed in float32; the target's tokenizer; masks in config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     drafter.to(torch.bfloat16).save_pretrained(folder)
@@ -248,6 +305,8 @@ def save_drafter(drafter: Qwen2ForCausalLM, target_folder: Path, folder: Path, f
         "logits_shifted": True,
         "attention": "block",
         "block_size": BLOCK_SIZE,
+        "logits_temperature": recipe.label_temperature,
+        "architectures": ["Qwen2ForCausalLM"],
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from drafters.ngram import NgramModel
 from models.training.blocks import BLOCK_SIZE, attach_blocks
 from models.training.continuations import Continuations, continue_prompts, random_prompts
-from models.training.drafter import block_hidden
+from models.training.drafter import ConditionedDrafter
 
 PROMPT_LENGTH = 192  # tokens
 NEW_TOKENS = 128
@@ -42,9 +42,10 @@ def repeated_share(tokens: NDArray[Any], length: int = 8) -> float:
 
 @torch.inference_mode()
 def drafts_at(
-    drafter: Qwen2ForCausalLM, tokens: torch.Tensor, anchors: torch.Tensor, length: int, mask_token_ids: torch.Tensor
+    drafter: ConditionedDrafter, tokens: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor, length: int
 ) -> torch.Tensor:
     """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`."""
+    vocabulary_size = drafter.config.vocab_size - BLOCK_SIZE
     sequences, clean = tokens.shape
     masks = length - 1
     shape = (sequences, len(anchors) * masks)
@@ -53,27 +54,28 @@ def drafts_at(
         anchors.repeat_interleave(masks).expand(shape),
         (torch.arange(masks) + 1).repeat(len(anchors)).expand(shape),
         torch.arange(len(anchors)).repeat_interleave(masks).expand(shape),
-        mask_token_ids,
+        torch.arange(vocabulary_size, drafter.config.vocab_size),
     )
-    hidden = block_hidden(drafter, batch)
+    hidden = drafter.rows(batch, features)
     rows = torch.cat([hidden[:, anchors, None], hidden[:, clean:].view(sequences, len(anchors), masks, -1)], 2)
-    logits: torch.Tensor = drafter.lm_head(rows)[..., : int(mask_token_ids[0])]
+    logits: torch.Tensor = drafter.lm_head(rows)[..., :vocabulary_size]
     return logits.argmax(-1)
 
 
-def accepted_at_every_anchor(drafter: Qwen2ForCausalLM, data: Continuations, length: int) -> NDArray[np.int64]:
+def accepted_at_every_anchor(drafter: ConditionedDrafter, data: Continuations, length: int) -> NDArray[np.int64]:
     """Accepted tokens `[rows, anchors]` of drafts of `length` tokens at all positions from the prompt's last token on.
 
     Rows share one prompt length; the anchors end where a whole draft still has a continuation to be compared with.
     """
     start, end = int(data.prompt_lengths[0]) - 1, data.tokens.shape[1] - length
-    mask_token_ids = torch.arange(drafter.config.vocab_size - BLOCK_SIZE, drafter.config.vocab_size)
     tokens = torch.from_numpy(data.tokens.astype(np.int64))
     anchors = torch.arange(start, end)
     truth = tokens.unfold(1, length, 1)[:, anchors + 1]
+    features = torch.from_numpy(data.features.astype(np.float32))
+    groups = zip(torch.split(tokens, 4), torch.split(features, 4), torch.split(truth, 4), strict=True)
     hits = [
-        (drafts_at(drafter, rows, part, length, mask_token_ids) == true).cumprod(2).sum(2)
-        for rows, trues in zip(torch.split(tokens, 4), torch.split(truth, 4), strict=True)
+        (drafts_at(drafter, rows, states, part, length) == true).cumprod(2).sum(2)
+        for rows, states, trues in groups
         for part, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
     ]
     per_rows = len(torch.split(anchors, 32))
@@ -103,7 +105,7 @@ def walk(accepted: NDArray[np.int64], length: int) -> Acceptance:
 
 
 def drafter_figures(
-    drafter: Qwen2ForCausalLM, continuations: Sequence[Continuations], length: int = 8
+    drafter: ConditionedDrafter, continuations: Sequence[Continuations], length: int = 8
 ) -> list[dict[str, Any]]:
     """Acceptance of the raw argmax draft, one entry per temperature; looping and other continuations apart as well."""
     figures = []

@@ -14,13 +14,16 @@ from service.logs import RequestRecord, log_request
 
 log = logging.getLogger(__name__)
 
+UNKNOWN_ROUTE = "unknown"
 PLAIN_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class RequestMiddleware:
-    def __init__(self, app: ASGIApp, clock: Callable[[], float]) -> None:
+    def __init__(self, app: ASGIApp, clock: Callable[[], float], observe: Callable[[str, int], None]) -> None:
+        """`observe` gets the pattern of the route and the status of every response."""
         self._app = app
         self._clock = clock
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,6 +53,8 @@ class RequestMiddleware:
         finally:
             record.seconds = self._clock() - started
             log_request(record)
+            if record.status:
+                self._observe(getattr(scope.get("route"), "path", UNKNOWN_ROUTE), record.status)
 
 
 def _request_id(scope: Scope) -> str:

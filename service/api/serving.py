@@ -75,6 +75,7 @@ class Serving:
         self._failure: Exception | None = None
         self._is_stopping = False
         self._started = clock()
+        metrics.watch_phase(lambda: self.status().phase)
 
     async def start(self) -> None:
         """Load tokenizer and models; raises what made that impossible, which `status` then reports too."""

@@ -91,7 +91,7 @@ class Decoder:
         proposal = _Proposal(drafts=[], num_prefill_rows=sum(part.num_new for part in reading))
         limits = [_draft_limit(part.decoding) for part in parts]
         requests = [
-            _draft_request(part.decoding, most)
+            self._draft_request(part.decoding, most)
             for part, (most, _) in zip(parts, limits, strict=True)
             if not part.decoding.is_reading  # those that may not draft are there too: they are rows of the step
         ]
@@ -103,6 +103,19 @@ class Decoder:
             draft = none if part.decoding.is_reading else next(proposed)
             proposal.drafts.append(draft if most else none)
         return proposal
+
+    def _draft_request(self, decoding: Decoding, most: int) -> DraftRequest:
+        request = decoding.request
+        return DraftRequest(
+            request_id=request.request_id,
+            tokens=decoding.tokens,
+            max_draft_tokens=most,
+            policy=request.speculation.policy,
+            temperature=0.0 if request.rules.is_greedy else request.rules.temperature,
+            seed=request.rules.seed,
+            hidden_states=self._verifier.hidden_states(decoding.slot, decoding.length),
+            constraint=decoding.constraint,
+        )
 
     def _ask(self, requests: Sequence[DraftRequest], proposal: _Proposal) -> list[Draft] | None:
         """The pipeline's drafts, its timings noted in `proposal`; None if it failed."""
@@ -160,18 +173,6 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
     return max(min(decoding.max_draft_tokens, decoding.num_left - 1), 0), _LAST_TOKEN
 
 
-def _draft_request(decoding: Decoding, most: int) -> DraftRequest:
-    request = decoding.request
-    return DraftRequest(
-        request.request_id,
-        decoding.tokens,
-        most,
-        request.speculation.policy,
-        request.rules.temperature,
-        decoding.constraint,
-    )
-
-
 def _rows(part: Part, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
     is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
@@ -210,6 +211,7 @@ def _record(
                 part.decoding.request.request_id,
                 draft,
                 result.verification.num_accepted,
+                part.decoding.request.speculation.policy,
                 result.verification.num_accepted - part.decoding.num_accepted_kept,
             )
             for part, draft, result in zip(parts, proposal.drafts, verified, strict=True)

@@ -105,6 +105,18 @@ def test_a_stop_string_cancels_what_would_go_on(tiny_target: Path) -> None:
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in metrics
 
 
+def test_responses_are_counted_by_route_whatever_a_client_asks_for(tiny_target: Path) -> None:
+    with serving(scripted_app(ScriptedEngine(lambda request: deltas("abc")), tiny_target)) as url:
+        assert httpx.post(url + "/v1/completions", json={"prompt": "x"}).status_code == 200
+        assert httpx.post(url + "/v1/completions", json={"prompt": 1.5}).status_code == 400
+        assert httpx.get(url + "/made/up").status_code == 404
+        assert httpx.get(url + "/v1/models/made-up").status_code == 404
+        metrics = httpx.get(url + "/metrics").text
+    for route, status in (("/v1/completions", 200), ("/v1/completions", 400), ("unknown", 404)):
+        assert f'diffuspec_http_responses_total{{model_name="tiny",route="{route}",status="{status}"}} 1.0' in metrics
+    assert "made" not in metrics
+
+
 def test_a_slow_body_is_not_waited_for(tiny_target: Path) -> None:
     settings = load_settings(overrides={"server.body_seconds": 0.3})
     with serving(scripted_app(ScriptedEngine(lambda request: []), tiny_target, settings)) as url:

@@ -40,7 +40,7 @@ PERSON = {
 }
 SPECS = {
     "schema": StructureSpec("json_schema", json.dumps(PERSON)),
-    "regex": StructureSpec("regex", r"[a-f]{3}-(alpha|beta|gamma)-\d{2,4}!"),
+    "regex": StructureSpec("regex", r"[a-f]{3}-(alpha|beta|gamma)-[0-9]{2,4}!"),
     "grammar": StructureSpec("grammar", 'start: term (" + " term){1,3}\nterm: /[0-9]{1,3}/ | "(" start ")"'),
     "choice": StructureSpec("choice", json.dumps(["yes, of course", "no, never", "äh – vielleicht"])),
 }
@@ -182,7 +182,7 @@ def test_structured_outputs(url: str) -> None:
         return written
 
     assert text(choice=["left", "right"]) in ("left", "right")
-    assert re.fullmatch(r"\d{3}-\d{4}", text(regex=r"\d{3}-\d{4}"))
+    assert re.fullmatch(r"[0-9]{3}-[0-9]{4}", text(regex=r"[0-9]{3}-[0-9]{4}"))
     assert text(grammar='root ::= "a" "b"+ "c" | "abc"').startswith("ab")  # GBNF
     assert json.loads(text(json={"enum": [17, None, "x"]})) in (17, None, "x")
     assert json.loads(text(json=json.dumps({"const": {"a": [1]}}))) == {"a": [1]}

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from models.training.blocks import BLOCK_SIZE, attach_blocks, draw_blocks
-from models.training.drafter import block_hidden, build_drafter
+from models.training.drafter import build_drafter
 from tests.unit.models.conftest import RECIPE, VOCABULARY_SIZE
 
 MASKS = torch.arange(VOCABULARY_SIZE, VOCABULARY_SIZE + BLOCK_SIZE)
@@ -53,7 +53,8 @@ def test_one_pass_over_many_blocks_equals_one_pass_each(tiny_target: LlamaForCau
     offsets = torch.tensor([[1, 2, 3, 1, 2, 1]])
     blocks = torch.tensor([[0, 0, 0, 1, 1, 2]])
     with torch.inference_mode():
-        together = block_hidden(drafter, attach_blocks(tokens, anchors, offsets, blocks, MASKS))[0, 40:]
+        batch = attach_blocks(tokens, anchors, offsets, blocks, MASKS)
+        together = drafter.rows(batch, torch.zeros(1, 40, tiny_target.config.hidden_size))[0, 40:]
         apart = []
         for anchor, count in ((20, 3), (33, 2), (9, 1)):
             ids = torch.cat([tokens[0, : anchor + 1], MASKS[:count]])[None]

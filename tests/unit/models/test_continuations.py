@@ -31,6 +31,17 @@ def test_candidates_are_the_targets_distribution(
     assert (torch.from_numpy(toy_continuations.candidates)[:, 1:] == ids[:, :-1]).float().mean() > 0.999
 
 
+def test_features_are_the_hidden_states_that_tokens_were_predicted_from(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations, toy_tokens: np.ndarray
+) -> None:
+    for rows in (toy_continuations, corpus_rows(tiny_target, toy_tokens, 5, LENGTH, seed=0)):
+        with torch.inference_mode():
+            hidden = tiny_target.model(torch.from_numpy(rows.tokens.astype(np.int64))).last_hidden_state
+        stored = torch.from_numpy(rows.features.astype(np.float32))
+        torch.testing.assert_close(stored[:, 1:], hidden[:, :-1], atol=4e-3, rtol=2e-3)
+        assert (stored[:, 0] == 0).all()
+
+
 def test_the_same_seed_gives_the_same_continuation(tiny_target: LlamaForCausalLM) -> None:
     prompts, temperatures = torch.randint(0, 60, (3, 12)), np.full(3, 0.8, np.float32)
     first, second, other = (continue_prompts(tiny_target, prompts, LENGTH, temperatures, seed) for seed in (1, 1, 2))
@@ -48,8 +59,10 @@ def test_draws_follow_the_temperature() -> None:
     assert (draw(logits, torch.zeros(40_000, 1), random) == 0).all()
 
 
-def test_corpus_rows_are_windows_whose_next_token_is_certain(toy_tokens: np.ndarray) -> None:
-    rows = corpus_rows(toy_tokens, 5, 30, seed=0)
+def test_corpus_rows_are_windows_whose_next_token_is_certain(
+    tiny_target: LlamaForCausalLM, toy_tokens: np.ndarray
+) -> None:
+    rows = corpus_rows(tiny_target, toy_tokens, 5, 30, seed=0)
     text = toy_tokens.astype(np.int16).tobytes()
     assert all(row.tobytes() in text for row in rows.tokens)
     assert (rows.candidates == rows.tokens[:, :, None]).all()

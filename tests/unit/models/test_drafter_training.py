@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from drafters.diffusion import DiffusionDrafter, MaskedRequest
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
-from models.training.drafter import Phase, build_drafter, distil, save_drafter, train_drafter
+from models.training.drafter import Phase, build_drafter, distil, missing_features, save_drafter, train_drafter
 from models.training.evaluate import accepted_at_every_anchor, drafts_at, walk
 from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE
 from transformer.model import Transformer
@@ -35,7 +35,7 @@ def test_a_stopped_run_goes_on_identically(
 
 def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
     counting = (np.arange(2000) % 12 + 1).astype(np.int32)
-    rows = corpus_rows(counting, 32, LENGTH, seed=0)
+    rows = corpus_rows(tiny_target, counting, 32, LENGTH, seed=0)
     recipe = replace(RECIPE, start_steps=0, steps=120, muon_rate=0.05, adam_rate=2e-2)
     before = accepted_at_every_anchor(build_drafter(tiny_target, recipe).eval(), rows, 4).mean()
     trained = train_drafter(tiny_target, rows, rows, tmp_path, recipe).eval()
@@ -44,15 +44,38 @@ def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausal
     assert after > 3
 
 
+def test_hidden_states_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Each token is drawn at random, but the hidden state that comes with it names the next one."""
+    random = np.random.default_rng(0)
+    rows = corpus_rows(tiny_target, random.integers(1, VOCABULARY_SIZE, 4000).astype(np.int32), 64, LENGTH, seed=0)
+    codes = random.standard_normal((VOCABULARY_SIZE, rows.features.shape[2])).astype(np.float16)
+    rows.features[:, :-1] = codes[rows.tokens[:, 1:]]
+    recipe = replace(RECIPE, start_steps=0, steps=200, muon_rate=0.05, adam_rate=2e-2, unconditioned_share=0.0)
+    drafter = train_drafter(tiny_target, rows, rows, tmp_path, recipe).eval()
+    assert (accepted_at_every_anchor(drafter, rows, 1)).mean() > 0.5
+    rows.features[:] = 0
+    assert (accepted_at_every_anchor(drafter, rows, 1)).mean() < 0.1
+
+
+def test_hidden_states_are_withheld_from_the_beginning_of_some_sequences() -> None:
+    missing = missing_features(4000, 50, 0.2, np.random.default_rng(0))
+    counts = missing.sum(1)
+    assert all(row[:count].all() for row, count in zip(missing, counts, strict=True))
+    assert 0.17 < (counts > 0).mean() < 0.23
+    assert 0.08 < (counts == 50).mean() < 0.12
+    assert len(set(counts.tolist())) > 40
+
+
 def test_the_saved_folder_drafts_in_the_service_as_in_training(
     tiny_target: LlamaForCausalLM, toy_continuations: Continuations, tmp_path: Path
 ) -> None:
     drafter = build_drafter(tiny_target, RECIPE)
+    torch.nn.init.normal_(drafter.model.target_projection.weight, std=0.2)
     target_folder = tmp_path / "target"
     target_folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (target_folder / name).write_text("{}")
-    save_drafter(drafter, target_folder, tmp_path / "drafter", {})
+    save_drafter(drafter, target_folder, tmp_path / "drafter", RECIPE, {})
     drafter.float().eval()  # saving rounded the weights to bfloat16
     model = Transformer.load(tmp_path / "drafter")
     assert model.config.attention == "block"
@@ -61,11 +84,10 @@ def test_the_saved_folder_drafts_in_the_service_as_in_training(
     service = DiffusionDrafter(model, num_slots=1, vocabulary_size=VOCABULARY_SIZE)
     text = toy_continuations.tokens[0].astype(np.int32)
     anchors = torch.tensor([20, 33, 34, 50])
-    expected = drafts_at(
-        drafter, torch.from_numpy(text.astype(np.int64))[None], anchors, 8, torch.tensor(model.config.mask_token_ids)
-    )
+    features = torch.from_numpy(toy_continuations.features[0].astype(np.float32))
+    expected = drafts_at(drafter, torch.from_numpy(text.astype(np.int64))[None], features[None], anchors, 8)
     for anchor, draft in zip(anchors.tolist(), expected[0], strict=True):
-        logits = service.propose([MaskedRequest("one", text[: anchor + 1], 8)])
+        logits = service.propose([MaskedRequest("one", text[: anchor + 1], 8, features[: anchor + 1])])
         assert logits.argmax(-1).tolist() == draft.tolist()
 
 

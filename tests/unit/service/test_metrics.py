@@ -4,6 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
+from service.engine.base import EnginePhase
 from service.metrics import ServiceMetrics
 from tests.integration.scripted_engine import ScriptedEngine
 
@@ -54,13 +55,46 @@ def test_a_step_is_counted_by_our_names(metrics: ServiceMetrics) -> None:
     assert value(metrics, "diffuspec_rows_total", kind="decode") == 8
     assert value(metrics, "diffuspec_rows_total", kind="diffusion") == 9
     assert value(metrics, "diffuspec_step_seconds_sum", phase="verify") == 0.02
-    assert value(metrics, "diffuspec_draft_length_sum", source="diffusion") == 3
-    assert value(metrics, "diffuspec_draft_length_count", source="none") == 2
+    assert value(metrics, "diffuspec_draft_length_sum", source="diffusion", policy="goodput") == 3
+    assert value(metrics, "diffuspec_draft_length_count", source="none", policy="goodput") == 2
+    drafted = [value(metrics, "diffuspec_draft_tokens_per_pos_total", position=str(i)) for i in range(4)]
+    assert drafted == [2, 1, 1, 0]
     assert value(metrics, "diffuspec_lattice_width_sum") == 4.0
     assert value(metrics, "diffuspec_path_gain_nats_sum") == 0.3
     assert value(metrics, "diffuspec_speculation_bypassed_total", reason="not_worth_it") == 1
     assert value(metrics, "diffuspec_speculation_bypassed_total", reason="other") == 1
     assert value(metrics, "diffuspec_policy_info", policy="goodput") == 1
+
+
+def test_draft_lengths_are_kept_apart_by_the_policy_that_chose_them(metrics: ServiceMetrics) -> None:
+    drafts = (Outcome("a", DRAFTED, 0, "paper"), Outcome("b", DRAFTED, 0, "fixed"), Outcome("c", DRAFTED, 0))
+    metrics.observe(StepRecord(drafts, 12, 0, PhaseSeconds()))
+    for policy in ("paper", "fixed", "goodput"):  # the last one is the service's
+        assert value(metrics, "diffuspec_draft_length_count", source="diffusion", policy=policy) == 1
+
+
+def test_steps_without_prompt_tokens_are_timed_apart_by_batch_and_drafting(metrics: ServiceMetrics) -> None:
+    seconds = PhaseSeconds(draft=0.01, search=0.01, verify=0.02, commit=0.01)
+    metrics.observe(StepRecord(STEP.outcomes[:2], 6, 0, seconds))
+    metrics.observe(StepRecord(STEP.outcomes[2:3], 1, 0, seconds))
+    metrics.observe(StepRecord(STEP.outcomes, 16, 12, seconds))  # reads a prompt too: no measure of decoding
+    metrics.observe(StepRecord((), 12, 0, seconds))
+    metrics.observe(StepRecord(STEP.outcomes[2:] * 20, 40, 0, seconds))
+    assert value(metrics, "diffuspec_decode_steps_total", drafted="yes", batch="2") == 1
+    assert value(metrics, "diffuspec_decode_step_seconds_total", drafted="yes", batch="2") == pytest.approx(0.05)
+    assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="yes", batch="2") == 4
+    assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="no", batch="1") == 1
+    assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="no", batch="33+") == 40
+    assert value(metrics, "diffuspec_decode_steps_total", drafted="yes", batch="3-4") == 0
+
+
+def test_the_engines_phase_is_asked_for(metrics: ServiceMetrics) -> None:
+    phases: list[EnginePhase] = ["loading"]
+    metrics.watch_phase(lambda: phases[-1])
+    assert value(metrics, "diffuspec_engine_phase", phase="loading") == 1
+    phases.append("hung")
+    assert value(metrics, "diffuspec_engine_phase", phase="loading") == 0
+    assert value(metrics, "diffuspec_engine_phase", phase="hung") == 1
 
 
 def test_tokens_of_one_step_share_its_time(metrics: ServiceMetrics) -> None:

@@ -83,6 +83,22 @@ def test_keys_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hidden-key" not in str(caught.value)
 
 
+def test_keys_come_from_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSPEC_AUTH__API_KEYS", '["first"]')
+    keys = write(tmp_path / "keys", "# who: the team\nkey-of-file\n\n  another-key  \n")
+    settings = load_settings(overrides={"auth.api_keys_file": str(keys)})
+    assert [key.get_secret_value() for key in settings.auth.api_keys] == ["first", "key-of-file", "another-key"]
+    assert "key-of-file" not in repr(settings)
+
+
+@pytest.mark.parametrize("content", [None, "", "# nothing here\n"])
+def test_a_file_without_keys_never_means_an_open_server(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        write(tmp_path / "keys", content)
+    with pytest.raises(SettingsError, match="API keys"):
+        load_settings(overrides={"auth.api_keys_file": str(tmp_path / "keys")})
+
+
 def test_settings_are_frozen() -> None:
     settings = load_settings()
     with pytest.raises(ValidationError):

@@ -269,3 +269,26 @@ def test_rules_that_fail_concern_their_own_request_alone(verifier: TorchVerifier
     assert failed.error
     assert fine.verification is not None
     assert fine.verification.next_token == alone.output[0]
+
+
+def test_hidden_states_are_what_tokens_were_predicted_from(tiny_target: Path) -> None:
+    """Whatever was drafted, rejected or copied between slots; for drafters that are conditioned on them."""
+    verifier = TorchVerifier(Transformer.load(tiny_target), 3, CONTEXT, TOKENIZER_LENGTH, keep_hidden_states=True)
+    decodings = [Decoding(0, PROMPT, RULES["greedy"]), Decoding(1, PROMPT[:3], RULES["sampled"])]
+    for step in range(12):
+        right = [1, 2, 3] if step % 2 else []
+        advance(verifier, decodings, [right, [7] * (step % 5)])
+    verifier.copy_slot(0, 2, 10)
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    for slot, decoding, length in ((0, decodings[0], None), (1, decodings[1], None), (2, decodings[0], 10)):
+        tokens = decoding.tokens[:length]
+        kept = verifier.hidden_states(slot, len(tokens))
+        assert kept is not None
+        with torch.inference_mode():
+            expected = model.model(torch.tensor([tokens])).last_hidden_state[0]
+        assert (kept[0] == 0).all()
+        torch.testing.assert_close(kept[1:], expected[:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_states_are_not_kept_unasked(verifier: TorchVerifier) -> None:
+    assert verifier.hidden_states(0, 5) is None

@@ -1,6 +1,6 @@
 """The compiler's wrapper: kernels work where nothing can be cached, as in a read-only install."""
 
-from drafters.kernels import compiled
+from transformer.compiled import compiled
 
 
 def test_a_function_that_cannot_be_cached_is_compiled_all_the_same() -> None:
