@@ -36,9 +36,9 @@ class DraftRequest:
     max_draft_tokens: int  # never more than this many (API limit, room in the context, tokens left to generate)
     policy: PolicyName | None = None  # None: the service's
     temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
-    constraint: DraftConstraint | None = None
     seed: int | None = None  # of the noise that the target draws with (`transformer.noise`); None: not to be known
     hidden_states: "Tensor | None" = None  # [length, hidden] the target's, that each token was predicted from; a view
+    constraint: DraftConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

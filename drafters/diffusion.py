@@ -1,30 +1,39 @@
-"""The diffusion drafter: one forward pass proposes a distribution for every masked position of every request.
+"""The diffusion drafter: a forward pass proposes a distribution for every masked position of every request.
 
 A request's clean tokens run once and stay in the key-value cache; a draft runs the tokens committed since the last one,
-followed by the block of masks. With `attention = "block"` (causal over clean tokens, bidirectional in the block) that
-cache is exact. With `attention = "full"` clean tokens would also see what comes after them, so that cached ones are an
-approximation, which verification makes safe; `reuse_prefix=False` recomputes everything, for comparison.
+followed by the block of masks. What of the cache is exact depends on who sees whom (`transformer.families`):
+
+- `block`: a clean token sees only what is before it, so that its keys and values never change.
+- `block_causal`: those of a whole block of clean tokens never change; a block in the making is run again.
+- `full`: clean tokens would also see what comes after them, so that cached ones are an approximation, which
+  verification makes safe. They are read anew every `refresh_interval` passes, and when acceptance falls.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from drafters.base import Tokens
+from drafters.masked import MaskedRequest, split_rows
 from transformer.model import RowBatch, Transformer
+
+LONGEST_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
+MEAN_RATE = 0.3  # of the means of accepted tokens, with a fresh and with a stale prefix
+FALLEN = 0.5  # a stale prefix is read anew once its mean is below this share of the fresh one's ...
+WORTH_READING = 0.5  # ... if that is at least so many tokens: reading anew does not help a drafter that is always wrong
 
 
 @dataclass(frozen=True, slots=True)
-class MaskedRequest:
-    """One request's share of a pass: propose `length` tokens after `tokens`."""
+class DiffusionOptions:
+    """How a drafter spends its passes."""
 
-    request_id: str
-    tokens: Tokens  # [any] committed tokens, at least one
-    length: int  # tokens to propose, at least one
-    hidden_states: Tensor | None = None  # [any, target hidden] the target's, that each token was predicted from
+    window: int = 256  # most clean tokens that are read; beyond it the latest ones
+    reuse_prefix: bool = True  # False: read everything at every pass, for comparison
+    refresh_interval: int = 16  # `full` only: passes until the prefix is read anew; 0: never
+    refinement_steps: int = 1  # passes per draft; each one fills in the most confident tokens for the next
+    part_tokens: int = 0  # draft so many tokens at a time, the next ones given the first; 0: all at once
+    part_confidence: float = 0.9  # the next part is drafted if every token of the last has at least this probability
 
 
 @dataclass(slots=True)
@@ -34,6 +43,26 @@ class _Cached:
     slot: int
     offset: int = 0  # the request's position that is the slot's position 0
     length: int = 0  # clean tokens whose keys and values are there, from `offset`
+    num_stale: int = 0  # passes since the prefix was read as a whole
+    fresh_mean: float | None = None  # accepted tokens of drafts with a fresh prefix, as a moving mean
+    stale_mean: float = 0.0  # the same with a stale prefix; starts over from the fresh mean
+    has_fallen: bool = False
+
+
+@dataclass(slots=True)
+class _Block:
+    """One request's rows of a pass, by position in its slot: clean tokens not in the cache yet, then the block."""
+
+    cached: _Cached
+    tokens: list[int]  # one per row: clean tokens, drafted ones, masks
+    start: int  # position of the first row
+    clean_end: int  # position after the last clean token; drafted ones of earlier parts count as clean
+    length: int  # tokens to propose, from `clean_end` on
+    states: Tensor | None = None  # [clean rows, target hidden] what the target knew at the first rows
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
 
 
 class DiffusionDrafter:
@@ -43,30 +72,46 @@ class DiffusionDrafter:
     """
 
     def __init__(
-        self, model: Transformer, num_slots: int, vocabulary_size: int, window: int = 256, reuse_prefix: bool = True
+        self,
+        model: Transformer,
+        num_slots: int,
+        vocabulary_size: int,
+        options: DiffusionOptions | None = None,
+        num_tokens: int | None = None,
     ) -> None:
-        """Prepare `num_slots` slots of `window` clean tokens; logits are cut to the target's `vocabulary_size`.
+        """Prepare `num_slots` slots; logits get the width `vocabulary_size`, cut or filled up with -inf.
 
-        Raises ValueError if the model has no mask token.
+        num_tokens: ids from here on are padding, which no tokenizer writes, and -inf too; None: there are none.
+        The window is bounded by what the model was trained on. Raises ValueError if the model has no mask token.
         """
-        if not model.config.mask_token_ids:
+        config = model.config
+        if not config.mask_token_ids:
             raise ValueError("the drafter's config.json names no mask token: it is not a diffusion language model")
         self._model = model
-        self._masks = model.config.mask_token_ids
-        self._leading = 1 if model.config.logits_shifted else 0  # clean rows that predict: the last token's, if shifted
-        self._full = model.config.attention == "full"
-        self._reuse_prefix = reuse_prefix
-        self._window = window
+        self._options = options or DiffusionOptions()
+        self._masks = config.mask_token_ids
+        self._leading = 1 if config.logits_shifted else 0  # clean rows that predict: the last token's, if shifted
+        self._pattern = config.attention
+        self._grid = config.block_size if config.attention == "block_causal" else 1
         self._vocabulary_size = vocabulary_size
-        self._excluded = [mask for mask in self._masks if mask < vocabulary_size]
-        self._cache = model.new_cache(num_slots, window + self.longest + 1)
+        self._first_padding = min(vocabulary_size, vocabulary_size if num_tokens is None else num_tokens)
+        self._excluded = [mask for mask in self._masks if mask < self._first_padding]
+        room = config.longest_trained - self.longest - self._grid
+        self._window = max(self._grid, min(self._options.window, room) // self._grid * self._grid)
+        self._cache = model.new_cache(num_slots, self._window + self.longest + 2 * self._grid)
         self._free = list(reversed(range(num_slots)))
         self._cached: dict[str, _Cached] = {}
 
     @property
     def longest(self) -> int:
-        """Most tokens one pass proposes: the block the model was trained for."""
-        return self._model.config.block_size or 32
+        """Most tokens one call proposes: the block the model was trained for, or four parts."""
+        block = self._model.config.block_size or LONGEST_WITHOUT_BLOCK
+        return max(block, 4 * self._options.part_tokens)
+
+    @property
+    def window(self) -> int:
+        """Most clean tokens that are read."""
+        return self._window
 
     @property
     def temperature(self) -> float:
@@ -80,60 +125,56 @@ class DiffusionDrafter:
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
-        """Run one pass and return the logits `[sum of lengths, vocabulary]` (float32) of every proposed position.
+        """Return the logits `[sum of lengths, vocabulary]` (float32) of every proposed position.
 
-        Mask tokens and rows beyond the target's vocabulary are -inf. Raises RuntimeError without a free slot.
+        Mask tokens, padding and ids that only the target has are -inf; so are whole rows after a part of the draft that
+        was not confident enough to go on. Raises RuntimeError without a free slot.
         """
-        tokens: list[int] = []
-        slots: list[int] = []
-        starts: list[int] = []
-        counts: list[int] = []
-        limits: list[int] = []
-        predicting: list[int] = []
-        for request in requests:
-            cached = self._place(request)
-            clean = request.tokens[cached.offset + cached.length :].tolist()
-            masks = [self._masks[min(i, len(self._masks) - 1)] for i in range(request.length - self._leading)]
-            first_row, start = len(tokens), cached.length
-            end = start + len(clean) + len(masks)
-            tokens += clean + masks
-            slots.append(cached.slot)
-            starts.append(start)
-            counts.append(len(clean) + len(masks))
-            limits += [end] * len(clean) if self._full else range(start + 1, start + len(clean) + 1)
-            limits += [end] * len(masks)
-            first_predicting = first_row + len(clean) - self._leading
-            predicting += range(first_predicting, first_predicting + request.length)
-            cached.length += len(clean)
-        rows = RowBatch(
-            tokens=torch.tensor(tokens, device=self._model.device),
-            slots=slots,
-            starts=starts,
-            counts=counts,
-            limits=torch.tensor(limits, device=self._model.device),
-        )
-        hidden = self._model.forward(rows, self._cache, self._target_states(requests, starts, counts))
-        logits = self._model.logits(hidden[torch.tensor(predicting, device=hidden.device)])[:, : self._vocabulary_size]
-        if self._excluded:
-            logits[:, self._excluded] = -torch.inf
-        return logits
+        part = self._options.part_tokens
+        lengths = [request.length for request in requests]
+        blocks = [self._first_block(request, min(request.length, part or request.length)) for request in requests]
+        logits = self._denoise(blocks)
+        if [block.length for block in blocks] == lengths:
+            return logits
+        answer = logits.new_full((sum(lengths), self._vocabulary_size), -torch.inf)
+        nexts = [rows.start for rows in split_rows(lengths)]  # of the answer, the next row of each request
+        left = lengths
+        going = list(range(len(requests)))
+        while True:
+            found = dict(zip(going, split_rows([blocks[i].length for i in going]), strict=True))
+            for i, rows in found.items():
+                answer[nexts[i] : nexts[i] + blocks[i].length] = logits[rows]
+                nexts[i] += blocks[i].length
+                left[i] -= blocks[i].length
+            going = [i for i in going if left[i] and self._is_confident(logits[found[i]])]
+            if not going:
+                return answer
+            for i in going:
+                self._extend(blocks[i], logits[found[i]].argmax(-1).tolist(), min(left[i], part))
+            logits = self._denoise([blocks[i] for i in going])
 
-    def _target_states(
-        self, requests: Sequence[MaskedRequest], starts: Sequence[int], counts: Sequence[int]
-    ) -> Tensor | None:
-        """What the target knew at every clean row: `[rows, target hidden]`, zero for masks and where it is unknown."""
-        width = self._model.config.target_hidden_size
-        if not width or all(request.hidden_states is None for request in requests):
-            return None
-        states = torch.zeros(sum(counts), width, device=self._model.device, dtype=self._model.dtype)
-        first_row = 0
-        for request, start, count in zip(requests, starts, counts, strict=True):
-            if request.hidden_states is not None:
-                cached = self._cached[request.request_id]
-                clean = request.hidden_states[cached.offset + start : cached.offset + cached.length]
-                states[first_row : first_row + len(clean)] = clean
-            first_row += count
-        return states
+    def note(self, request_id: str, num_accepted: int) -> None:
+        """Learn how much of the request's last draft was accepted: a stale prefix may have to be read anew."""
+        cached = self._cached.get(request_id)
+        if cached is None or self._pattern != "full":
+            return
+        if cached.num_stale <= 1:
+            known = num_accepted if cached.fresh_mean is None else cached.fresh_mean
+            cached.fresh_mean = cached.stale_mean = known + MEAN_RATE * (num_accepted - known)
+            return
+        fresh = cached.fresh_mean or 0.0
+        cached.stale_mean += MEAN_RATE * (num_accepted - cached.stale_mean)
+        cached.has_fallen = fresh >= WORTH_READING and cached.stale_mean < FALLEN * fresh
+
+    def keep(self, request_id: str, num_tokens: int) -> None:
+        """Forget what is cached of a request beyond its first `num_tokens` tokens: the others have changed."""
+        cached = self._cached.get(request_id)
+        if cached is None:
+            return
+        kept = num_tokens - cached.offset
+        if kept <= 0:
+            cached.offset = cached.length = 0
+        cached.length = min(cached.length, max(kept, 0)) // self._grid * self._grid
 
     def release(self, request_id: str) -> None:
         """Free the request's slot; harmless if it has none."""
@@ -142,24 +183,141 @@ class DiffusionDrafter:
             self._free.append(cached.slot)
             self._free.sort(reverse=True)  # low slots first keeps the batch's slots close together
 
+    def _first_block(self, request: MaskedRequest, length: int) -> _Block:
+        """The request's rows for a first pass; what will be final of its clean tokens counts as cached from now on."""
+        cached = self._place(request)
+        clean_end = len(request.tokens) - cached.offset
+        start = min(cached.length, clean_end - self._leading)
+        clean = request.tokens[cached.offset + start :].tolist()
+        cached.length = clean_end // self._grid * self._grid
+        cached.num_stale += 1
+        states = None
+        if self._model.config.target_hidden_size and request.hidden_states is not None:
+            states = request.hidden_states[cached.offset + start : len(request.tokens)]
+        return _Block(cached, clean + self._new_masks(clean_end, length), start, clean_end, length, states)
+
+    def _new_masks(self, clean_end: int, length: int) -> list[int]:
+        """The masks of a draft; on a grid they fill the last block up, as in training."""
+        end = clean_end + length - self._leading
+        count = -(-end // self._grid) * self._grid - clean_end
+        return [self._masks[min(i, len(self._masks) - 1)] for i in range(count)]
+
+    def _extend(self, block: _Block, drafted: list[int], length: int) -> None:
+        """Take the last part for granted, and put masks for `length` more tokens after it."""
+        self._forget_cached_rows(block)
+        block.tokens[block.clean_end - block.start :] = drafted
+        block.clean_end += len(drafted)
+        block.tokens += self._new_masks(block.clean_end, length)
+        block.length = length
+
+    def _forget_cached_rows(self, block: _Block) -> None:
+        """Leave out the rows that a further pass need not run: they are in the cache by now."""
+        start = min(block.clean_end // self._grid * self._grid, block.clean_end - self._leading)
+        if start > block.start:
+            block.tokens = block.tokens[start - block.start :]
+            block.states = None if block.states is None else block.states[start - block.start :]
+            block.start = start
+
     def _place(self, request: MaskedRequest) -> _Cached:
-        """The request's slot, with room for its new tokens; the last token is always run again if it predicts."""
+        """The request's slot, with room for its new tokens."""
         cached = self._cached.get(request.request_id)
         if cached is None:
             if not self._free:
                 raise RuntimeError("the drafter has no free slot")
-            cached = self._cached[request.request_id] = _Cached(self._free.pop(), offset=0, length=0)
-            cached.offset = max(0, len(request.tokens) - self._window)
-        if not self._reuse_prefix or len(request.tokens) - cached.offset > self._window:
-            kept = self._window if not self._reuse_prefix else self._window // 2
-            cached.offset = max(0, len(request.tokens) - kept)
+            cached = self._cached[request.request_id] = _Cached(self._free.pop())
+            cached.offset = self._offset(len(request.tokens), self._window)
+        options = self._options
+        if not options.reuse_prefix or len(request.tokens) - cached.offset > self._window:
+            kept = self._window if not options.reuse_prefix else max(self._window // 2, self._grid)
+            cached.offset = self._offset(len(request.tokens), kept)
             cached.length = 0
-        if self._leading:
-            cached.length = min(cached.length, len(request.tokens) - cached.offset - 1)
+        interval = options.refresh_interval
+        if self._pattern == "full" and (cached.has_fallen or (interval and cached.num_stale >= interval)):
+            cached.length = 0
+        if cached.length == 0:
+            cached.num_stale, cached.has_fallen = 0, False
         return cached
 
+    def _offset(self, num_tokens: int, kept: int) -> int:
+        """Where a window of at most `kept` tokens begins: on the grid."""
+        return -(-max(0, num_tokens - kept) // self._grid) * self._grid
 
-def split_rows(lengths: Sequence[int]) -> list[slice]:
-    """The rows of each request in `DiffusionDrafter.propose`'s answer."""
-    ends = list(accumulate(lengths))
-    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    def _denoise(self, blocks: Sequence[_Block]) -> Tensor:
+        """Logits of all proposed positions after the refinement steps; a filled-in one keeps those it was chosen by."""
+        logits = self._run(blocks)
+        steps = self._options.refinement_steps
+        filled = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        for step in range(1, steps):
+            confidences, tokens = logits.softmax(-1).max(-1)
+            confidences[filled] = -1.0
+            rows = split_rows([block.length for block in blocks])
+            for block, part in zip(blocks, rows, strict=True):
+                self._forget_cached_rows(block)
+                count = -(-int((~filled[part]).sum()) // (steps - step + 1))
+                chosen = (part.start + confidences[part].topk(count).indices).tolist()
+                for row in chosen:
+                    at = block.clean_end - block.start + row - part.start
+                    if at < len(block.tokens):  # the last token of a shifted draft has no row of its own
+                        block.tokens[at] = int(tokens[row])
+                filled[chosen] = True
+            logits = torch.where(filled.unsqueeze(-1), logits, self._run(blocks))
+        return logits
+
+    def _run(self, blocks: Sequence[_Block]) -> Tensor:
+        """One pass of all rows; the logits of the proposed positions, by the target's ids."""
+        tokens: list[int] = []
+        limits: list[int] = []
+        predicting: list[int] = []
+        for block in blocks:
+            first = len(tokens) + block.clean_end - block.start - self._leading
+            predicting += range(first, first + block.length)
+            tokens += block.tokens
+            limits += self._limits(block)
+        device = self._model.device
+        rows = RowBatch(
+            tokens=torch.tensor(tokens, device=device),
+            slots=[block.cached.slot for block in blocks],
+            starts=[block.start for block in blocks],
+            counts=[len(block.tokens) for block in blocks],
+            limits=torch.tensor(limits, device=device),
+            bounds_padding=True,
+        )
+        hidden = self._model.forward(rows, self._cache, self._target_states(blocks))
+        return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
+
+    def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
+        """What the target knew at every row: `[rows, target hidden]`, zero for masks and where it is unknown."""
+        if all(block.states is None for block in blocks):
+            return None
+        width, num_rows = self._model.config.target_hidden_size, sum(len(block.tokens) for block in blocks)
+        states = torch.zeros(num_rows, width, device=self._model.device, dtype=self._model.dtype)
+        first = 0
+        for block in blocks:
+            if block.states is not None:
+                states[first : first + len(block.states)] = block.states
+            first += len(block.tokens)
+        return states
+
+    def _limits(self, block: _Block) -> list[int]:
+        """For every row, the position up to which it sees."""
+        if self._pattern == "full":
+            return [block.end] * len(block.tokens)
+        if self._pattern == "block_causal":
+            ends = (position // self._grid * self._grid + self._grid for position in range(block.start, block.end))
+            return [min(end, block.end) for end in ends]
+        num_clean = block.clean_end - block.start
+        return [*range(block.start + 1, block.clean_end + 1), *[block.end] * (len(block.tokens) - num_clean)]
+
+    def _for_target(self, logits: Tensor) -> Tensor:
+        """Give the logits the target's width, with -inf where it has no token or the drafter none."""
+        missing = self._vocabulary_size - logits.shape[1]
+        logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+        logits = logits[:, : self._vocabulary_size]
+        logits[:, self._first_padding :] = -torch.inf
+        if self._excluded:
+            logits[:, self._excluded] = -torch.inf
+        return logits
+
+    def _is_confident(self, logits: Tensor) -> bool:
+        """Whether every row's best token has the probability that the next part asks for."""
+        return bool(logits.softmax(-1).amax(-1).min() >= self._options.part_confidence)

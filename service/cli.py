@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from service.hub import HubError, locate_models
 from service.settings import PREFIX, Settings, SettingsError, describe, load_settings
 
 DESCRIPTION = """DiffuSpec serves a language model with an OpenAI-compatible API, and makes it faster without
@@ -32,8 +33,8 @@ SERVER_FLAGS = {
 }
 METAVARS = {
     "--engine": "NAME",
-    "--target": "DIR",
-    "--drafter": "DIR|prompt-lookup|none",
+    "--target": "DIR|NAME",
+    "--drafter": "DIR|NAME|prompt-lookup|none",
     "--policy": "goodput|paper|fixed",
     "--host": "ADDRESS",
     "--tls-certificate": "FILE",
@@ -52,12 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(serve, SERVER_FLAGS | MODEL_FLAGS)
     _add_complete(commands.add_parser("complete", help="complete a text with a running server"))
-    check = commands.add_parser(
-        "check",
-        help="look at model folders",
-        description="Say what the target's and the drafter's folders hold, and whether they fit together.",
+    _add_check(commands.add_parser("check", help="say whether a target and a drafter fit, and what they would cost"))
+    pull = commands.add_parser(
+        "pull",
+        help="fetch checkpoints from the hub",
+        description="Fetch checkpoints from the Hugging Face hub and compare their checksums. HF_HOME, HF_ENDPOINT and "
+        "HF_TOKEN are honoured; a second run fetches only what is missing.",
     )
-    _add_settings(check, MODEL_FLAGS)
+    pull.add_argument("names", nargs="+", metavar="NAME[@REVISION]", help="Such as Qwen/Qwen2.5-7B-Instruct.")
     warm = commands.add_parser(
         "compile",
         help="compile the drafting kernels now",
@@ -79,6 +82,21 @@ def _add_settings(parser: argparse.ArgumentParser, flags: dict[str, str]) -> Non
         parser.add_argument(flag, dest=name, metavar=metavar, help=describe(name).replace("%", "%%").replace("`", ""))
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Say what the target's and the drafter's checkpoints are, how their vocabularies relate, what they need of "
+        "memory, and what a step costs at least. Nothing is loaded; the exit status is 1 if they do not fit."
+    )
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="Folder or name on the hub; as --target.")
+    parser.add_argument("drafter", nargs="?", metavar="DRAFTER", help="Folder or name on the hub; as --drafter.")
+    parser.add_argument("--context", type=int, metavar="N", help="Tokens per request (default: the service's).")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="Requests at a time (default: %(default)s).")
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="GB/S", help="Memory bandwidth (default: measured on the CPU or the device)."
+    )
+    _add_settings(parser, MODEL_FLAGS)
+
+
 def _add_complete(parser: argparse.ArgumentParser) -> None:
     parser.description = "Stream a completion from a running server, and say how much of it was drafted."
     parser.add_argument("prompt", help="The text to go on with; - reads it from standard input.")
@@ -96,7 +114,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     given: dict[str, Any] = {
         name: value for name, value in vars(arguments).items() if "." in name and value is not None
     }
-    return load_settings(arguments.config, given)
+    for name in ("target", "drafter"):  # of `check`, without a flag
+        if getattr(arguments, name, None) is not None:
+            given.setdefault(f"model.{name}", getattr(arguments, name))
+    return locate_models(load_settings(arguments.config, given))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,9 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return serve(settings, sys.stderr)
         if arguments.command == "check":
-            from service.check import check
+            from service.check import CheckOptions, check
 
-            return check(_settings(arguments), sys.stdout)
+            options = CheckOptions(arguments.context, arguments.batch, arguments.bandwidth)
+            return check(_settings(arguments), sys.stdout, options)
+        if arguments.command == "pull":
+            from service.hub import pull
+
+            return pull(arguments.names, sys.stderr)
         if arguments.command == "compile":
             from service.check import compile_kernels
 
@@ -124,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"diffuspec: {error}", file=sys.stderr)
         return 2
+    except HubError as error:
+        print(f"diffuspec: {error}", file=sys.stderr)
+        return 1
     return _complete(arguments)
 
 

@@ -1,13 +1,12 @@
 """What model folders hold, read from their headers alone: for `diffuspec check`, and to refuse a wrong pair early."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from drafters.vocabulary_map import VocabularyMap, compare_vocabularies
 from transformer.config import CheckpointError, TransformerConfig
-
-MOST_HEADER_BYTES = 100 << 20  # what safetensors itself allows
+from transformer.folder import read_vocabulary
+from transformer.weights import check_weights, read_headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +18,30 @@ class FolderFacts:
     num_parameters: int
     num_bytes: int  # of the weights
     dtypes: tuple[str, ...]
-    vocabulary: dict[str, int] | None  # token -> id of its tokenizer.json; None without one
+    vocabulary: dict[str, int] | None  # token -> id of its tokenizer; None without one
+
+    @property
+    def family(self) -> str:
+        return self.config.architecture if self.config.family is None else self.config.family.name
 
 
 def read_folder(folder: Path) -> FolderFacts:
-    """Raises CheckpointError with one clear sentence."""
+    """Look at a checkpoint without loading it. Raises CheckpointError with one clear sentence."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder.")
+        raise CheckpointError(
+            f"{folder} is no folder, and no checkpoint of the hub that is on this machine; "
+            "`diffuspec pull NAME` fetches one."
+        )
     config = TransformerConfig.from_folder(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} holds no safetensors file; other formats are not loaded.")
-    tensors = [tensor for file in files for tensor in _tensors(file)]
-    sizes = [tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors]
+    stored = read_headers(folder)
+    check_weights(folder, config, stored)
     return FolderFacts(
         folder=folder,
         config=config,
-        num_parameters=sum(_count(tensor["shape"]) for tensor in tensors),
-        num_bytes=sum(sizes),
-        dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
-        vocabulary=_vocabulary(folder / "tokenizer.json"),
+        num_parameters=sum(tensor.num_entries for tensor in stored.values()),
+        num_bytes=sum(tensor.num_bytes for tensor in stored.values()),
+        dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
+        vocabulary=read_vocabulary(folder),
     )
 
 
@@ -49,47 +52,35 @@ def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
     """
     if not drafter.config.mask_token_ids:
         return f"{drafter.folder} names no mask token in config.json, so it is not a diffusion language model."
-    known = target.vocabulary
-    if known is None or drafter.vocabulary is None:
-        return None
-    if drafter.config.vocabulary_size < len(known):
-        size = drafter.config.vocabulary_size
-        return f"{drafter.folder} has {size} token ids, fewer than the {len(known)} of the target."
-    different = [token for token, index in known.items() if drafter.vocabulary.get(token) != index]
-    if different:
+    if not target.vocabulary:
+        return f"{target.folder} has no tokenizer.json."
+    if not drafter.vocabulary:
         return (
-            f"{drafter.folder} has another tokenizer than the target: {len(different)} of {len(known)} tokens differ, "
-            f"for instance {different[0]!r}."
+            f"{drafter.folder} has no tokenizer (tokenizer.json, or vocab.json): nothing says which tokens its ids "
+            "stand for."
+        )
+    if max(drafter.vocabulary.values()) >= drafter.config.vocabulary_size:
+        return (
+            f"{drafter.folder} has {drafter.config.vocabulary_size} token ids in config.json, but its tokenizer goes "
+            f"up to {max(drafter.vocabulary.values())}."
+        )
+    wanted, given = drafter.config.target_hidden_size, target.config.hidden_size
+    if wanted not in (0, given):
+        return (
+            f"{drafter.folder} was trained on hidden states of {wanted} numbers, and those of {target.folder} have "
+            f"{given}: it belongs to another target."
+        )
+    relation = relate(target, drafter).relation
+    if relation == "disjoint" and not (drafter.folder / "tokenizer.json").exists():
+        return (
+            f"{drafter.folder} has another vocabulary than the target, and its tokenizer is Python code, which is "
+            "never run; a tokenizer.json would do."
         )
     return None
 
 
-def _tensors(file: Path) -> list[dict[str, Any]]:
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > MOST_HEADER_BYTES:
-                raise ValueError("its header is too long")
-            header = json.loads(stream.read(length))
-        return [tensor for name, tensor in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged or no safetensors file ({error}).") from None
-
-
-def _count(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _vocabulary(path: Path) -> dict[str, int] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        vocabulary: dict[str, int] = content["model"]["vocab"] | added
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error!r}).") from None
-    return vocabulary
+def relate(target: FolderFacts, drafter: FolderFacts) -> VocabularyMap:
+    """Compare the tokenizers of two folders that both have one."""
+    assert target.vocabulary
+    assert drafter.vocabulary
+    return compare_vocabularies(target.vocabulary, drafter.vocabulary)

@@ -137,19 +137,6 @@ class ServiceMetrics:
             name
         )
 
-    def _build_audit_metrics(self) -> None:
-        name = self._model_name
-        self._audits_run = self._counter("diffuspec_audits_run", "Live requests decoded again, plainly.").labels(name)
-        self._audits_failed = self._counter(
-            "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
-        ).labels(name)
-
-    def observe_audit(self, is_failed: bool) -> None:
-        """One live request was decoded again."""
-        self._audits_run.inc()
-        if is_failed:
-            self._audits_failed.inc()
-
     def _build_decode_metrics(self) -> None:
         """What a step without prompt tokens costs and brings, drafted or not: from it follows the speed-up.
 
@@ -170,6 +157,28 @@ class ServiceMetrics:
         """Ask for the engine's phase whenever Prometheus asks."""
         for name, gauge in self._engine_phases.items():
             gauge.set_function(lambda name=name: float(phase() == name))  # type: ignore[misc]  # bound here and now
+
+    def _build_audit_metrics(self) -> None:
+        name = self._model_name
+        self._audits_run = self._counter("diffuspec_audits_run", "Live requests decoded again, plainly.").labels(name)
+        self._audits_failed = self._counter(
+            "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
+        ).labels(name)
+
+    def observe_audit(self, is_failed: bool) -> None:
+        """One live request was decoded again."""
+        self._audits_run.inc()
+        if is_failed:
+            self._audits_failed.inc()
+
+    def show_vocabulary(self, relation: str, overlap: float) -> None:
+        """Say how the vocabularies of target and drafter relate, and which share of the target's tokens is shared."""
+        self._gauge(
+            "diffuspec_vocabulary_info", "How the drafter's vocabulary relates to the target's.", "relation"
+        ).labels(self._model_name, relation).set(1)
+        self._gauge(
+            "diffuspec_vocabulary_overlap_ratio", "Share of the target's tokens that the drafter has, too."
+        ).labels(self._model_name).set(overlap)
 
     def watch(self, engine: Engine) -> None:
         """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""

@@ -14,8 +14,10 @@ import uvicorn
 from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
+from service.preflight import check_models
 from service.settings import ServerSettings, Settings
 from service.wiring import build_engine, build_metrics
+from transformer.config import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,12 @@ CLOSING_SECONDS = 5  # for connections, once the requests have been drained
 def serve(settings: Settings, output: TextIO) -> int:
     """Serve until a signal; returns the exit status: 1 if the address or the model cannot be had."""
     configure_logging(settings.logging.format, settings.logging.level)
+    try:
+        if settings.model.engine == "embedded":
+            check_models(settings)
+    except CheckpointError as error:
+        print(f"diffuspec: cannot load the model: {error}", file=output)
+        return 1
     try:
         listener = _listen(settings.server.host, settings.server.port)
     except OSError as error:

@@ -65,11 +65,12 @@ class ModelSettings(SettingsGroup):
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
-        description="Folder of the target, the model whose text is served (safetensors).",
+        description="Folder of the target, the model whose text is served (safetensors), or its name on the hub if "
+        "`diffuspec pull` has fetched it.",
     )
     drafter: str | None = Field(
         default=None,
-        description="Folder of the diffusion drafter, or `prompt-lookup`, or `none`. "
+        description="Folder or name of the diffusion drafter, or `prompt-lookup`, or `none`. "
         "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
     )
     ngram: Path | None = Field(
@@ -82,7 +83,9 @@ class ModelSettings(SettingsGroup):
         min_length=1,
         description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and arithmetic.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Type of weights and arithmetic."
+    )
     device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
     context_length: int | None = Field(
         default=None,
@@ -124,7 +127,7 @@ class SpeculationSettings(SettingsGroup):
     )
     fixed_draft_tokens: int = Field(default=8, ge=0, le=128, description="`fixed` policy: tokens of a draft.")
     diffusion_draft_tokens: int = Field(
-        default=12, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
+        default=6, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
     )
     search: bool = Field(
         default=True, description="Search the lattice for the best path; off: each position's best token."
@@ -142,7 +145,30 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(default=256, ge=16, description="Most tokens of context that the drafter reads.")
+    window_tokens: int = Field(
+        default=256,
+        ge=16,
+        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+    )
+    refresh_passes: int = Field(
+        default=16,
+        ge=0,
+        description="Drafters that see in both directions: passes until the cached context is read anew, which happens "
+        "too when acceptance falls; 1 reads it at every pass, 0 only then.",
+    )
+    refinement_steps: int = Field(
+        default=1, ge=1, le=64, description="Passes per diffusion draft; each fills in the surest tokens for the next."
+    )
+    draft_part_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Draft so many tokens in a pass, and go on after them in another one if they are sure enough; "
+        "0: all in one pass.",
+    )
+    draft_part_confidence: float = Field(
+        default=0.9, ge=0, le=1, description="Least probability of every token of a part for the next to be drafted."
+    )
     paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
     paper_max_draft_tokens: int = Field(
         default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."

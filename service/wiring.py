@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from prometheus_client import CollectorRegistry
 
 from drafters.base import DraftRequest, PolicyName
+from service.drafter import BuiltDrafter, build_drafter
 from service.engine.audit import AuditedEngine, AuditOptions
 from service.engine.base import Engine
 from service.engine.drafting import Drafting
@@ -20,7 +21,8 @@ from service.engine.embedded import EmbeddedEngine
 from service.engine.scheduler import SchedulerLimits
 from service.folders import find_mismatch, read_folder
 from service.metrics import ServiceMetrics
-from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.preflight import wants_drafter
+from service.settings import NO_DRAFTER, Settings
 from service.text.tokenizer import TextTokenizer
 from transformer.config import CheckpointError, TransformerConfig
 from verifiers.base import Verifier
@@ -47,7 +49,12 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
-        return load_parts(settings, load_tokenizer().size, progress)
+        return load_parts(
+            settings,
+            load_tokenizer().size,
+            progress,
+            lambda built: metrics.show_vocabulary(built.vocabularies.relation, built.vocabularies.overlap),
+        )
 
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,
@@ -76,8 +83,12 @@ def build_tokenizer(target: Path) -> TextTokenizer:
     return TextTokenizer.from_folder(target, TransformerConfig.from_folder(target).end_token_ids)
 
 
-def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tuple[Verifier, DraftPipeline]":
+def load_parts(
+    settings: Settings, num_tokens: int, progress: Progress, on_drafter: Callable[[BuiltDrafter], None] | None = None
+) -> "tuple[Verifier, DraftPipeline]":
     """Load the target and what drafts for it. `num_tokens`: the tokenizer's length.
+
+    on_drafter: hears how the diffusion drafter was put together, if there is one.
 
     Raises CheckpointError, NgramError or ValueError.
     """
@@ -90,7 +101,7 @@ def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tupl
     model = settings.model
     if model.num_threads is not None:
         torch.set_num_threads(model.num_threads)  # of this thread, which is the engine's
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    dtype: torch.dtype = getattr(torch, model.dtype)
 
     def load_model(folder: Path, name: str, begin: float, end: float) -> Transformer:
         def report(done: float) -> None:
@@ -109,7 +120,7 @@ def load_parts(settings: Settings, num_tokens: int, progress: Progress) -> "tupl
     is_conditioned = drafter is not None and drafter.config.target_hidden_size > 0
     verifier = TorchVerifier(target, settings.scheduler.max_running, context, num_tokens, is_conditioned)
     progress("compiling the drafting kernels (kept for the next start)", 0.9)
-    pipeline = build_pipeline(settings, target.config, drafter)
+    pipeline = build_pipeline(settings, target.config, drafter, on_drafter)
     warm_up(pipeline)
     return verifier, pipeline
 
@@ -127,20 +138,22 @@ def warm_up(pipeline: "DraftPipeline") -> None:
 
 
 def _load_drafter(settings: Settings, load_model: "Callable[[Path], Transformer]") -> "Transformer | None":
+    if not wants_drafter(settings):
+        return None
     choice = settings.model.drafter_choice
-    if choice in (PROMPT_LOOKUP, NO_DRAFTER) or not settings.speculation.diffusion:
-        return None
-    if settings.speculation.max_draft_tokens == 0:
-        return None
     mismatch = find_mismatch(read_folder(settings.model.target), read_folder(Path(choice)))
     if mismatch is not None:
         raise CheckpointError(mismatch)
     return load_model(Path(choice))
 
 
-def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Transformer | None") -> "DraftPipeline":
+def build_pipeline(
+    settings: Settings,
+    target: TransformerConfig,
+    drafter: "Transformer | None",
+    on_drafter: Callable[[BuiltDrafter], None] | None = None,
+) -> "DraftPipeline":
     """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
-    from drafters.diffusion import DiffusionDrafter
     from drafters.lattice import LatticeOptions
     from drafters.length import PaperLengthOptions
     from drafters.path_search import PathSearch
@@ -152,9 +165,10 @@ def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Tran
     causal = _build_causal(settings, target) if max_draft_tokens else None
     diffusion, search, names = None, None, []
     if drafter is not None and causal is not None:
-        diffusion = DiffusionDrafter(
-            drafter, settings.scheduler.max_running, target.vocabulary_size, speculation.window_tokens
-        )
+        built = build_drafter(settings, target, drafter)
+        diffusion = built.drafter
+        if on_drafter is not None:
+            on_drafter(built)
         search = PathSearch(
             causal,
             target.end_token_ids,
@@ -163,8 +177,7 @@ def build_pipeline(settings: Settings, target: TransformerConfig, drafter: "Tran
             speculation.lattice_weight_decay,
             mode="search" if speculation.search else "argmax",
         )
-        millions = read_folder(Path(settings.model.drafter_choice)).num_parameters / 1e6
-        names.append(f"diffusion ({drafter.config.attention}, {millions:.1f}M)")
+        names.append(built.description)
     if max_draft_tokens and speculation.copying:
         names.append("copy" if settings.model.ngram_folder is None else "copy + n-grams")
     options = PipelineOptions(

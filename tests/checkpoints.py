@@ -4,11 +4,14 @@ The weights are drawn wide (`WEIGHT_DEVIATION`), so that greedy outputs vary ins
 The tokenizer is byte-level: token id = byte value, then `<|endoftext|>` = 256.
 """
 
+import copy
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -146,3 +149,208 @@ def write_full_drafter(folder: Path, seed: int = 1, layers: int = 1) -> PreTrain
     config |= {"mask_token_ids": [VOCABULARY_SIZE], "logits_shifted": True, "attention": "full"}
     path.write_text(json.dumps(config, indent=2) + "\n")
     return model
+
+
+MASK_TOKEN = 258  # of the tiny hub drafters, next to `<|beginoftext|>` = 257: in Dream's order
+
+LLADA_NAMES = {  # spelled out rather than taken from the code under test
+    "model.embed_tokens.weight": "model.transformer.wte.weight",
+    "model.norm.weight": "model.transformer.ln_f.weight",
+    "lm_head.weight": "model.transformer.ff_out.weight",
+    "model.layers.N.input_layernorm.weight": "model.transformer.blocks.N.attn_norm.weight",
+    "model.layers.N.post_attention_layernorm.weight": "model.transformer.blocks.N.ff_norm.weight",
+    "model.layers.N.self_attn.q_proj.weight": "model.transformer.blocks.N.q_proj.weight",
+    "model.layers.N.self_attn.k_proj.weight": "model.transformer.blocks.N.k_proj.weight",
+    "model.layers.N.self_attn.v_proj.weight": "model.transformer.blocks.N.v_proj.weight",
+    "model.layers.N.self_attn.o_proj.weight": "model.transformer.blocks.N.attn_out.weight",
+    "model.layers.N.mlp.gate_proj.weight": "model.transformer.blocks.N.ff_proj.weight",
+    "model.layers.N.mlp.up_proj.weight": "model.transformer.blocks.N.up_proj.weight",
+    "model.layers.N.mlp.down_proj.weight": "model.transformer.blocks.N.ff_out.weight",
+}
+LLADA_FIELDS = {
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
+}
+LLADA_CONFIG = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "mask_token_id": MASK_TOKEN,
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_size": VOCABULARY_SIZE,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "multi_query_attention": None,
+    "rope": True,
+    "scale_logits": False,
+}
+
+
+@dataclass(frozen=True)
+class HubDrafter:
+    """The layout of one hub family's diffusion models, at a tiny size."""
+
+    family: Family
+    config: dict[str, Any]  # what its config.json has besides, or instead of, that of `family`
+    attention: Literal["full", "block_causal"]
+    shifted: bool
+    block_size: int = 0
+    names: dict[str, str] = field(default_factory=dict)  # of weights, with N for the layer; empty: those of `family`
+    fields: dict[str, str] = field(default_factory=dict)  # of config.json, renamed
+    mask_from_tokenizer: bool = False  # config.json names no mask token
+    has_tokenizer_json: bool = True  # False: vocab.json and added_tokens.json, as of a tokenizer in Python
+    tied: bool = False
+    folder: str = "drafter"
+
+
+HUB_DRAFTERS: dict[str, HubDrafter] = {
+    "dream": HubDrafter(
+        "qwen2",
+        {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": MASK_TOKEN},
+        "full",
+        shifted=True,
+        has_tokenizer_json=False,
+    ),
+    "fast-dllm": HubDrafter(
+        "qwen2",
+        {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 32},
+        "block_causal",
+        shifted=True,
+        block_size=32,
+        mask_from_tokenizer=True,
+    ),
+    "sdar": HubDrafter(
+        "qwen3",
+        {
+            "model_type": "sdar",
+            "architectures": ["SDARForCausalLM"],
+            "block_size": 4,
+            "mask_token_id": MASK_TOKEN,
+            "fuse_cross_entropy": True,
+        },
+        "block_causal",
+        shifted=False,
+        block_size=4,
+    ),
+    "a2d-qwen3-mdlm": HubDrafter(
+        "qwen3", {"model_type": "a2d-qwen3"}, "full", shifted=False, mask_from_tokenizer=True, tied=True
+    ),
+    "a2d-qwen3-bd3lm": HubDrafter(
+        "qwen3",
+        {"model_type": "a2d-qwen3"},
+        "block_causal",
+        shifted=False,
+        block_size=32,
+        mask_from_tokenizer=True,
+        tied=True,
+        folder="Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    ),
+    "a2d-qwen2": HubDrafter(
+        "qwen2", {"model_type": "a2d-qwen2"}, "full", shifted=False, mask_from_tokenizer=True, tied=True
+    ),
+    "llada": HubDrafter("llama", LLADA_CONFIG, "full", shifted=False, names=LLADA_NAMES, fields=LLADA_FIELDS),
+    "diffullama": HubDrafter("llama", {}, "full", shifted=True, mask_from_tokenizer=True),
+}
+
+
+def write_hub_drafter(
+    folder: Path,
+    name: str,
+    seed: int = 1,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Write a tiny random drafter as the hub has those of `name` (a key of HUB_DRAFTERS): config, keys and tokenizer.
+
+    Returns transformers' own model of the same weights. `overrides` go into its configuration.
+    """
+    layout = HUB_DRAFTERS[name]
+    model = build_model(layout.family, seed, layout.tied, layers, **overrides)
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    with torch.no_grad():
+        for parameter in model.parameters():  # not the model as a whole: its rotary frequencies stay as they are
+            parameter.copy_(parameter.to(dtype))
+    GenerationConfig(eos_token_id=END_TOKEN, bos_token_id=END_TOKEN, pad_token_id=END_TOKEN).save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({_renamed(key, layout.names): tensor for key, tensor in load_file(path).items()}, path)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {_renamed(key, layout.names): file for key, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content))
+    path = folder / "config.json"
+    config = {layout.fields.get(key, key): value for key, value in json.loads(path.read_text()).items()}
+    if layout.names:  # a family with fields of its own has none of Llama's
+        config = {key: value for key, value in config.items() if key not in ("hidden_act", "attention_bias")}
+    path.write_text(json.dumps(config | layout.config, indent=2) + "\n")
+    write_tokenizer(folder)
+    _add_mask_token(folder, layout)
+    return model
+
+
+def _renamed(key: str, names: dict[str, str]) -> str:
+    parts = key.split(".")
+    layer = parts[2] if len(parts) > 2 and parts[2].isdigit() else ""
+    return names[key.replace(f".{layer}.", ".N.")].replace(".N.", f".{layer}.") if names else key
+
+
+def _add_mask_token(folder: Path, layout: HubDrafter) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["<|beginoftext|>", "<|mask|>"])
+    tokenizer.save(str(path))
+    config_path = folder / "tokenizer_config.json"
+    config = json.loads(config_path.read_text())
+    if layout.mask_from_tokenizer:
+        config["mask_token"] = "<|mask|>"
+    if not layout.has_tokenizer_json:
+        content = json.loads(path.read_text())
+        (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        (folder / "added_tokens.json").write_text(
+            json.dumps({token["content"]: token["id"] for token in content["added_tokens"]})
+        )
+        config |= {"tokenizer_class": "DreamTokenizer"}
+        path.unlink()
+    config_path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+OtherVocabulary = Literal["rotated", "partial", "byte-names"]
+
+
+def change_vocabulary(folder: Path, kind: OtherVocabulary) -> None:
+    """Give a drafter's folder another tokenizer of as many tokens.
+
+    `rotated`: the target's tokens under other ids. `partial`: a third of them is missing, too. `byte-names`: none of
+    the target's tokens, but sentencepiece's names of the 256 bytes.
+    """
+    path = folder / "tokenizer.json"
+    special = [token["content"] for token in json.loads(path.read_text())["added_tokens"]]
+    if kind == "byte-names":
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        vocabulary = {character: (byte + 7) % 256 for byte, character in enumerate(byte_characters())}
+        if kind == "partial":
+            missing = [character for character, index in vocabulary.items() if index % 3 == 0]
+            vocabulary |= {f"{character}{character}": vocabulary.pop(character) for character in missing}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))

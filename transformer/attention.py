@@ -14,6 +14,9 @@ from transformer.cache import KeyValueCache
 Indices = NDArray[np.int64]
 
 LONGEST_PADDED = 64  # rows; sequences with more attend alone, so that a prefill does not pad everybody's decode row
+MOST_PADDING = 0.25  # of the pairs of rows and positions that a call of a batch with `bounds_padding` works out in vain
+MOST_SPREAD = 2  # slots that a call reads in place, over those that it needs
+FREE_PADDING = 4096  # pairs; less than that costs less than a further call
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class RowBatch:
     starts: Sequence[int]  # position of each sequence's first row
     counts: Sequence[int]  # rows per sequence, at least 1
     limits: Tensor | None = None  # int64 [rows]: a row sees cached positions below its limit. None: causal
+    bounds_padding: bool = False  # more calls rather than much padding, for sequences of very unequal lengths
 
 
 class Attention:
@@ -46,8 +50,12 @@ class Attention:
         self._row_slots = torch.from_numpy(np.repeat(slots, counts)).to(cache.device)
         self._targets = cache.entries.unbind(0)
         limits = positions + 1 if rows.limits is None else rows.limits.cpu().numpy()
-        groups = padded_groups(counts)
-        self._calls = [padded_call(slots[g], counts[g], offsets[g], limits, cache, group) for g in groups]
+        if rows.bounds_padding:
+            groups = bounded_groups(counts, np.maximum.reduceat(limits, offsets))
+        else:
+            groups = padded_groups(counts)
+        spread = 1 if rows.bounds_padding else MOST_SPREAD
+        self._calls = [padded_call(slots[g], counts[g], offsets[g], limits, cache, group, spread) for g in groups]
         if len(groups) > 1:
             joined = np.concatenate([np.arange(offsets[i], offsets[i] + counts[i]) for g in groups for i in g])
             self._order = torch.from_numpy(np.argsort(joined)).to(cache.device)
@@ -121,10 +129,10 @@ def call_of_one(rows: RowBatch, cache: KeyValueCache, group: int) -> AttentionCa
 
 
 def padded_call(
-    slots: Indices, counts: Indices, offsets: Indices, limits: Indices, cache: KeyValueCache, group: int
+    slots: Indices, counts: Indices, offsets: Indices, limits: Indices, cache: KeyValueCache, group: int, spread: int
 ) -> AttentionCall:
     """One call for sequences with the flat rows `offsets[i]` to `offsets[i] + counts[i]`; `limits` is of all rows."""
-    places, chosen = slot_places(slots)
+    places, chosen = slot_places(slots, spread)
     num_sequences = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
     num_queries = int(counts.max())
     padded = np.full((num_sequences, num_queries), offsets[0])  # gaps repeat some row: their result is dropped
@@ -153,14 +161,36 @@ def padded_groups(counts: Indices) -> list[Indices]:
     return [*short, *np.flatnonzero(long).reshape(-1, 1)]
 
 
-def slot_places(slots: Indices) -> tuple[Indices, slice | Indices]:
+def bounded_groups(counts: Indices, lengths: Indices) -> list[Indices]:
+    """Sequences of like size share a call, so that of its pairs of rows and positions few are padding.
+
+    A call pads every sequence to the most rows and the greatest length of any. Of at most MOST_PADDING more pairs than
+    are needed, or FREE_PADDING.
+    """
+    order = np.lexsort((counts, lengths))[::-1].tolist()
+    groups: list[list[int]] = []
+    most_rows = needed = 0
+    for index in order:
+        rows, pairs = int(counts[index]), int(counts[index] * lengths[index])
+        if groups:
+            padded = (len(groups[-1]) + 1) * max(most_rows, rows) * int(lengths[groups[-1][0]])
+            if padded - (needed + pairs) <= max(MOST_PADDING * (needed + pairs), FREE_PADDING):
+                groups[-1].append(index)
+                most_rows, needed = max(most_rows, rows), needed + pairs
+                continue
+        groups.append([index])
+        most_rows, needed = rows, pairs
+    return [np.array(sorted(group)) for group in groups]
+
+
+def slot_places(slots: Indices, spread: int) -> tuple[Indices, slice | Indices]:
     """Each sequence's place in the call, and the cache slots of the call.
 
     Slots that stand close together are read in place, gaps included: attending to a gap costs no more than copying a
     neighbour's keys and values would. Scattered ones are copied together.
     """
     first, last = int(slots.min()), int(slots.max())
-    if last - first < 2 * len(slots):
+    if last - first < spread * len(slots):
         return slots - first, slice(first, last + 1)
     return np.arange(len(slots)), slots
 

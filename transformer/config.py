@@ -1,20 +1,22 @@
 """What a Hugging Face folder says about its transformer, in this project's words."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
-Architecture = Literal["llama", "qwen2", "qwen3"]
-AttentionPattern = Literal["causal", "block", "full"]
+from transformer.families import (
+    Architecture,
+    AttentionPattern,
+    Family,
+    as_ids,
+    find_family,
+    in_our_words,
+    read_diffusion,
+)
+from transformer.folder import CheckpointError, read_json
 
-ARCHITECTURES: Mapping[str, Architecture] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "Dream": "qwen2"}
-"""Architectures by the checkpoint's `model_type`."""
-
-
-class CheckpointError(Exception):
-    """A model folder that cannot be used; the message says what is wrong with which file."""
+__all__ = ["CheckpointError", "RotaryScaling", "TransformerConfig", "read_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +55,25 @@ class TransformerConfig:
     mask_token_ids: tuple[int, ...] = ()  # the j-th mask of a block; a single id is used for every mask
     logits_shifted: bool = False  # the row of position i predicts position i + 1, as in causal models
     attention: AttentionPattern = "causal"
-    block_size: int = 0  # tokens; "block" only
     logits_temperature: float = 1.0  # of the target's distribution that the logits were trained to give
     target_hidden_size: int = 0  # width of the target's hidden states that join the embeddings; 0: none do
+    block_size: int = 0  # tokens; "block" and "block_causal" only
+    trained_positions: int = 0  # tokens the model was trained on, where it accepts more; 0: max_positions
+    family: Family | None = None  # None: Llama's names of weights
+
+    @property
+    def longest_trained(self) -> int:
+        """Tokens of the longest text that the model has seen in training."""
+        return min(self.trained_positions or self.max_positions, self.max_positions)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Read config.json, and the end tokens from generation_config.json. Raises CheckpointError."""
         path = folder / "config.json"
         raw = read_json(path)
-        architecture = ARCHITECTURES.get(str(raw.get("model_type")))
-        if architecture is None:
-            known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(f"{path}: model_type {raw.get('model_type')!r} is not supported; known are {known}.")
+        family = find_family(path, raw)
+        raw = in_our_words(path, raw, family)
+        architecture = family.architecture
         refuse_unsupported(path, raw)
         generation_path = folder / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else {}
@@ -92,7 +100,8 @@ class TransformerConfig:
                 end_token_ids=as_ids(end_tokens),
                 output_bias=architecture != "qwen2" and bias,
                 rotary_scaling=scaling,
-                **read_diffusion(raw),
+                family=family,
+                **read_diffusion(path, raw, family),
             )
         except KeyError as error:
             raise CheckpointError(f"{path}: the field {error} is missing.") from None
@@ -114,21 +123,8 @@ class TransformerConfig:
             raise CheckpointError(f"{path}: head_dim is {self.head_dim}; rotary positions need an even one.")
         if any(not 0 <= token < self.vocabulary_size for token in self.mask_token_ids):
             raise CheckpointError(f"{path}: mask_token_ids must lie within the vocabulary of {self.vocabulary_size}.")
-        if self.attention == "block" and self.block_size < 1:
-            raise CheckpointError(f"{path}: block attention needs a block_size of at least 1.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if it is missing or no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
-    return content
+        if self.attention in ("block", "block_causal") and self.block_size < 1:
+            raise CheckpointError(f"{path}: {self.attention} attention needs a block_size of at least 1.")
 
 
 def refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
@@ -169,31 +165,3 @@ def read_rotary(path: Path, raw: Mapping[str, Any]) -> tuple[float, RotaryScalin
     except KeyError as error:
         raise CheckpointError(f"{path}: rope type {kind!r} needs the field {error}.") from None
     return theta, scaling
-
-
-def read_diffusion(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of diffusion models; empty for a plain causal model.
-
-    Dream's own configuration names one mask token and implies the rest.
-    """
-    masks = as_ids(raw.get("mask_token_ids", raw.get("mask_token_id")))
-    if not masks:
-        return {}
-    pattern = raw.get("attention", "full")
-    if pattern not in ("causal", "block", "full"):
-        raise ValueError(f"attention {pattern!r} is none of causal, block, full")
-    return {
-        "mask_token_ids": masks,
-        "logits_shifted": bool(raw.get("logits_shifted", raw["model_type"] == "Dream")),
-        "attention": cast(AttentionPattern, pattern),
-        "block_size": int(raw.get("block_size", 0)),
-        "logits_temperature": float(raw.get("logits_temperature", 1.0)),
-        "target_hidden_size": int(raw.get("target_hidden_size", 0)),
-    }
-
-
-def as_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from what JSON holds: nothing, one id or a list."""
-    if value is None:
-        return ()
-    return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)

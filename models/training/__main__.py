@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
 from drafters.ngram import NgramModel
 from models.training.cards import write_cards
 from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
 from models.training.data import Corpus
-from models.training.drafter import ConditionedDrafter, DrafterRecipe, facts_of, save_drafter, train_drafter
+from models.training.drafter import (
+    ConditionedDrafter,
+    DrafterRecipe,
+    facts_of,
+    save_drafter,
+    train_drafter,
+    train_on,
+)
 from models.training.evaluate import drafter_figures, held_out_continuations, ngram_accuracy
 from models.training.ngram import fit_ngram
 from models.training.target import TargetRecipe, held_out_bits_per_byte, load_start, train_target
@@ -37,6 +44,7 @@ class Pair:
     start_continuation_recipe: ContinuationRecipe = field(default_factory=lambda: ContinuationRecipe(shards=12))
     continuation_recipe: ContinuationRecipe = field(default_factory=ContinuationRecipe)
     drafter_recipe: DrafterRecipe = field(default_factory=DrafterRecipe)
+    train_on: bool = False
     evaluation_prompts: int = 64
 
     @cached_property
@@ -80,8 +88,13 @@ def run_continuations(pair: Pair) -> None:
 
 def run_drafter(pair: Pair) -> None:
     folder = pair.models / "drafter"
-    if not (folder / "model.safetensors").exists():
-        recipe = pair.drafter_recipe
+    recipe = pair.drafter_recipe
+    if pair.train_on:
+        finished = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        data = pair.with_corpus(pair.target, pair.continuations, recipe.corpus_share)
+        drafter = train_on(finished, pair.target.config.hidden_size, data, pair.work, recipe)
+        save_drafter(drafter, pair.models / "target", folder, recipe, facts_of(recipe, pair.continuations))
+    elif not (folder / "model.safetensors").exists():
         started = Continuations.load(pair.work / "start-continuations")
         start_data = pair.with_corpus(pair.start, started, recipe.start_corpus_share)
         data = pair.with_corpus(pair.target, pair.continuations, recipe.corpus_share)
@@ -127,9 +140,12 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, default=MODELS, help="where the finished folders go (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument(
+        "--train-on", action="store_true", help="stage 'drafter': train the finished drafter on, and replace it"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    pair = Pair(arguments.work, arguments.models)
+    pair = Pair(arguments.work, arguments.models, train_on=arguments.train_on)
     for name, run in STAGES.items():
         if arguments.stage in (name, "all"):
             print(f"stage {name}", flush=True)

@@ -9,7 +9,7 @@ Labels are the target's own distributions, sharpened; their most probable tokens
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class DrafterRecipe:
     layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
     steps: int = 6000
+    more_steps: int = 2000  # of `train_on`
+    more_muon_rate: float = 0.012
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
     mean_masks: float = 5.0  # per block
@@ -287,6 +289,16 @@ def train_drafter(
     drafter = build_drafter(start, recipe)
     distil(drafter, start_data, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
     distil(drafter, data, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
+    return drafter
+
+
+def train_on(
+    finished: Qwen2ForCausalLM, target_hidden_size: int, data: Continuations, work: Path, recipe: DrafterRecipe
+) -> ConditionedDrafter:
+    """Train a finished drafter on, conditioned on the target's hidden states from now on."""
+    drafter = narrowed(finished, target_hidden_size, recipe)
+    recipe = replace(recipe, muon_rate=recipe.more_muon_rate)
+    distil(drafter, data, work, recipe, Phase("drafter-on", recipe.more_steps, recipe.decay_share, recipe.seed + 1))
     return drafter
 
 

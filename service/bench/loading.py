@@ -45,7 +45,7 @@ def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
     scheduler = settings.scheduler.model_copy(update={"max_running": num_slots, "max_waiting": 0})
     settings = settings.model_copy(update={"scheduler": scheduler})
     model = settings.model
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    dtype: torch.dtype = getattr(torch, model.dtype)
     tokenizer = build_tokenizer(model.target)
     target = Transformer.load(model.target, model.device, dtype)
     context = min(model.context_length or target.config.max_positions, target.config.max_positions)
@@ -59,7 +59,8 @@ def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
         drafters["garbage"] = ShiftedTransformer.load(folder, model.device, dtype)
         facts["drafter"] = _describe(folder)
     facts["n-grams"] = "none" if model.ngram_folder is None else str(model.ngram_folder)
-    verifier = TorchVerifier(target, num_slots, context, tokenizer.size)
+    is_conditioned = any(drafter.config.target_hidden_size for drafter in drafters.values())
+    verifier = TorchVerifier(target, num_slots, context, tokenizer.size, is_conditioned)
     return Loaded(settings, tokenizer, verifier, Models(target.config, drafters), facts)
 
 

@@ -95,8 +95,9 @@ def test_prefill_in_chunks_equals_prefill_in_one_go(tmp_path: Path, family: Fami
         ([7, 1], [0, 3], [70, 80]),
     ],
 )
+@pytest.mark.parametrize("bounded", [False, True])
 def test_ragged_batch_equals_one_by_one(
-    tiny_target: Path, slots: list[int], starts: list[int], counts: list[int]
+    tiny_target: Path, slots: list[int], starts: list[int], counts: list[int], bounded: bool
 ) -> None:
     model = Transformer.load(tiny_target)
     together, alone = model.new_cache(32, LENGTH), model.new_cache(32, LENGTH)
@@ -108,7 +109,7 @@ def test_ragged_batch_equals_one_by_one(
             if start:
                 model.forward(RowBatch(tokens[:start], [slot], [0], [start]), cache)
     new = [tokens[start:] for tokens, start in zip(sequences, starts, strict=True)]
-    batched = model.forward(RowBatch(torch.cat(new), slots, starts, counts), together)
+    batched = model.forward(RowBatch(torch.cat(new), slots, starts, counts, bounds_padding=bounded), together)
     single = [
         model.forward(RowBatch(tokens, [slot], [start], [count]), alone)
         for tokens, slot, start, count in zip(new, slots, starts, counts, strict=True)

@@ -1,0 +1,216 @@
+"""Drafting across a gap between vocabularies: in the tokens that both have, or in text (`drafters.vocabulary_map`).
+
+Verification makes both exact; what differs is the cost and what is accepted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafters.base import Tokens
+from drafters.diffusion import DiffusionDrafter
+from drafters.masked import MaskedRequest, split_rows
+from drafters.vocabulary_map import VocabularyMap
+
+LEAST_CONFIDENCE, LARGEST_CONFIDENCE = 1e-6, 0.999  # of a token that was tokenized again
+
+
+class MappedDrafter:
+    """Drafts in the tokens that both vocabularies have.
+
+    A token of the context that the drafter lacks is spelled in tokens it has. A draft is cut where the drafter would
+    rather write a token that the target lacks.
+    """
+
+    def __init__(
+        self,
+        drafter: DiffusionDrafter,
+        vocabularies: VocabularyMap,
+        vocabulary_size: int,
+        spell: Callable[[int], Sequence[int]],
+    ) -> None:
+        """vocabulary_size: width of the target's logits.
+
+        drafter: over its own ids. spell: the drafter's ids for a target token that it lacks; may be empty.
+        """
+        self._drafter = drafter
+        self._spell = spell
+        self._to_drafter, self._to_target = vocabularies.to_drafter, vocabularies.to_target
+        shared = np.flatnonzero((self._to_drafter >= 0) & (np.arange(len(self._to_drafter)) < vocabulary_size))
+        self._target_ids = torch.from_numpy(shared)
+        self._drafter_ids = torch.from_numpy(self._to_drafter[shared].astype(np.int64))
+        self._vocabulary_size = vocabulary_size
+        self._translated: dict[str, tuple[int, Tokens]] = {}  # by request: target tokens, and what they became
+
+    @property
+    def longest(self) -> int:
+        return self._drafter.longest
+
+    @property
+    def temperature(self) -> float:
+        return self._drafter.temperature
+
+    def pending_rows(self, request_id: str, num_tokens: int) -> int:
+        done, translated = self._translated.get(request_id, (0, ()))
+        return self._drafter.pending_rows(request_id, len(translated) + num_tokens - done)
+
+    def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
+        """See `MaskedDrafter.propose`."""
+        inner = [MaskedRequest(r.request_id, self._translate(r), r.length) for r in requests]
+        drafted = self._drafter.propose(inner)
+        device = drafted.device
+        logits = drafted.new_full((len(drafted), self._vocabulary_size), -torch.inf)
+        logits[:, self._target_ids.to(device)] = drafted[:, self._drafter_ids.to(device)]
+        best = drafted.argmax(-1).cpu().numpy()
+        has_image = self._to_target[np.minimum(best, len(self._to_target) - 1)] >= 0
+        for rows in split_rows([request.length for request in requests]):
+            missing = np.flatnonzero(~has_image[rows])
+            if len(missing):
+                logits[rows.start + missing[0] : rows.stop] = -torch.inf
+        return logits
+
+    def note(self, request_id: str, num_accepted: int) -> None:
+        self._drafter.note(request_id, num_accepted)
+
+    def release(self, request_id: str) -> None:
+        self._translated.pop(request_id, None)
+        self._drafter.release(request_id)
+
+    def _translate(self, request: MaskedRequest) -> Tokens:
+        done, known = self._translated.get(request.request_id, (0, np.empty(0, np.int32)))
+        fresh = request.tokens[done:]
+        images = self._to_drafter[np.minimum(fresh, len(self._to_drafter) - 1)]
+        if (images < 0).any():
+            spelled = [
+                [image] if image >= 0 else self._spell(token)
+                for image, token in zip(images.tolist(), fresh.tolist(), strict=True)
+            ]
+            images = np.array([token for tokens in spelled for token in tokens], np.int32)
+        translated = np.concatenate([known, images.astype(np.int32)])
+        if len(translated) == 0:
+            translated = np.zeros(1, np.int32)  # nothing that the drafter can read: any token, rather than none
+        self._translated[request.request_id] = len(request.tokens), translated
+        return translated
+
+
+class Codec(Protocol):
+    """A tokenizer, as far as drafting goes."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without special tokens."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, without special tokens; what is not UTF-8 becomes U+FFFD."""
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one token adds to the text; empty for special tokens."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What the drafter has read of one request."""
+
+    anchor: int  # target tokens before it are left out
+    tokens: Tokens  # the drafter's
+
+
+class RetokenizingDrafter:
+    """Reads and drafts text: for vocabularies that have little in common.
+
+    Every call tokenizes the request's latest text for the drafter, and the drafted text for the target. A token's
+    confidence is the product of those of the drafter's tokens that begin in it; the rest is spread evenly.
+    """
+
+    def __init__(
+        self,
+        drafter: DiffusionDrafter,
+        target: Codec,
+        reader: Codec,
+        vocabulary_size: int,
+        end_tokens: Mapping[int, int],
+    ) -> None:
+        """reader: the drafter's tokenizer. vocabulary_size: width of the target's logits.
+
+        end_tokens: the target's end token for each of the drafter's.
+        """
+        self._drafter = drafter
+        self._target, self._reader = target, reader
+        self._vocabulary_size = vocabulary_size
+        self._end_tokens = dict(end_tokens)
+        self._readings: dict[str, _Reading] = {}
+
+    @property
+    def longest(self) -> int:
+        return self._drafter.longest
+
+    @property
+    def temperature(self) -> float:
+        return 1.0
+
+    def pending_rows(self, request_id: str, num_tokens: int) -> int:
+        reading = self._readings.get(request_id)
+        known = num_tokens if reading is None else len(reading.tokens) + 1
+        return self._drafter.pending_rows(request_id, known)
+
+    def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
+        """See `MaskedDrafter.propose`."""
+        inner = [MaskedRequest(r.request_id, self._read(r), r.length) for r in requests]
+        confidences, tokens = self._drafter.propose(inner).softmax(-1).max(-1)
+        confidences, tokens = confidences.cpu(), tokens.cpu()
+        logits = torch.full((len(tokens), self._vocabulary_size), -torch.inf)
+        for rows in split_rows([request.length for request in requests]):
+            draft = self._rewrite(tokens[rows].tolist(), confidences[rows].tolist())
+            for row, (token, confidence) in zip(range(rows.start, rows.stop), draft, strict=False):
+                logits[row] = float(np.log((1 - confidence) / self._vocabulary_size))
+                logits[row, token] = float(np.log(confidence))
+        return logits
+
+    def note(self, request_id: str, num_accepted: int) -> None:
+        self._drafter.note(request_id, num_accepted)
+
+    def release(self, request_id: str) -> None:
+        self._readings.pop(request_id, None)
+        self._drafter.release(request_id)
+
+    def _read(self, request: MaskedRequest) -> Tokens:
+        """The request's latest text in the drafter's tokens; what is cached of it stays as far as it is the same."""
+        window = self._drafter.window
+        known = self._readings.get(request.request_id)
+        anchor = max(0, len(request.tokens) - window) if known is None else known.anchor
+        if len(request.tokens) - anchor > 2 * window:
+            anchor = len(request.tokens) - window
+        text = self._target.decode(request.tokens[anchor:].tolist())
+        tokens = np.array(self._reader.encode(text) or [0], np.int32)
+        if known is not None:
+            shorter = min(len(known.tokens), len(tokens))
+            different = np.flatnonzero(known.tokens[:shorter] != tokens[:shorter])
+            self._drafter.keep(request.request_id, int(different[0]) if len(different) else shorter)
+        self._readings[request.request_id] = _Reading(anchor, tokens)
+        return tokens
+
+    def _rewrite(self, drafted: list[int], confidences: list[float]) -> list[tuple[int, float]]:
+        """The draft in the target's tokens, with their confidences."""
+        pieces: list[bytes] = []
+        end: tuple[int, float] | None = None
+        for token, confidence in zip(drafted, confidences, strict=True):
+            piece = self._reader.bytes_of(token)
+            if not piece or np.isnan(confidence):  # a special token, or a row that ends the draft
+                if token in self._end_tokens and not np.isnan(confidence):
+                    end = self._end_tokens[token], confidence
+                break
+            pieces.append(piece)
+        text = b"".join(pieces).decode("utf-8", "replace").rstrip("�")
+        starts = np.cumsum([0, *[len(piece) for piece in pieces[:-1]]]) if pieces else np.empty(0, np.int64)
+        draft, begin = [], 0
+        for token in self._target.encode(text):
+            stop = begin + len(self._target.bytes_of(token))
+            inside = [confidences[i] for i in np.flatnonzero((starts >= begin) & (starts < stop))]
+            draft.append((token, float(np.prod(inside))))
+            begin = stop
+        if end is not None:
+            draft.append(end)
+        return [(token, min(max(sure, LEAST_CONFIDENCE), LARGEST_CONFIDENCE)) for token, sure in draft]

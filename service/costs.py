@@ -1,0 +1,127 @@
+"""What a pair needs of memory, and what its steps cost at least: arithmetic over bytes, nothing is run.
+
+A decoding step reads every weight and every cached key and value once. Bytes over the memory's bandwidth are therefore
+a floor of its time, and the ratio of two floors says which acceptance length (tokens per step, the extra one included)
+a drafter has to reach before it pays, whatever its acceptance turns out to be.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from transformer.config import TransformerConfig
+from transformer.weights import weight_shapes
+
+BYTES_OF_TYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Of one model in one type of numbers."""
+
+    weight_bytes: int  # in memory
+    read_bytes: int  # of weights, in one pass
+    cache_bytes: int  # of keys and values, for all requests
+
+
+@dataclass(frozen=True, slots=True)
+class PairCost:
+    """Seconds are floors, from `bandwidth` in bytes per second."""
+
+    target: ModelCost
+    drafter: ModelCost | None
+    bandwidth: float
+    passes: int = 1  # of the drafter, for a draft
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights and caches together."""
+        models = [self.target] if self.drafter is None else [self.target, self.drafter]
+        return sum(model.weight_bytes + model.cache_bytes for model in models)
+
+    @property
+    def plain_seconds(self) -> float:
+        """Of a step without a draft; verifying a draft reads the same bytes."""
+        return (self.target.read_bytes + self.target.cache_bytes) / self.bandwidth
+
+    @property
+    def draft_seconds(self) -> float:
+        if self.drafter is None:
+            return 0.0
+        return self.passes * (self.drafter.read_bytes + self.drafter.cache_bytes) / self.bandwidth
+
+    @property
+    def break_even(self) -> float:
+        """Acceptance length at which drafting is as fast as plain decoding."""
+        return (self.plain_seconds + self.draft_seconds) / self.plain_seconds
+
+
+def model_cost(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: int) -> ModelCost:
+    """num_cached: tokens whose keys and values are held, of all requests together."""
+    size = BYTES_OF_TYPE[dtype]
+    shapes = weight_shapes(config)
+    stored = sum(int(np.prod(shape)) for shape in shapes.values()) * size
+    embedding = config.vocabulary_size * config.hidden_size * size
+    read = stored if config.tie_word_embeddings else stored - embedding  # of the embedding only single rows are read
+    copies = (embedding if config.tie_word_embeddings else 0) + _packed_bytes(config, dtype) if on_cpu else 0
+    per_token = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * size
+    return ModelCost(stored + copies, read, per_token * num_cached)
+
+
+def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
+    """Of the second copies of small matrices that the CPU's kernel works on."""
+    from transformer.matrix import LANES, MOST_PACKED_ENTRIES
+
+    if dtype != "float32":
+        return 0
+    heads = config.num_heads * config.head_dim
+    shared = config.num_key_value_heads * config.head_dim
+    layer = (
+        (config.hidden_size, heads + 2 * shared),
+        (heads, config.hidden_size),
+        (config.hidden_size, 2 * config.intermediate_size),
+        (config.intermediate_size, config.hidden_size),
+    )
+    matrices = [*(layer * config.num_layers), (config.hidden_size, config.vocabulary_size)]
+    packed = [rows * columns for rows, columns in matrices if columns % LANES == 0]
+    return 4 * sum(entries for entries in packed if entries <= MOST_PACKED_ENTRIES)
+
+
+def device_bytes(device: str) -> int:
+    """Free memory of a torch device, in bytes. Raises ValueError if there is no such device."""
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"model.device is {device}, but torch sees no CUDA device")
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written: the best of a few."""
+    if device.startswith("cuda"):
+        import torch
+
+        source = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+        target, seconds = torch.empty_like(source), []
+        for _ in range(5):
+            torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            target.copy_(source)
+            torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return 2 * source.numel() / min(seconds)
+    block = np.ones(1 << 27, np.uint8)
+    copy, seconds = np.empty_like(block), []
+    for _ in range(5):
+        started = time.perf_counter()
+        np.copyto(copy, block)
+        seconds.append(time.perf_counter() - started)
+    return 2 * block.nbytes / min(seconds)

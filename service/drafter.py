@@ -1,0 +1,117 @@
+"""The diffusion drafter for a pair: its options from the settings, and the way across the gap between vocabularies."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drafters.vocabulary_map import VocabularyMap
+from service.folders import FolderFacts, read_folder, relate
+from service.settings import Settings
+from service.text.tokenizer import TextTokenizer
+from transformer.config import TransformerConfig
+
+if TYPE_CHECKING:
+    from drafters.masked import MaskedDrafter
+    from transformer.model import Transformer
+
+log = logging.getLogger(__name__)
+
+PATHS = {
+    "identical": "takes and gives the target's ids as they are",
+    "overlapping": "drafts in the tokens that both have, and cuts a draft at the first other one",
+    "disjoint": "tokenizes drafted text again for the target",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltDrafter:
+    """A drafter and what there is to say about it."""
+
+    drafter: "MaskedDrafter"
+    vocabularies: VocabularyMap
+    description: str
+
+
+class TextCodec:
+    """A tokenizer as `drafters.vocabulary` wants it: plain text, no special tokens."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def bytes_of(self, token: int) -> bytes:
+        return b"" if token in self._tokenizer.special_ids else self._tokenizer.bytes_of(token)
+
+
+def build_drafter(settings: Settings, target: TransformerConfig, model: "Transformer") -> BuiltDrafter:
+    """Wrap the loaded drafter `model` for the target of the settings; how is chosen by their vocabularies.
+
+    Raises CheckpointError or TokenizerError.
+    """
+    from drafters.diffusion import DiffusionDrafter, DiffusionOptions
+    from drafters.vocabulary import MappedDrafter, RetokenizingDrafter
+
+    speculation, num_slots = settings.speculation, settings.scheduler.max_running
+    theirs, ours = read_folder(settings.model.target), read_folder(Path(settings.model.drafter_choice))
+    vocabularies = relate(theirs, ours)
+    options = DiffusionOptions(
+        window=speculation.window_tokens,
+        refresh_interval=speculation.refresh_passes,
+        refinement_steps=speculation.refinement_steps,
+        part_tokens=speculation.draft_part_tokens,
+        part_confidence=speculation.draft_part_confidence,
+    )
+    drafter: MaskedDrafter
+    if vocabularies.relation == "identical":
+        num_tokens = len(vocabularies.to_drafter)
+        drafter = DiffusionDrafter(model, num_slots, target.vocabulary_size, options, num_tokens)
+    else:
+        width = model.config.vocabulary_size
+        inner = DiffusionDrafter(model, num_slots, width, options, len(vocabularies.to_target))
+        codec = TextCodec(TextTokenizer.from_folder(theirs.folder, target.end_token_ids))
+        reader = _reader(ours)
+        if vocabularies.relation == "overlapping":
+            speller = Speller(codec, reader)
+            drafter = MappedDrafter(inner, vocabularies, target.vocabulary_size, speller)
+        else:
+            assert reader is not None  # find_mismatch has seen to it
+            ends = dict.fromkeys(model.config.end_token_ids, target.end_token_ids[0]) if target.end_token_ids else {}
+            drafter = RetokenizingDrafter(inner, codec, reader, target.vocabulary_size, ends)
+    relation = vocabularies.relation
+    log.info(
+        "vocabularies of target and drafter: %s (%.1f%% of the target's tokens are the drafter's too); the drafter %s",
+        relation, 100 * vocabularies.overlap, PATHS[relation],
+    )  # fmt: skip
+    millions = ours.num_parameters / 1e6
+    description = f"diffusion ({ours.family}, {model.config.attention}, {millions:.1f}M, {relation} vocabulary)"
+    return BuiltDrafter(drafter, vocabularies, description)
+
+
+class Speller:
+    """Writes a token of the target in tokens of the drafter."""
+
+    def __init__(self, target: TextCodec, reader: TextCodec | None) -> None:
+        """reader: the drafter's tokenizer; None leaves such tokens out."""
+        self._target, self._reader = target, reader
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def __call__(self, token: int) -> Sequence[int]:
+        if self._reader is None:
+            return ()
+        if token not in self._known:
+            self._known[token] = tuple(self._reader.encode(self._target.decode([token])))
+        return self._known[token]
+
+
+def _reader(facts: FolderFacts) -> TextCodec | None:
+    """The drafter's tokenizer; None if it is Python code, which is never run."""
+    if not (facts.folder / "tokenizer.json").exists():
+        return None
+    return TextCodec(TextTokenizer.from_folder(facts.folder, facts.config.end_token_ids))

@@ -1,0 +1,133 @@
+"""Checkpoints by their names on the Hugging Face hub: found on this machine, and fetched by `diffuspec pull`.
+
+Everything is huggingface_hub's: HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there, and what
+was pulled here is what transformers or vLLM find, too. Python files and other formats of weights are never fetched.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class HubError(Exception):
+    """The hub or its copy on this machine does not have what was asked for; the message is one clear sentence."""
+
+
+def locate(name: str | Path) -> Path:
+    """The folder of a checkpoint: `name` itself if it is one, else the hub's copy on this machine.
+
+    `NAME@REVISION` asks for one revision. Without any copy the name comes back as it is. Raises HubError for a copy
+    that is not whole.
+    """
+    folder = Path(name)
+    if folder.exists() or not NAME.fullmatch(str(name)):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    repository, revision = _parse(str(name))
+    try:
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(FILES)))
+    except IncompleteSnapshotError:
+        raise HubError(f"the copy of {name} on this machine is not whole; `diffuspec pull {name}` goes on.") from None
+    except LocalEntryNotFoundError:
+        return folder
+
+
+def locate_models(settings: Settings) -> Settings:
+    """The settings with folders in place of names on the hub. Raises HubError."""
+    model = settings.model
+    changes: dict[str, object] = {}
+    target = locate(model.target)
+    if target != model.target:
+        changes |= {"target": target, "served_model_name": model.served_model_name or str(model.target)}
+    if model.drafter is not None and model.drafter not in (PROMPT_LOOKUP, NO_DRAFTER):
+        changes["drafter"] = str(locate(model.drafter))
+    return settings.model_copy(update={"model": model.model_copy(update=changes)})
+
+
+def pull(names: Sequence[str], output: TextIO) -> int:
+    """Fetch checkpoints and compare their checksums with the hub's; returns the exit status."""
+    try:
+        for name in names:
+            _pull(name, output)
+    except HubError as error:
+        print(f"diffuspec: {error}", file=output)
+        return 1
+    return 0
+
+
+def _pull(name: str, output: TextIO) -> None:
+    import httpx2  # what huggingface_hub speaks HTTP with
+    from huggingface_hub import HfApi, constants, errors
+
+    if not NAME.fullmatch(name):
+        raise HubError(f"{name!r} is no name on the hub, such as Dream-org/Dream-v0-Instruct-7B or NAME@REVISION.")
+    repository, revision = _parse(name)
+    api = HfApi()
+    try:
+        # Resolved once, so that what is fetched and what is compared with is one and the same revision.
+        pinned = api.resolve_revision(repository, revision=revision)
+        print(f"{repository} at {pinned.resolved}", file=output, flush=True)
+        folder = api.snapshot_download(repository, revision=pinned, allow_patterns=list(FILES))
+        checked = api.verify_repo_checksums(repository, revision=pinned.resolved)
+    except errors.GatedRepoError:
+        raise HubError(f"{repository} is gated: accept its terms on its page, and set HF_TOKEN.") from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(f"the hub has no {repository}, or it is private: then set HF_TOKEN.") from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{repository} has no revision {revision!r}.") from None
+    except (
+        errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HfHubHTTPError,
+        errors.RevisionResolutionError, httpx2.HTTPError, OSError,
+    ) as error:  # fmt: skip
+        raise HubError(
+            f"cannot fetch {repository} from {constants.ENDPOINT}: {_reason(error)}; what has arrived is kept, and the "
+            "same command goes on from there."
+        ) from None
+    damaged = [mismatch["path"] for mismatch in checked.mismatches]
+    for path in damaged:  # so that the next pull fetches them again
+        link = Path(folder) / path
+        link.resolve().unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
+    if damaged:
+        files = ", ".join(damaged)
+        raise HubError(f"{repository}: {files} differs from the hub's checksum and was deleted; pull again.")
+    print(f"  {checked.checked_count} files agree with the hub's checksums: {folder}", file=output)
+    if not any(Path(folder).glob("*.safetensors")):
+        raise HubError(f"{repository} has no safetensors file; other formats are not fetched.")
+
+
+def _reason(error: BaseException) -> str:
+    """The root of an error, in one line."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _parse(name: str) -> tuple[str, str | None]:
+    repository, _, revision = name.partition("@")
+    return repository, revision or None

@@ -1,0 +1,41 @@
+"""What can be known of a pair before anything is loaded: checked before the port opens, from the files' headers."""
+
+from pathlib import Path
+
+from service.folders import FolderFacts, find_mismatch, read_folder
+from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from transformer.config import CheckpointError
+
+
+def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
+    """The facts of target and drafter (None without a diffusion drafter).
+
+    Raises CheckpointError with one clear sentence if the service could not start with them.
+    """
+    model = settings.model
+    target = read_folder(model.target)
+    if not (target.folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{target.folder} has no tokenizer.json.")
+    if target.config.attention != "causal":
+        raise CheckpointError(
+            f"{target.folder} is a diffusion language model ({target.family}), which drafts; a target is a causal one."
+        )
+    if model.context_length is not None and model.context_length > target.config.max_positions:
+        raise CheckpointError(
+            f"model.context_length is {model.context_length}, but the target was made for "
+            f"{target.config.max_positions} tokens."
+        )
+    if not wants_drafter(settings):
+        return target, None
+    drafter = read_folder(Path(model.drafter_choice))
+    mismatch = find_mismatch(target, drafter)
+    if mismatch is not None:
+        raise CheckpointError(mismatch)
+    return target, drafter
+
+
+def wants_drafter(settings: Settings) -> bool:
+    """Whether the settings ask for a diffusion drafter."""
+    speculation = settings.speculation
+    is_wanted = speculation.diffusion and speculation.max_draft_tokens > 0
+    return is_wanted and settings.model.drafter_choice not in (PROMPT_LOOKUP, NO_DRAFTER)
