@@ -2,11 +2,29 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transformer.compiled import compiled
+
+Floats = NDArray[np.float64]
+
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
+
+
+@compiled
+def seconds_at(rows: float, knots: Floats, seconds: Floats) -> float:
+    """Seconds of a pass of so many rows, on the straight lines between the knots; 0 for none."""
+    if rows <= 0.0:
+        return 0.0
+    i = 1
+    while i < len(knots) - 1 and knots[i] < rows:
+        i += 1
+    share = max((rows - knots[i - 1]) / (knots[i] - knots[i - 1]), 0.0)
+    return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
 
 
 class CostCurve:
@@ -31,10 +49,7 @@ class CostCurve:
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
-        if rows <= 0:
-            return 0.0
-        i, share = _segment(rows)
-        return float(self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1]))
+        return float(seconds_at(float(rows), KNOT_ROWS, self.seconds))
 
     def observe(self, rows: int, seconds: float) -> None:
         """Pull the curve towards one measured pass; an outlier (a descheduled process) counts as twice the estimate."""
@@ -53,3 +68,19 @@ def _segment(rows: float) -> tuple[int, float]:
     """Upper knot of the line that `rows` lies on, and the share of that line before it (more than 1 beyond the end)."""
     i = min(max(bisect_left(KNOTS, rows), 1), len(KNOTS) - 1)
     return i, max((rows - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1]), 0.0)
+
+
+@dataclass(slots=True)
+class StepCosts:
+    """Everything the policy knows about seconds."""
+
+    verify: CostCurve  # of a pass with drafts: requests of unequal rows, which costs more than their number says
+    plain: CostCurve  # of a pass without any
+    draft: CostCurve
+    search_seconds: float = 1e-4  # per request
+    overhead_seconds: float = 2e-4  # of a step, whatever it drafts
+
+    def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
+        if searches:
+            self.search_seconds += rate * (search / searches - self.search_seconds)
+        self.overhead_seconds += rate * (overhead - self.overhead_seconds)

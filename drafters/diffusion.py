@@ -11,53 +11,17 @@ followed by the block of masks. What of the cache is exact depends on who sees w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from drafters.base import Tokens
+from drafters.masked import MaskedRequest, split_rows
 from transformer.model import RowBatch, Transformer
 
 LONGEST_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
 MEAN_RATE = 0.3  # of the means of accepted tokens, with a fresh and with a stale prefix
 FALLEN = 0.5  # a stale prefix is read anew once its mean is below this share of the fresh one's ...
 WORTH_READING = 0.5  # ... if that is at least so many tokens: reading anew does not help a drafter that is always wrong
-
-
-@dataclass(frozen=True, slots=True)
-class MaskedRequest:
-    """One request's share of a pass: propose `length` tokens after `tokens`."""
-
-    request_id: str
-    tokens: Tokens  # [any] committed tokens, at least one
-    length: int  # tokens to propose, at least one
-    hidden_states: Tensor | None = None  # [any, target hidden] the target's, that each token was predicted from
-
-
-class MaskedDrafter(Protocol):
-    """What the pipeline asks of a diffusion drafter, whatever its vocabulary (see `drafters.vocabulary`)."""
-
-    @property
-    def longest(self) -> int:
-        """Most tokens one call proposes."""
-
-    @property
-    def temperature(self) -> float:
-        """Of the target's distribution that the logits stand for."""
-
-    def pending_rows(self, request_id: str, num_tokens: int) -> int:
-        """Clean rows that a pass for this request would have to run before its masks."""
-
-    def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
-        """Logits `[sum of lengths, vocabulary]` (float32) by the target's ids; a row all of -inf ends the draft."""
-
-    def note(self, request_id: str, num_accepted: int) -> None:
-        """Learn how much of the request's last draft was accepted."""
-
-    def release(self, request_id: str) -> None:
-        """Free what the request holds; harmless if it holds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +321,3 @@ class DiffusionDrafter:
     def _is_confident(self, logits: Tensor) -> bool:
         """Whether every row's best token has the probability that the next part asks for."""
         return bool(logits.softmax(-1).amax(-1).min() >= self._options.part_confidence)
-
-
-def split_rows(lengths: Sequence[int]) -> list[slice]:
-    """The rows of each request in `DiffusionDrafter.propose`'s answer."""
-    ends = list(accumulate(lengths))
-    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

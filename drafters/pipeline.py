@@ -5,44 +5,36 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
+from drafters.candidate import Candidate, RequestState
 from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
-from drafters.costs import CostCurve
+from drafters.costs import CostCurve, StepCosts
 from drafters.coupling import known_noise
-from drafters.diffusion import MaskedDrafter, MaskedRequest
-from drafters.goodput import (
+from drafters.estimates import (
     TEMPERATURES,
     Calibration,
     DiffusionForecast,
     Floats,
-    GoodputState,
-    StepCosts,
-    choose_lengths,
-    choose_sources,
-    expected_accepted,
     temperature_class,
 )
+from drafters.goodput import choose_lengths, choose_sources
 from drafters.lattice import DraftLattice, LatticeOptions
 from drafters.length import PaperLength, PaperLengthOptions
-from drafters.path_search import Path, PathSearch
+from drafters.masked import MaskedDrafter, MaskedRequest, measure_passes
+from drafters.path_search import PathSearch
 
 log = logging.getLogger(__name__)
 
 LEAST_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
+PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
 PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
-IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
-MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
-
-
-_RESTING = Draft(bypass_reason="resting")
-_NO_ROOM = Draft(bypass_reason="no_room")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +44,9 @@ class PipelineOptions:
     policy: PolicyName = "goodput"
     max_draft_tokens: int = 32
     fixed_length: int = 8  # tokens, of policy `fixed`
-    diffusion_length: int = 12  # most tokens of a diffusion draft under `goodput`
+    diffusion_length: int = 6  # most tokens of a diffusion draft under `goodput`
     paper: PaperLengthOptions = field(default_factory=PaperLengthOptions)
     lattice: LatticeOptions = field(default_factory=LatticeOptions)
-
-
-@dataclass(slots=True)
-class _RequestState:
-    """What the pipeline remembers of one request, until `release`."""
-
-    paper: PaperLength
-    goodput: GoodputState = field(default_factory=GoodputState)
-    raw_confidences: Floats = field(default_factory=lambda: np.empty(0))  # of the draft that is being verified
-    num_learned: int = 0  # committed tokens that the causal model has learned from
-    heat: int = 0  # class of its temperature
-    idle_steps: int = 0  # in a row for which `goodput` drafted nothing
-    rest_steps: int = 0  # still to come in which it isn't looked at
-
-    def note(self, is_drafted: bool) -> None:
-        """After a step under `goodput`: rest ever longer while nothing is worth drafting."""
-        self.idle_steps = 0 if is_drafted else self.idle_steps + 1
-        if self.idle_steps >= IDLE_STEPS:
-            self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), MOST_REST_STEPS)
-
-
-@dataclass(slots=True)
-class _Candidate:
-    """One request's draft in the making."""
-
-    request: DraftRequest
-    state: _RequestState
-    policy: PolicyName
-    cap: int
-    is_resting: bool = False
-    copied: tuple[int, ...] = ()
-    copied_confidences: Floats = field(default_factory=lambda: np.empty(0))
-    diffusion_length: int = 0  # 0: no pass
-    path: Path | None = None
-    forecast_class: tuple[int, int] = (0, 0)
 
 
 class DraftPipeline:
@@ -113,8 +70,8 @@ class DraftPipeline:
         self._options, self._clock = options, clock
         self.description = description
         self.max_draft_tokens = options.max_draft_tokens
-        self._states: dict[str, _RequestState] = {}
-        self._forecast = DiffusionForecast(options.diffusion_length)
+        self._states: dict[str, RequestState] = {}
+        self._forecast = DiffusionForecast(options.max_draft_tokens)
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
         guess = {1: 3e-3, 64: 2e-2}
         self._costs = StepCosts(CostCurve(guess), CostCurve(guess), CostCurve({1: 5e-4, 64: 4e-3}))
@@ -122,6 +79,7 @@ class DraftPipeline:
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
         self.last_diffusion_rows = 0
+        self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
 
     @property
     def drafter_up(self) -> bool:
@@ -173,21 +131,21 @@ class DraftPipeline:
         """Set the cost table at start-up: `verify_seconds` by rows, and the drafter's own, which is measured here."""
         self._costs.verify, self._costs.plain = CostCurve(verify_seconds), CostCurve(verify_seconds)
         if self._diffusion is not None:
-            self._costs.draft = CostCurve(self._measure_diffusion(self._diffusion))
+            self._costs.draft = CostCurve(measure_passes(self._diffusion, self._clock))
 
-    def _candidate(self, request: DraftRequest) -> _Candidate:
+    def _candidate(self, request: DraftRequest) -> Candidate:
         state = self._states.get(request.request_id)
         if state is None:
-            state = _RequestState(PaperLength(self._options.paper), heat=temperature_class(request.temperature))
+            state = RequestState(PaperLength(self._options.paper), temperature_class(request.temperature))
             self._states[request.request_id] = state
         cap = min(request.max_draft_tokens, self.max_draft_tokens)
         policy = request.policy or self._options.policy
         is_resting = policy == "goodput" and state.rest_steps > 0
         if is_resting:
             state.rest_steps -= 1
-        return _Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
+        return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
-    def _draft_freely(self, candidates: Sequence[_Candidate]) -> None:
+    def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
         if self._causal is None:
             return
         histories = [candidate.request.tokens for candidate in candidates]
@@ -200,11 +158,11 @@ class DraftPipeline:
         noise = known_noise([candidate.request for candidate in candidates])
         chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):
-            candidate.copied, candidate.copied_confidences = keep_to_structure(
+            candidate.tokens, candidate.confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap
             )
 
-    def _plan_diffusion(self, candidates: Sequence[_Candidate], base_rows: int) -> None:
+    def _plan_diffusion(self, candidates: Sequence[Candidate], base_rows: int) -> None:
         """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens."""
         if self._diffusion is None:
             return
@@ -220,25 +178,24 @@ class DraftPipeline:
                 candidate.diffusion_length = min(candidate.cap, candidate.state.paper.next_length, longest)
         if not adaptive:
             return
-        copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
         longest = min(longest, self._options.diffusion_length)
-        rates = np.zeros((len(adaptive), self.max_draft_tokens))
+        copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
+        diffused = np.empty_like(copied)
         draft_rows = np.empty(len(adaptive))
         for i, candidate in enumerate(adaptive):
-            promise = copied[i, min(candidate.cap, 8)]
-            candidate.forecast_class = self._forecast.classes(candidate.state.heat, promise)
-            known = self._forecast.rates(candidate.forecast_class)
-            size = min(candidate.cap, longest)
-            rates[i, :size] = np.minimum(known[:size] * candidate.state.goodput.diffusion.factor, 0.99)
+            promise = copied[i, min(candidate.cap, PROMISED_TOKENS)]
+            candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
+            factor = candidate.state.agreement.diffusion.factor
+            diffused[i] = self._forecast.accepted_by_length(where, factor, candidate.cap)
             pending = self._diffusion.pending_rows(candidate.request.request_id, len(candidate.request.tokens))
-            draft_rows[i] = min(pending, MOST_CATCH_UP_ROWS) + size
+            draft_rows[i] = min(pending, MOST_CATCH_UP_ROWS) + min(candidate.cap, longest)
         caps = np.array([candidate.cap for candidate in adaptive])
-        chosen = choose_sources(copied, expected_accepted(rates), caps, draft_rows, base_rows, self._costs)
+        chosen = choose_sources(copied, diffused, caps, draft_rows, base_rows, self._costs)
         for candidate, is_chosen in zip(adaptive, chosen.tolist(), strict=True):
             if self._forecast.is_probe_due(candidate.forecast_class, is_chosen) or is_chosen:
                 candidate.diffusion_length = min(candidate.cap, longest)
 
-    def _diffuse(self, candidates: Sequence[_Candidate]) -> None:
+    def _diffuse(self, candidates: Sequence[Candidate]) -> None:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
         if not candidates or self._diffusion is None or self._search is None:
             return
@@ -256,6 +213,9 @@ class DraftPipeline:
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
             noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
             paths = self._search.search([request.tokens for request in requests], lattice, noise)
+            for candidate, path in zip(candidates, paths, strict=True):
+                candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
+            self._draft_on(candidates)
         except Exception:
             self._pause(candidates)
             return
@@ -263,13 +223,37 @@ class DraftPipeline:
         self.last_search_seconds = self._clock() - drafted
         self.last_diffusion_rows = rows
         self._failures = 0
-        for candidate, found in zip(candidates, paths, strict=True):
-            candidate.path = path = keep_path_to_structure(candidate.request, found, candidate.cap)
+        for candidate in candidates:
             if candidate.policy == "goodput":
-                calibrated = self._path_calibration.estimate(path.confidences, candidate.state.heat)
-                self._forecast.observe(candidate.forecast_class, calibrated)
+                self._forecast.observe(candidate.forecast_class, self._accepted_by_length(candidate, in_general=True))
 
-    def _cut(self, candidates: Sequence[_Candidate], base_rows: int) -> list[Draft]:
+    def _draft_on(self, candidates: Sequence[Candidate]) -> None:
+        """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
+        if self._causal is None:
+            return
+        ends = set(self._causal.end_tokens.tolist())
+        going = [
+            candidate
+            for candidate in candidates
+            if candidate.policy == "goodput"
+            and candidate.request.constraint is None
+            and 0 < len(candidate.tokens) < candidate.cap
+            and candidate.tokens[-1] not in ends
+        ]
+        requests = [
+            replace(candidate.request, tokens=np.append(candidate.request.tokens, np.array(candidate.tokens, np.int32)))
+            for candidate in going
+        ]
+        chains = self._causal.greedy_chains(
+            [request.tokens for request in requests],
+            [candidate.cap - len(candidate.tokens) for candidate in going],
+            [LEAST_SURVIVAL] * len(going),
+            known_noise(requests),
+        )
+        for candidate, chain in zip(going, chains, strict=True):
+            candidate.extend(chain.tokens, chain.confidences)
+
+    def _cut(self, candidates: Sequence[Candidate], base_rows: int) -> list[Draft]:
         """Turn candidates into drafts of the length that is worth verifying."""
         lengths = [0] * len(candidates)
         adaptive = []
@@ -279,16 +263,15 @@ class DraftPipeline:
             if candidate.policy == "goodput":
                 adaptive.append(i)
                 continue
-            known = len(candidate.path.tokens) if candidate.path else len(candidate.copied)
             wanted = self._options.fixed_length if candidate.policy == "fixed" else candidate.state.paper.next_length
-            lengths[i] = min(known, wanted, candidate.cap)
+            lengths[i] = min(len(candidate.tokens), wanted, candidate.cap)
             base_rows += lengths[i]
         accepted = np.zeros((len(adaptive), self.max_draft_tokens + 1))
         if adaptive:
             caps = np.zeros(len(adaptive), dtype=np.int64)
             for row, i in enumerate(adaptive):
                 candidate = candidates[i]
-                caps[row] = min(len(candidate.path.tokens if candidate.path else candidate.copied), candidate.cap)
+                caps[row] = min(len(candidate.tokens), candidate.cap)
                 accepted[row] = self._accepted_by_length(candidate)
             spent = self.last_draft_seconds + self.last_search_seconds
             for row, length in enumerate(choose_lengths(accepted, caps, base_rows, spent, self._costs).tolist()):
@@ -307,60 +290,50 @@ class DraftPipeline:
         self._idle_steps[heat] = 0
         return 1
 
-    def _accepted_by_length(self, candidate: _Candidate) -> Floats:
-        """Expected accepted tokens of the candidate's draft, by its length, in its request's light."""
-        state, path = candidate.state, candidate.path
+    def _accepted_by_length(self, candidate: Candidate, in_general: bool = False) -> Floats:
+        """`[1 + longest]` expected accepted tokens of the candidate's draft, by its length, in its request's light.
+
+        in_general: in no request's light.
+        """
+        agreement, heat, searched = candidate.state.agreement, candidate.state.heat, candidate.num_searched
+        factor = (agreement.copy if candidate.path is None else agreement.diffusion).factor
+        factor = 1.0 if in_general else factor
         accepted = np.empty(self.max_draft_tokens + 1)
-        if path is None:
-            factor = state.goodput.copy.factor
-            self._copy_calibration.accepted_by_length(candidate.copied_confidences, state.heat, factor, accepted)
-        else:
-            factor = state.goodput.diffusion.factor
-            self._path_calibration.accepted_by_length(path.confidences, state.heat, factor, accepted)
+        path, free = candidate.confidences[:searched], candidate.confidences[searched:]
+        survival = self._path_calibration.accumulate(path, heat, factor, accepted) if searched else 1.0
+        if len(free) or not searched:
+            self._copy_calibration.accumulate(free, heat, factor, accepted, searched, survival)
         return accepted
 
-    def _draft(self, candidate: _Candidate, length: int) -> Draft:
-        path, state = candidate.path, candidate.state
-        if candidate.cap == 0:
-            return _RESTING if candidate.is_resting else _NO_ROOM
-        raw_length = path.raw_length if path else 0
-        width = path.lattice_width if path else 0.0
-        gain = path.gain if path else 0.0
-        tokens = path.tokens if path else candidate.copied
-        raw = path.confidences if path else candidate.copied_confidences
-        state.raw_confidences = raw[:length]
-        if length == 0:
-            reason = "not_worth_it" if tokens else "no_candidates"
-            return Draft(raw_length=raw_length, lattice_width=width, path_gain=gain, bypass_reason=reason)
-        calibration = self._path_calibration if path else self._copy_calibration
-        calibrated = calibration.estimate(state.raw_confidences, state.heat)
-        return Draft(
-            tokens=tokens[:length],
-            source="diffusion" if path else "copy",
-            confidences=tuple(calibrated.tolist()),
-            raw_length=raw_length,
-            expected_accepted=float(np.cumprod(calibrated).sum()),
-            lattice_width=width,
-            path_gain=gain,
+    def _draft(self, candidate: Candidate, length: int) -> Draft:
+        state, searched = candidate.state, min(candidate.num_searched, length)
+        state.confidences, state.num_searched = candidate.confidences[:length], searched
+        calibrated = np.concatenate(
+            [
+                self._path_calibration.estimate(state.confidences[:searched], state.heat),
+                self._copy_calibration.estimate(state.confidences[searched:], state.heat),
+            ]
         )
+        return candidate.draft(length, calibrated)
 
-    def _learn(self, state: _RequestState, outcome: Outcome) -> None:
-        draft, goodput = outcome.draft, state.goodput
+    def _learn(self, state: RequestState, outcome: Outcome) -> None:
+        draft, agreement, num_accepted = outcome.draft, state.agreement, outcome.num_accepted
         if not draft.tokens:
-            goodput.copy.forget()
-            goodput.diffusion.forget()
+            agreement.copy.forget()
+            agreement.diffusion.forget()
             return
-        drafted_by_diffusion = draft.source == "diffusion"
-        calibration = self._path_calibration if drafted_by_diffusion else self._copy_calibration
-        agreement = goodput.diffusion if drafted_by_diffusion else goodput.copy
-        agreement.observe(outcome.num_accepted, draft.expected_accepted)
-        calibration.observe(state.raw_confidences, outcome.num_accepted, state.heat)
-        if drafted_by_diffusion:
-            state.paper.observe(draft.raw_length, outcome.num_accepted)
+        is_diffused = draft.source == "diffusion"
+        (agreement.diffusion if is_diffused else agreement.copy).observe(num_accepted, draft.expected_accepted)
+        searched = state.num_searched
+        self._path_calibration.observe(state.confidences[:searched], num_accepted, state.heat)
+        if num_accepted >= searched:
+            self._copy_calibration.observe(state.confidences[searched:], num_accepted - searched, state.heat)
+        if is_diffused:
+            state.paper.observe(draft.raw_length, num_accepted)
             if self._diffusion is not None:
-                self._diffusion.note(outcome.request_id, outcome.num_accepted)
+                self._diffusion.note(outcome.request_id, num_accepted)
 
-    def _pause(self, candidates: Sequence[_Candidate]) -> None:
+    def _pause(self, candidates: Sequence[Candidate]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
         self._failures += 1
         self._paused_steps = RETRY_AFTER_STEPS * 2 ** min(self._failures - 1, 8)
@@ -368,24 +341,3 @@ class DraftPipeline:
         if self._diffusion is not None:
             for candidate in candidates:
                 self._diffusion.release(candidate.request.request_id)
-
-    def _measure_diffusion(self, diffusion: MaskedDrafter) -> dict[int, float]:
-        """Seconds of a diffusion pass by rows, the median of a few passes each."""
-        history = np.zeros(diffusion.longest, dtype=np.int32)
-        measured = {}
-        for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
-            length = min(length, diffusion.longest)
-            requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
-            seconds = []
-            try:
-                for _ in range(6):
-                    started = self._clock()
-                    diffusion.propose(requests)
-                    seconds.append(self._clock() - started)
-            except RuntimeError:
-                break  # fewer slots than that
-            finally:
-                for request in requests:
-                    diffusion.release(request.request_id)
-            measured[count * length] = sorted(seconds[1:])[len(seconds[1:]) // 2]
-        return measured

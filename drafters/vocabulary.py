@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, MaskedRequest, split_rows
+from drafters.diffusion import DiffusionDrafter
+from drafters.masked import MaskedRequest, split_rows
 from drafters.vocabulary_map import VocabularyMap
 
 LEAST_CONFIDENCE, LARGEST_CONFIDENCE = 1e-6, 0.999  # of a token that was tokenized again

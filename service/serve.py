@@ -5,6 +5,7 @@ import logging
 import shlex
 import signal
 import socket
+import ssl
 from types import FrameType
 from typing import TextIO
 
@@ -14,7 +15,7 @@ from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
 from service.preflight import check_models
-from service.settings import Settings
+from service.settings import ServerSettings, Settings
 from service.wiring import build_engine, build_metrics
 from transformer.config import CheckpointError
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 EXAMPLE = '{"prompt": "def read_lines(path):\\n", "max_tokens": 64, "temperature": 0}'
 BAR_WIDTH = 24
 POLL_SECONDS = 0.1
+LAST_ANSWERS_SECONDS = 1.0  # between the engine's death and the server's end
 CLOSING_SECONDS = 5  # for connections, once the requests have been drained
 
 
@@ -42,7 +44,22 @@ def serve(settings: Settings, output: TextIO) -> int:
         print(f"diffuspec: cannot listen on {address}: {error.strerror or error}; try another --port.", file=output)
         return 1
     with listener:
+        problem = _tls_problem(settings.server)
+        if problem:
+            print(f"diffuspec: cannot use the TLS certificate: {problem}.", file=output)
+            return 1
         return asyncio.run(_serve(settings, listener, output))
+
+
+def _tls_problem(server: ServerSettings) -> str:
+    """Why the certificate and its key cannot be used; empty if they can, or are not wanted."""
+    if server.tls_certificate is None:
+        return ""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.tls_certificate, server.tls_key)
+    except OSError as error:  # ssl.SSLError is one
+        return error.strerror or str(error)
+    return ""
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -67,18 +84,38 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         timeout_keep_alive=settings.server.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         server_header=False,
+        http="h11",  # its bound on the head of a request is the one that is set here
+        h11_max_incomplete_event_size=settings.server.max_header_bytes,
+        limit_concurrency=settings.server.max_connections,
+        ssl_certfile=settings.server.tls_certificate,
+        ssl_keyfile=settings.server.tls_key,
     )
     server = DrainingServer(config, serving)
+    watching = asyncio.create_task(_end_with_engine(serving, server))
     announcing = asyncio.create_task(_announce(settings, serving, url_of(settings, listener), output))
     try:
         await server.serve(sockets=[listener])
     finally:
-        announcing.cancel()
-        await asyncio.gather(announcing, return_exceptions=True)
+        for task in (announcing, watching):
+            task.cancel()
+        await asyncio.gather(announcing, watching, return_exceptions=True)
     if serving.failure is not None:
         print(f"diffuspec: cannot load the model: {_sentence(serving.failure)}", file=output)
         return 1
+    if server.has_lost_engine:
+        print("diffuspec: the engine has died; the log says why.", file=output)
+        return 1
     return 0
+
+
+async def _end_with_engine(serving: Serving, server: "DrainingServer") -> None:
+    """A dead engine never comes back: let everyone who waits have the answer, then end for whoever restarts us."""
+    while not (serving.is_loaded and serving.status().phase == "dead"):  # noqa: ASYNC110  # a state, not an event
+        await asyncio.sleep(POLL_SECONDS)
+    log.critical("the engine has died: the server ends")
+    server.has_lost_engine = True
+    await asyncio.sleep(LAST_ANSWERS_SECONDS)
+    server.end()
 
 
 class DrainingServer(uvicorn.Server):
@@ -89,6 +126,7 @@ class DrainingServer(uvicorn.Server):
         self._serving = serving
         self._draining: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self.has_lost_engine = False
 
     def end(self) -> None:
         """Stop serving."""
@@ -112,7 +150,8 @@ class DrainingServer(uvicorn.Server):
 def url_of(settings: Settings, listener: socket.socket) -> str:
     """Where a client on this machine finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    scheme = "http" if settings.server.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 async def _announce(settings: Settings, serving: Serving, url: str, output: TextIO) -> None:
@@ -136,7 +175,7 @@ async def _announce(settings: Settings, serving: Serving, url: str, output: Text
 def banner(settings: Settings, serving: Serving, url: str) -> str:
     """What is served, and a command that shows it working."""
     engine = serving.model(None).engine
-    key = ' -H "Authorization: Bearer $API_KEY"' if settings.auth.api_keys else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if serving.key_ring.keys else ""
     drafting = f"{engine.drafter_description}"
     if engine.default_draft_tokens:
         drafting += f"; {settings.speculation.policy} policy, at most {engine.default_draft_tokens} tokens"

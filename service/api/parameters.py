@@ -38,6 +38,7 @@ class Plan:
     prompt_logprobs: int | None
     timeout_seconds: float | None
     structure: Structure | None
+    tenant: str
 
     @property
     def num_sequences(self) -> int:
@@ -62,6 +63,7 @@ class Plan:
                 priority=self.priority,
                 timeout_seconds=self.timeout_seconds,
                 structure=self.structure,
+                tenant=self.tenant,
             )
             for index, prompt in enumerate(self.prompts)
             for i in range(self.n)
@@ -80,9 +82,12 @@ def make_plan(
     draw_seed: int,
     timeout_seconds: float | None,
     structure: Structure | None,
+    priority: int,
+    tenant: str,
 ) -> Plan:
     """Raises InvalidRequestError. `max_tokens` None: the rest of the context."""
     n = check_counts(fields, len(prompts), limits)
+    check_supported(fields, model)
     prompts = [truncate(prompt, fields.truncate_prompt_tokens, model.engine.context_length) for prompt in prompts]
     for prompt in prompts:
         if not prompt.tokens:
@@ -109,11 +114,19 @@ def make_plan(
             min_tokens=min_tokens,
         ),
         speculation=speculation_options(fields.speculative, model.engine.default_draft_tokens),
-        priority=fields.priority or 0,
+        priority=priority,
         prompt_logprobs=prompt_logprobs,
         timeout_seconds=timeout_seconds,
         structure=structure,
+        tenant=tenant,
     )
+
+
+def check_supported(fields: GenerationFields, model: ServedModel) -> None:
+    """Refuse what the engine cannot do, where a client really asks for it: unset and neutral values ask for nothing."""
+    for name, reason in model.engine.unsupported_fields.items():
+        if getattr(fields, name):
+            raise InvalidRequestError(f"{name}: {reason}.", param=name, code="unsupported_field")
 
 
 def check_counts(fields: GenerationFields, num_prompts: int, limits: LimitSettings) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from service.engine.base import (
     EngineStatus,
@@ -78,6 +78,10 @@ class EmbeddedEngine:
         return self._loaded[1].max_draft_tokens
 
     @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        return {}
+
+    @property
     def drafter_description(self) -> str:
         return self._loaded[1].description
 
@@ -120,7 +124,7 @@ class EmbeddedEngine:
         """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
         core, status = self._core, self.status()
         if core is None or status.phase != "ready":
-            raise EngineUnavailableError(f"the engine is {status.phase}: {status.detail}")
+            raise EngineUnavailableError(f"the engine is {status.phase}")
         if request.request_id in self._streams:
             raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
         core.submit(request)

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions, MaskedRequest, split_rows
+from drafters.diffusion import DiffusionDrafter, DiffusionOptions
+from drafters.masked import MaskedRequest, split_rows
 from tests.checkpoints import (
     HUB_DRAFTERS,
     MASK_TOKEN,

@@ -5,17 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafters.costs import KNOTS, CostCurve
-from drafters.goodput import (
-    Agreement,
-    Calibration,
-    DiffusionForecast,
-    StepCosts,
-    choose_lengths,
-    choose_sources,
-    expected_accepted,
-    temperature_class,
-)
+from drafters.costs import KNOTS, CostCurve, StepCosts
+from drafters.goodput import choose_lengths, choose_sources
 
 FLAT = {1: 1e-3, 64: 1e-3}  # rows are free, as on a GPU at small batches
 LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
@@ -29,6 +20,11 @@ def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> St
         search_seconds=0.0,
         overhead_seconds=0.0,
     )
+
+
+def expected_accepted(rates: np.ndarray) -> np.ndarray:
+    """By draft length, from each token's acceptance given that all before it are accepted."""
+    return np.pad(np.cumprod(rates, axis=-1).cumsum(axis=-1), [(0, 0)] * (rates.ndim - 1) + [(1, 0)])
 
 
 def constant_rates(requests: int, rate: float, longest: int = 16) -> np.ndarray:
@@ -99,47 +95,6 @@ def test_a_diffusion_pass_is_not_paid_where_copying_does() -> None:
 def test_an_expensive_pass_is_never_paid() -> None:
     table = costs(FLAT, {1: 1.0, 64: 1.0})
     assert not choose_sources(constant_rates(2, 0.1), constant_rates(2, 0.9), caps(2), np.full(2, 8.0), 2, table).any()
-
-
-def test_calibration_learns_how_often_a_confidence_is_right() -> None:
-    calibration = Calibration()
-    confidences = np.array([0.9, 0.9, 0.9])
-    for _ in range(400):
-        calibration.observe(confidences, 1, heat=1)  # one right, one wrong, the third never reached: half
-    assert calibration.estimate(np.array([0.9]), 1)[0] == pytest.approx(0.5, abs=0.15)
-    assert calibration.estimate(np.array([0.1]), 1)[0] < 0.2  # other confidences are untouched
-    assert calibration.estimate(np.array([0.9]), 0)[0] > 0.8  # and other temperatures
-
-
-def test_calibration_forgets_a_confidence_that_is_never_right() -> None:
-    calibration = Calibration()
-    for _ in range(400):
-        calibration.observe(np.array([0.97]), 0, heat=0)
-    assert calibration.estimate(np.array([0.97]), 0)[0] < 0.02
-
-
-@pytest.mark.parametrize(("temperature", "heat"), [(0.0, 0), (0.2, 1), (0.6, 1), (0.8, 2), (1.2, 3)])
-def test_temperatures_have_classes(temperature: float, heat: int) -> None:
-    assert temperature_class(temperature) == heat
-
-
-def test_agreement_returns_to_the_prior_without_drafts() -> None:
-    agreement = Agreement()
-    for _ in range(20):
-        agreement.observe(0, 5.0)
-    assert agreement.factor < 0.2
-    for _ in range(100):
-        agreement.forget()
-    assert agreement.factor == pytest.approx(1.0, abs=0.02)
-
-
-def test_a_class_that_loses_is_probed_ever_more_rarely() -> None:
-    forecast = DiffusionForecast(longest=4)
-    where = forecast.classes(0, 0.1)
-    probes = [step for step in range(20_000) if forecast.is_probe_due(where, chosen=False)]
-    gaps = np.diff(probes)
-    assert 4 < len(probes) < 30
-    assert (gaps[1:] >= gaps[:-1]).all()
 
 
 def test_cost_curve_passes_through_its_measurements_and_extends_beyond() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions, MaskedRequest
+from drafters.diffusion import DiffusionDrafter, DiffusionOptions
+from drafters.masked import MaskedRequest
 from drafters.vocabulary import MappedDrafter, RetokenizingDrafter
 from drafters.vocabulary_map import VocabularyMap, compare_vocabularies
 from tests.checkpoints import TOKENIZER_LENGTH, VOCABULARY_SIZE, write_hub_drafter

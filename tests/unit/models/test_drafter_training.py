@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from drafters.diffusion import DiffusionDrafter, MaskedRequest
+from drafters.diffusion import DiffusionDrafter
+from drafters.masked import MaskedRequest
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
 from models.training.drafter import Phase, build_drafter, distil, missing_features, save_drafter, train_drafter

@@ -1,0 +1,84 @@
+"""One request's draft in the making, and what is remembered of the request from step to step."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from drafters.base import Draft, DraftRequest, PolicyName
+from drafters.estimates import Floats, RequestAgreement
+from drafters.length import PaperLength
+from drafters.path_search import Path
+
+IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
+MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
+
+_RESTING = Draft(bypass_reason="resting")
+_NO_ROOM = Draft(bypass_reason="no_room")
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the pipeline remembers of one request, until `release`."""
+
+    paper: PaperLength
+    heat: int  # class of its temperature
+    agreement: RequestAgreement = field(default_factory=RequestAgreement)
+    num_learned: int = 0  # committed tokens that the causal model has learned from
+    confidences: Floats = field(default_factory=lambda: np.empty(0))  # raw ones, of the draft that is being verified
+    num_searched: int = 0  # its tokens that the path search chose; the free draft chose the others
+    idle_steps: int = 0  # in a row for which `goodput` drafted nothing
+    rest_steps: int = 0  # still to come in which it isn't looked at
+
+    def note(self, is_drafted: bool) -> None:
+        """After a step under `goodput`: rest ever longer while nothing is worth drafting."""
+        self.idle_steps = 0 if is_drafted else self.idle_steps + 1
+        if self.idle_steps >= IDLE_STEPS:
+            self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), MOST_REST_STEPS)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One request's draft in the making: first the free one, then perhaps a searched path in its place."""
+
+    request: DraftRequest
+    state: RequestState
+    policy: PolicyName
+    cap: int  # most tokens
+    is_resting: bool = False
+    tokens: tuple[int, ...] = ()
+    confidences: Floats = field(default_factory=lambda: np.empty(0))  # [tokens] raw
+    diffusion_length: int = 0  # tokens to ask of a diffusion pass; 0: no pass
+    forecast_class: tuple[int, int] = (0, 0)
+    path: Path | None = None  # what the search found; `tokens` begin with it
+
+    @property
+    def num_searched(self) -> int:
+        return 0 if self.path is None else len(self.path.tokens)
+
+    def take_path(self, path: Path) -> None:
+        """Draft what the search has found instead of the free draft."""
+        self.path, self.tokens, self.confidences = path, path.tokens, path.confidences
+
+    def extend(self, tokens: tuple[int, ...], confidences: Floats) -> None:
+        """Draft these after what there is."""
+        self.tokens += tokens
+        self.confidences = np.concatenate([self.confidences, confidences])
+
+    def draft(self, length: int, calibrated: Floats) -> Draft:
+        """The draft, cut to `length` tokens, whose estimated acceptance is `calibrated` `[length]`; none if 0."""
+        if self.cap == 0:
+            return _RESTING if self.is_resting else _NO_ROOM
+        path = self.path
+        found = Draft() if path is None else Draft(
+            source="diffusion", raw_length=path.raw_length, lattice_width=path.lattice_width, path_gain=path.gain
+        )  # fmt: skip
+        if length == 0:
+            reason = "not_worth_it" if self.tokens else "no_candidates"
+            return replace(found, source="none", bypass_reason=reason)
+        return replace(
+            found,
+            tokens=self.tokens[:length],
+            source="diffusion" if path else "copy",
+            confidences=tuple(calibrated.tolist()),
+            expected_accepted=float(np.cumprod(calibrated).sum()),
+        )

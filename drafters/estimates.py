@@ -1,0 +1,165 @@
+"""What is learned while serving of how drafts fare: acceptance by confidence, by request, and of passes to come."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transformer.compiled import compiled
+
+Floats = NDArray[np.float64]
+
+PRIOR_STRENGTH = 8.0  # observations that a prior counts for: estimates start as means and become moving averages
+FIRST_PROBE_INTERVAL = 32  # steps of requests of one class
+LAST_PROBE_INTERVAL = 2048
+TEMPERATURES = (0.0, 0.6, 0.9)  # upper edges of the classes; the last class is everything hotter
+
+
+def temperature_class(temperature: float) -> int:
+    """Estimates of acceptance are kept apart by this."""
+    return bisect_left(TEMPERATURES, temperature)
+
+
+class Calibration:
+    """From a draft token's raw confidence to how often such tokens are accepted, learned from what was verified.
+
+    Piecewise linear between knots; one table for each class of temperatures, since acceptance falls with it.
+    """
+
+    KNOTS = 21  # confidences 0, 0.05, ..., 1
+
+    def __init__(self, prior_scale: float = 0.9, rate: float = 0.03) -> None:
+        """prior_scale: acceptance over confidence before anything was verified. rate: least weight of a draft token."""
+        self._confidences: Floats = np.linspace(0.0, 1.0, self.KNOTS)
+        self._rates: Floats = np.tile(self._confidences * prior_scale, (len(TEMPERATURES) + 1, 1))
+        self._seen: Floats = np.full(self._rates.shape, PRIOR_STRENGTH)
+        self._rate = rate
+
+    def estimate(self, confidences: NDArray[np.floating], heat: int) -> Floats:
+        """Acceptance of each token, given that all before it are accepted. heat: from `temperature_class`."""
+        return np.asarray(np.interp(confidences, self._confidences, self._rates[heat]))
+
+    def accumulate(
+        self, confidences: Floats, heat: int, factor: float, accepted: Floats, first: int = 0, survival: float = 1.0
+    ) -> float:
+        """Fill `accepted[first:]` with the expected accepted tokens of drafts of `first`, `first + 1`, ... tokens.
+
+        accepted: [1 + longest]; beyond the draft's last token the value stays. factor: of the request, on each token's
+        acceptance. survival: probability that all tokens before `first` are accepted. Returns it after the last token.
+        """
+        return float(_accumulate_accepted(confidences, self._rates[heat], factor, accepted, first, survival))
+
+    def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
+        """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
+        rates, seen = self._rates[heat], self._seen[heat]
+        for position, confidence in enumerate(confidences[: num_accepted + 1].tolist()):
+            place = confidence * (self.KNOTS - 1)
+            i = min(int(place), self.KNOTS - 2)
+            share = place - i
+            for knot, weight in ((i, 1.0 - share), (i + 1, share)):
+                seen[knot] += weight
+                rate = max(self._rate, 1.0 / seen[knot])
+                rates[knot] += rate * weight * (float(position < num_accepted) - rates[knot])
+
+
+@compiled
+def _accumulate_accepted(
+    confidences: Floats, rates: Floats, factor: float, accepted: Floats, first: int, survival: float
+) -> float:
+    """`Calibration.accumulate`, compiled: it runs for every request in every step."""
+    total = accepted[first] if first > 0 else 0.0
+    accepted[first] = total
+    last = len(rates) - 1
+    for position in range(first, len(accepted) - 1):
+        if position - first < len(confidences):
+            place = min(max(confidences[position - first], 0.0), 1.0) * last
+            knot = min(int(place), last - 1)
+            rate = rates[knot] + (place - knot) * (rates[knot + 1] - rates[knot])
+            survival *= min(rate * factor, 0.99)
+            total += survival
+        accepted[position + 1] = total
+    return survival
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How one request's acceptance compares with the service's estimates, shrunk towards 1 and forgetting."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+    PRIOR = 6.0  # tokens
+    MEMORY = 0.93  # per step
+
+    @property
+    def factor(self) -> float:
+        return (self.accepted + self.PRIOR) / (self.expected + self.PRIOR)
+
+    def observe(self, accepted: float, expected: float) -> None:
+        self.accepted = self.MEMORY * self.accepted + accepted
+        self.expected = self.MEMORY * self.expected + expected
+
+    def forget(self) -> None:
+        """A step without a draft: drift back to the prior, so that a request can come back from no drafts."""
+        self.accepted *= self.MEMORY
+        self.expected *= self.MEMORY
+
+
+class DiffusionForecast:
+    """What a diffusion pass would bring, known before paying for it.
+
+    The mean survival by position of past drafts with a diffusion pass, kept apart by the request's temperature and by
+    how much the free draft promised at that step: where the text is being copied, the pass adds nothing.
+    """
+
+    PROMISES = (0.4, 0.9, 1.8, 4.0)  # expected accepted tokens of the free draft, upper edges
+
+    def __init__(self, longest: int, prior: float = 0.6, rate: float = 0.04) -> None:
+        """longest: tokens of a draft. prior: acceptance of each token, given that all before it are accepted."""
+        shape = (len(TEMPERATURES) + 1, len(self.PROMISES) + 1)
+        self._survival: Floats = np.tile(prior ** np.arange(1, longest + 1), (*shape, 1))
+        self._since_probe = np.zeros(shape, dtype=np.int64)
+        self._probe_interval = np.full(shape, FIRST_PROBE_INTERVAL, dtype=np.int64)
+        self._seen = np.full(shape, PRIOR_STRENGTH)
+        self._rate = rate
+
+    def classes(self, heat: int, promise: float) -> tuple[int, int]:
+        """heat: from `temperature_class`. promise: expected accepted tokens of the free draft."""
+        return heat, bisect_left(self.PROMISES, promise)
+
+    def accepted_by_length(self, where: tuple[int, int], factor: float, cap: int) -> Floats:
+        """`[1 + longest]` expected accepted tokens of a draft of 0, 1, ... tokens; no more after `cap` of them.
+
+        factor: of the request, on what such drafts usually bring.
+        """
+        accepted = np.zeros(self._survival.shape[-1] + 1)
+        np.cumsum(np.minimum(self._survival[where][:cap] * factor, 0.99), out=accepted[1 : cap + 1])
+        accepted[cap + 1 :] = accepted[cap]
+        return accepted
+
+    def observe(self, where: tuple[int, int], accepted: Floats) -> None:
+        """Take in the expected accepted tokens `[1 + longest]` of a draft, before it was cut to the length worth it."""
+        self._seen[where] += 1.0
+        stored = self._survival[where]
+        stored += max(self._rate, 1.0 / self._seen[where]) * (np.diff(accepted) - stored)
+
+    def is_probe_due(self, where: tuple[int, int], chosen: bool) -> bool:
+        """Whether a pass should be tried although it was not chosen; tried ever more rarely while it stays unchosen."""
+        if chosen:
+            self._since_probe[where] = 0
+            self._probe_interval[where] = FIRST_PROBE_INTERVAL
+            return False
+        self._since_probe[where] += 1
+        if self._since_probe[where] < self._probe_interval[where]:
+            return False
+        self._since_probe[where] = 0
+        self._probe_interval[where] = min(2 * self._probe_interval[where], LAST_PROBE_INTERVAL)
+        return True
+
+
+@dataclass(slots=True)
+class RequestAgreement:
+    """How well each source of drafts has done for one request."""
+
+    copy: Agreement = field(default_factory=Agreement)
+    diffusion: Agreement = field(default_factory=Agreement)
