@@ -37,6 +37,8 @@ def prepare_environment(settings: Settings) -> None:
     }
     if settings.model.device == "cpu" and settings.model.num_threads is not None:
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.model.num_threads)}
+    if os.access(sys.prefix, os.W_OK):  # beside another environment's numba each would undo what the other compiled
+        environment["NUMBA_CACHE_DIR"] = os.path.join(sys.prefix, "numba-cache")
     for name, value in environment.items():
         os.environ.setdefault(name, value)
 
