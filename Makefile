@@ -72,7 +72,7 @@ $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,loadtest]"
 	@touch $@
 
 $(VENV_VLLM)/bin/python:

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import VERSION
 from service.api import chat, completions, models, ops, tokenization
-from service.api.auth import require_key
+from service.api.auth import KeyMiddleware
 from service.api.body import ClientDisconnectedError
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import install_openapi
@@ -21,6 +21,7 @@ from service.api.respond import JsonResponse
 from service.api.serving import Serving
 from service.engine.base import Engine
 from service.errors import ApiError, from_status
+from service.keys import load_keys
 from service.metrics import ServiceMetrics
 from service.settings import Settings
 from service.text.tokenizer import TextTokenizer
@@ -41,9 +42,10 @@ def create_app(
 ) -> FastAPI:
     """Build the application. It answers at once and loads in the background; `on_failure` hears if that fails.
 
-    `app.state.serving` is the way in for whoever runs it: status, draining.
+    `app.state.serving` is the way in for whoever runs it: status, draining. Raises SettingsError for unusable keys.
     """
-    serving = Serving(settings, engine, load_tokenizer, metrics, draw_seed, clock, now)
+    key_ring = load_keys([key.get_secret_value() for key in settings.auth.api_keys], settings.auth.keys_file, clock)
+    serving = Serving(settings, engine, load_tokenizer, metrics, key_ring, draw_seed, clock, now)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -58,13 +60,14 @@ def create_app(
     app = FastAPI(title="DiffuSpec", version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
     app.state.serving = serving
     for module in (completions, chat, models, tokenization):
-        app.include_router(module.router, dependencies=[Depends(require_key)])
+        app.include_router(module.router)
     app.include_router(ops.router)
+    app.add_middleware(KeyMiddleware, serving=serving)
     app.add_middleware(RequestMiddleware, clock=clock, observe=metrics.observe_response)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientDisconnectedError, _answer_nobody)
-    install_openapi(app, is_secured=bool(settings.auth.api_keys))
+    install_openapi(app, is_secured=bool(serving.key_ring.keys))
     return app
 
 

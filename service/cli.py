@@ -25,7 +25,13 @@ MODEL_FLAGS = {
     "--max-draft-tokens": "speculation.max_draft_tokens",
     "--method": "vllm.method",
 }
-SERVER_FLAGS = {"--host": "server.host", "--port": "server.port"}
+SERVER_FLAGS = {
+    "--host": "server.host",
+    "--port": "server.port",
+    "--tls-certificate": "server.tls_certificate",
+    "--tls-key": "server.tls_key",
+    "--keys-file": "auth.keys_file",
+}
 METAVARS = {
     "--engine": "embedded|vllm",
     "--method": "NAME",
@@ -33,6 +39,9 @@ METAVARS = {
     "--drafter": "DIR|NAME|prompt-lookup|none",
     "--policy": "goodput|paper|fixed",
     "--host": "ADDRESS",
+    "--tls-certificate": "FILE",
+    "--tls-key": "FILE",
+    "--keys-file": "FILE",
 }
 
 
@@ -60,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Load the models once and compile the drafting kernels, so that the first start need not.",
     )
     _add_settings(warm, MODEL_FLAGS)
+    key = commands.add_parser(
+        "key", help="make an API key", description="Make an API key, and its entry for the file of --keys-file."
+    )
+    key.add_argument("name", help="What logs call whoever uses it: letters, digits, dot, dash and underscore.")
     commands.add_parser("bench", help="compare plain and speculative decoding side by side")
     return parser
 
@@ -134,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from service.check import compile_kernels
 
             return compile_kernels(_settings(arguments), sys.stderr)
+        if arguments.command == "key":
+            return _make_key(arguments.name)
     except SettingsError as error:
         print(f"diffuspec: {error}", file=sys.stderr)
         return 2
@@ -141,6 +156,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffuspec: {error}", file=sys.stderr)
         return 1
     return _complete(arguments)
+
+
+def _make_key(name: str) -> int:
+    from service.keys import make_key
+
+    key, hashed = make_key()
+    print(f"# Give this to whoever is to use it; it is kept nowhere:\n# {key}\n[[keys]]")
+    print(f'name = "{name}"\nhash = "{hashed}"')
+    print("# expires = 2030-01-01\n# max_sequences = 16\n# requests_per_minute = 600\n# tokens_per_minute = 100000")
+    return 0
 
 
 def _complete(arguments: argparse.Namespace) -> int:

@@ -41,6 +41,7 @@ COMPOSE = """\
 
 # The file of API keys, one a line. To ask clients for a key, uncomment DIFFUSPEC_AUTH__API_KEYS_FILE as well.
 #API_KEYS_FILE=./deploy/secrets/api_keys
+# Prometheus has none: set DIFFUSPEC_AUTH__OPEN_METRICS to true as well.
 #DIFFUSPEC_AUTH__API_KEYS_FILE=/run/secrets/api_keys
 
 # Grafana shows its dashboards to whoever reaches its port. To log in as `admin`, put a password into a file.

@@ -21,6 +21,7 @@ class RequestRecord:
     request_id: str
     method: str
     path: str
+    key: str | None = None  # name of the API key
     status: int = 0
     seconds: float = 0.0
     sequences: int = 0
@@ -43,6 +44,8 @@ class RequestRecord:
             "status": self.status,
             "seconds": round(self.seconds, 4),
         }
+        if self.key is not None:
+            found["key"] = self.key
         if self.sequences:
             found |= {
                 "sequences": self.sequences,

@@ -5,6 +5,7 @@ import logging
 import shlex
 import signal
 import socket
+import ssl
 from types import FrameType
 from typing import TextIO
 
@@ -14,7 +15,7 @@ from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
 from service.preflight import check_models
-from service.settings import Settings
+from service.settings import ServerSettings, Settings
 from service.wiring import build_engine, build_metrics
 from transformer.config import CheckpointError
 
@@ -43,7 +44,22 @@ def serve(settings: Settings, output: TextIO) -> int:
         print(f"diffuspec: cannot listen on {address}: {error.strerror or error}; try another --port.", file=output)
         return 1
     with listener:
+        problem = _tls_problem(settings.server)
+        if problem:
+            print(f"diffuspec: cannot use the TLS certificate: {problem}.", file=output)
+            return 1
         return asyncio.run(_serve(settings, listener, output))
+
+
+def _tls_problem(server: ServerSettings) -> str:
+    """Why the certificate and its key cannot be used; empty if they can, or are not wanted."""
+    if server.tls_certificate is None:
+        return ""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.tls_certificate, server.tls_key)
+    except OSError as error:  # ssl.SSLError is one
+        return error.strerror or str(error)
+    return ""
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -68,6 +84,11 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         timeout_keep_alive=settings.server.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         server_header=False,
+        http="h11",  # its bound on the head of a request is the one that is set here
+        h11_max_incomplete_event_size=settings.server.max_header_bytes,
+        limit_concurrency=settings.server.max_connections,
+        ssl_certfile=settings.server.tls_certificate,
+        ssl_keyfile=settings.server.tls_key,
     )
     server = DrainingServer(config, serving)
     watching = asyncio.create_task(_end_with_engine(serving, server))
@@ -129,7 +150,8 @@ class DrainingServer(uvicorn.Server):
 def url_of(settings: Settings, listener: socket.socket) -> str:
     """Where a client on this machine finds the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    scheme = "http" if settings.server.tls_certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 async def _announce(settings: Settings, serving: Serving, url: str, output: TextIO) -> None:
@@ -153,7 +175,7 @@ async def _announce(settings: Settings, serving: Serving, url: str, output: Text
 def banner(settings: Settings, serving: Serving, url: str) -> str:
     """What is served, and a command that shows it working."""
     engine = serving.model(None).engine
-    key = ' -H "Authorization: Bearer $API_KEY"' if settings.auth.api_keys else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if serving.key_ring.keys else ""
     drafting = f"{engine.drafter_description}"
     if engine.default_draft_tokens:
         drafting += f"; {settings.speculation.policy} policy, at most {engine.default_draft_tokens} tokens"

@@ -42,7 +42,21 @@ class ServerSettings(SettingsGroup):
     request_seconds: float | None = Field(
         default=None, gt=0, description="Longest time for one request; unset: no limit."
     )
+    max_header_bytes: int = Field(default=32768, ge=1024, description="Longest head of a request, in bytes.")
+    max_connections: int = Field(
+        default=1024, ge=1, description="Most connections and requests at the same time; beyond it clients get 503."
+    )
+    tls_certificate: Path | None = Field(
+        default=None, description="File with the certificate chain (PEM), to serve HTTPS. Needs `tls_key`."
+    )
+    tls_key: Path | None = Field(default=None, description="File with the certificate's private key (PEM).")
     keep_alive_seconds: int = Field(default=75, ge=1, description="How long an idle connection is kept open.")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> "ServerSettings":
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        return self
 
 
 class ModelSettings(SettingsGroup):
@@ -132,10 +146,11 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(
-        default=256,
+    window_tokens: int | None = Field(
+        default=None,
         ge=16,
-        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+        description="Most tokens of context that the drafter reads; never more than it was trained on. Unset: 256, or "
+        "64 for a drafter that is given the target's hidden states, which say what stood before.",
     )
     refresh_passes: int = Field(
         default=16,
@@ -169,6 +184,9 @@ class SpeculationSettings(SettingsGroup):
 class SchedulerSettings(SettingsGroup):
     max_running: int = Field(default=32, ge=1, le=1024, description="Most sequences generated at the same time.")
     max_waiting: int = Field(default=256, ge=0, description="Most sequences in the queue; beyond it requests get 429.")
+    max_waiting_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens of prompts and outputs in the queue. Unset: no bound of their own."
+    )
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens read in one step.")
     kv_cache_tokens: int | None = Field(
         default=None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
@@ -249,10 +267,18 @@ class AuditSettings(SettingsGroup):
 
 class AuthSettings(SettingsGroup):
     api_keys: tuple[SecretStr, ...] = Field(
-        default=(), description="Keys that clients may send as `Authorization: Bearer KEY`. Empty: no key is asked for."
+        default=(),
+        description="Keys that clients may send as `Authorization: Bearer KEY`, each as it is or as `sha256:` and its "
+        "hash. Without these and a file of keys none is asked for.",
     )
+    keys_file: Path | None = Field(
+        default=None,
+        description="TOML file with a `[[keys]]` table for each key: its hash, limits and expiry (`diffuspec key`).",
+    )
+    open_metrics: bool = Field(default=False, description="Answer `/metrics` without a key, for Prometheus.")
     api_keys_file: Path | None = Field(
-        default=None, description="File with more such keys, one a line; lines that begin with # are comments."
+        default=None,
+        description="File with more such keys, one a line, without limits; lines that begin with # are comments.",
     )
 
     @model_validator(mode="before")

@@ -65,6 +65,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     limits = SchedulerLimits(
         max_running=settings.scheduler.max_running,
         max_waiting=settings.scheduler.max_waiting,
+        max_waiting_tokens=settings.scheduler.max_waiting_tokens,
         prefill_chunk_tokens=settings.scheduler.prefill_chunk_tokens,
         kv_cache_tokens=settings.scheduler.kv_cache_tokens,
         reuse_prefixes=settings.scheduler.prefix_cache,

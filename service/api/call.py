@@ -12,10 +12,12 @@ from service.api.body import read_body
 from service.api.fields import RequestModel
 from service.api.generation import Generation
 from service.api.parameters import Plan, Prompt, make_plan
+from service.api.quota import permitted_priority
 from service.api.respond import Writer, respond
 from service.api.schemas import GenerationFields
 from service.api.serving import ServedModel, Serving
 from service.errors import InvalidRequestError, TooManyRequestsError
+from service.keys import Key
 from service.settings import LimitSettings
 from service.structured import Structure, StructureError
 
@@ -31,6 +33,12 @@ class Call(Generic[Fields]):
     serving: Serving
     fields: Fields
     model: ServedModel
+
+    @property
+    def key(self) -> Key | None:
+        """The API key it came with."""
+        found: Key | None = self.request.state.key
+        return found
 
 
 async def receive(request: Request, fields_type: type[Fields]) -> Call[Fields]:
@@ -62,6 +70,8 @@ async def plan(
 ) -> Plan:
     """What to ask of the engine, within this server's limits. Raises InvalidRequestError."""
     settings = call.serving.settings
+    priority = permitted_priority(call.key, call.fields.priority)
+    limits = [seconds for seconds in (call.fields.timeout, settings.server.request_seconds) if seconds is not None]
     structure = await find_structure(call.fields, call.model, settings.limits)
     return make_plan(
         call.fields,
@@ -72,8 +82,10 @@ async def plan(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         draw_seed=call.serving.draw_seed(),
-        timeout_seconds=settings.server.request_seconds,
+        timeout_seconds=min(limits, default=None),
         structure=structure,
+        priority=priority,
+        tenant="" if call.key is None else call.key.name,
     )
 
 
@@ -117,6 +129,6 @@ async def answer(
 ) -> Response:
     """Generate, and answer whole or as a stream. Raises ApiError and ClientDisconnectedError before the first byte."""
     response_id = f"{id_prefix}-{uuid.uuid4().hex}"
-    generation = Generation(call.serving, call.model, plan, call.request.state.record, response_id)
+    generation = Generation(call.serving, call.model, plan, call.request.state.record, response_id, call.key)
     answering = Answering(response_id, int(call.serving.now()), call.model, call.fields, generation)
     return await respond(call.request, call.fields, generation, make_writer(answering))

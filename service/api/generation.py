@@ -8,10 +8,12 @@ from typing import TypeVar, cast
 
 from service.api.choice import Choice, Piece
 from service.api.parameters import Plan
+from service.api.quota import admitted, charge
 from service.api.responses import Metrics, Usage
 from service.api.serving import ServedModel, Serving
 from service.engine.base import EngineError, GenerationRequest, SpeculationStats, TokenDelta
 from service.errors import ApiError, InternalError, NotReadyError, from_engine
+from service.keys import Key
 from service.logs import RequestRecord
 
 Item = TypeVar("Item")
@@ -54,7 +56,13 @@ class Generation:
     """The sequences of one HTTP request, from admission to the last token."""
 
     def __init__(
-        self, serving: Serving, model: ServedModel, plan: Plan, record: RequestRecord, response_id: str
+        self,
+        serving: Serving,
+        model: ServedModel,
+        plan: Plan,
+        record: RequestRecord,
+        response_id: str,
+        key: Key | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = model.tokenizer
@@ -62,6 +70,7 @@ class Generation:
         self._metrics = serving.metrics
         self._clock = serving.clock
         self._record = record
+        self._key = key
         self._requests = plan.requests(response_id)
         self.choices = [Choice(model.tokenizer, plan.text_rules) for _ in self._requests]
         self._arrived = self._clock()
@@ -69,6 +78,12 @@ class Generation:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (index of the choice, piece). Closing it cancels what still runs. Raises ApiError."""
+        with admitted(self._key, len(self.choices), self._clock()):
+            async with aclosing(self._run()) as pieces:
+                async for item in pieces:
+                    yield item
+
+    async def _run(self) -> AsyncGenerator[tuple[int, Piece], None]:
         streams = [self._sequence(index, request) for index, request in enumerate(self._requests)]
         reason = "abort"
         try:
@@ -85,6 +100,8 @@ class Generation:
             for index in range(len(self.choices)):
                 self._end(index, reason)
             self._fill_record()
+            if self._record.first_token_seconds is not None:
+                charge(self._key, self.usage()["total_tokens"])
 
     async def _sequence(self, index: int, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         choice = self.choices[index]

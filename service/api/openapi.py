@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.api import schemas
+from service.api.auth import OPEN_PATHS
 from service.api.responses import ErrorBody
 
 DESCRIPTION = """OpenAI-compatible completions by lossless speculative decoding: a diffusion language model drafts, the
@@ -64,8 +65,11 @@ def _describe(app: FastAPI, *, is_secured: bool) -> dict[str, Any]:
     if is_secured:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
-            if path.startswith(("/v1/", "/tokenize", "/detokenize")):
+            if path not in OPEN_PATHS:
                 for operation in methods.values():
                     operation["security"] = [{"key": []}]
-                    operation["responses"].setdefault("401", operation["responses"].get("503", {}))
+                    operation["responses"]["401"] = {
+                        "description": MEANINGS[401],
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+                    }
     return document

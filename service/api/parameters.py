@@ -38,6 +38,7 @@ class Plan:
     prompt_logprobs: int | None
     timeout_seconds: float | None
     structure: Structure | None
+    tenant: str
 
     @property
     def num_sequences(self) -> int:
@@ -62,6 +63,7 @@ class Plan:
                 priority=self.priority,
                 timeout_seconds=self.timeout_seconds,
                 structure=self.structure,
+                tenant=self.tenant,
             )
             for index, prompt in enumerate(self.prompts)
             for i in range(self.n)
@@ -80,6 +82,8 @@ def make_plan(
     draw_seed: int,
     timeout_seconds: float | None,
     structure: Structure | None,
+    priority: int,
+    tenant: str,
 ) -> Plan:
     """Raises InvalidRequestError. `max_tokens` None: the rest of the context."""
     n = check_counts(fields, len(prompts), limits)
@@ -110,10 +114,11 @@ def make_plan(
             min_tokens=min_tokens,
         ),
         speculation=speculation_options(fields.speculative, model.engine.default_draft_tokens),
-        priority=fields.priority or 0,
+        priority=priority,
         prompt_logprobs=prompt_logprobs,
         timeout_seconds=timeout_seconds,
         structure=structure,
+        tenant=tenant,
     )
 
 

@@ -61,6 +61,7 @@ class GenerationFields(RequestModel):
     seed: Seed | None = Field(None, description="The same seed gives the same text, speculation on or off.")
     user: str | None = Field(None, max_length=512, description="Not used, not logged.")
     priority: int | None = Field(None, ge=-MAX_INT, le=MAX_INT, description="Lower runs first.")
+    timeout: float | None = Field(None, gt=0, description="Give up after so many seconds; the server's limit stands.")
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; default true.")
     return_token_ids: bool | None = Field(None, description="Answer with token ids too.")
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep this many last tokens.")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from service.engine.base import Engine, EngineStatus
 from service.errors import NotFoundError, NotReadyError
+from service.keys import KeyRing
 from service.metrics import ServiceMetrics
 from service.settings import Settings
 from service.structured import Structure, StructureCompiler, StructureSpec
@@ -51,6 +52,7 @@ class Serving:
         engine: Engine,
         load_tokenizer: Callable[[], TextTokenizer],
         metrics: ServiceMetrics,
+        key_ring: KeyRing,
         draw_seed: Callable[[], int],
         clock: Clock,
         now: Clock,
@@ -61,6 +63,7 @@ class Serving:
         """
         self.settings = settings
         self.metrics = metrics
+        self.key_ring = key_ring
         self.draw_seed = draw_seed
         self.clock = clock
         self.now = now

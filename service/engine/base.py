@@ -72,6 +72,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     priority: int = 0  # lower runs first
+    tenant: str = ""  # on whose behalf: tenants take turns, and share no cached prefixes
     timeout_seconds: float | None = None
     structure: Structure | None = None  # what the output keeps to
     reuse_prefix: bool = True  # False: the whole prompt is read again, whatever is cached of it

@@ -124,7 +124,7 @@ class EmbeddedEngine:
         """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
         core, status = self._core, self.status()
         if core is None or status.phase != "ready":
-            raise EngineUnavailableError(f"the engine is {status.phase}: {status.detail}")
+            raise EngineUnavailableError(f"the engine is {status.phase}")
         if request.request_id in self._streams:
             raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
         core.submit(request)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Event = tuple[str, TokenDelta | Exception]
 """A request's id, and its next delta or what ended it."""
 
+_FAILED = "the engine has failed; the log says why"  # for clients: the reason may name files
 _FATAL_FAILURES = 3  # steps in a row: a model that fails so often won't recover by itself
 
 
@@ -101,13 +102,13 @@ class EngineLoop:
             )
         with self._changed:
             if self._failure:
-                raise EngineUnavailableError(self._failure)
+                raise EngineUnavailableError(_FAILED)
             if self._is_draining:
                 raise EngineUnavailableError("the server is shutting down")
             if request.request_id in self._live:
                 raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
             decoding = Decoding(request, self._num_submitted, self._clock(), self._service_draft_tokens)
-            self._scheduler.check_room(decoding, len(self._arrived))
+            self._scheduler.check_room(decoding, self._arrived)
             self._num_submitted += 1
             self._live[request.request_id] = decoding
             self._arrived.append(decoding)
@@ -230,5 +231,5 @@ class EngineLoop:
             unheard = list(self._live)
             self._live.clear()
             self._arrived.clear()
-        self._outbox += [(request_id, EngineUnavailableError(why)) for request_id in unheard]
+        self._outbox += [(request_id, EngineUnavailableError(_FAILED)) for request_id in unheard]
         self._flush()

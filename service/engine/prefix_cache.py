@@ -14,8 +14,9 @@ class PrefixCache:
     """Places requests in slots, so that a prompt's known beginning is not computed again.
 
     A finished request's keys and values stay in its slot until the slot is taken. A new prompt takes the longest
-    prefix it shares with any slot, a running request's included: in place if that slot is free and well placed,
-    else by a copy. At most all but the prompt's last token is reused: the first output token is drawn from its row.
+    prefix it shares with any slot of the same tenant, a running request's included: in place if that slot is free and
+    well placed, else by a copy. At most all but the prompt's last token is reused: the first output token is drawn
+    from its row. Tenants share nothing, for the time a prompt takes would tell what others have sent.
 
     Slots of running requests are kept close together, since a verifier reads neighbouring slots as one view: of the
     free slots, those that widen the occupied range least are candidates, and of these the least recently used is
@@ -28,6 +29,7 @@ class PrefixCache:
         self._reuses = reuses
         self._owners: list[Decoding | None] = [None] * num_slots
         self._kept: list[Tokens] = [np.empty(0, dtype=np.int32)] * num_slots  # what a free slot holds
+        self._tenants = [""] * num_slots  # whose tokens a slot holds
         self._last_used = [0] * num_slots
         self._uses = 0
 
@@ -49,9 +51,13 @@ class PrefixCache:
         if not candidates:
             return False
         wanted = decoding.prompt[:-1] if self._reuses and decoding.may_reuse_prefix else decoding.prompt[:0]
-        lengths = [common_prefix(self._held(slot), wanted) for slot in range(self.num_slots)]
+        tenant = decoding.request.tenant
+        lengths = [
+            common_prefix(self._held(slot), wanted) if self._tenants[slot] == tenant else 0
+            for slot in range(self.num_slots)
+        ]
         source = max(range(self.num_slots), key=lambda slot: (lengths[slot], slot in candidates))
-        if self._is_being_read(wanted, lengths[source] + MINIMUM_COPY):
+        if self._is_being_read(wanted, lengths[source] + MINIMUM_COPY, tenant):
             return False
         if source in candidates and lengths[source] > 0:
             target = source
@@ -65,6 +71,7 @@ class PrefixCache:
                 self._copy_slot(source, target, num_reused)
                 self._touch(source)
         self._owners[target] = decoding
+        self._tenants[target] = tenant
         self._touch(target)
         decoding.slot = target
         decoding.num_cached = decoding.num_reused = num_reused
@@ -87,12 +94,15 @@ class PrefixCache:
         self._uses += 1
         self._last_used[slot] = self._uses
 
-    def _is_being_read(self, wanted: Tokens, length: int) -> bool:
+    def _is_being_read(self, wanted: Tokens, length: int, tenant: str) -> bool:
         """Whether a running request is still reading a prompt that shares at least `length` tokens with `wanted`."""
         if len(wanted) < length:
             return False
         return any(
-            owner is not None and owner.is_reading and common_prefix(owner.prompt, wanted) >= length
+            owner is not None
+            and owner.is_reading
+            and owner.request.tenant == tenant
+            and common_prefix(owner.prompt, wanted) >= length
             for owner in self._owners
         )
 

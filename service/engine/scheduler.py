@@ -1,7 +1,7 @@
 """Who waits, who runs, and how much of which prompt is read in the next step."""
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ class SchedulerLimits:
 
     max_running: int = 32  # requests decoded at once
     max_waiting: int = 256  # requests in the queue, beyond those that can run at once
+    max_waiting_tokens: int | None = None  # prompt and output tokens in the queue; None: no bound of their own
     prefill_chunk_tokens: int = 256  # prompt tokens read in one step, over all requests
     kv_cache_tokens: int | None = None  # cache positions promised to running requests; None: all slots, filled
     reuse_prefixes: bool = True  # off: every prompt is read in full
@@ -43,8 +44,9 @@ class Scheduler:
     """The queue and the batch, of the engine thread alone (`check_room` may be called from any thread).
 
     A request is admitted when a slot is free and the cache positions it may come to need (prompt plus `max_tokens`)
-    fit the budget, so that nothing is ever evicted while running. The queue is served by priority, then arrival, and
-    nobody overtakes a request that waits for memory: large requests do not starve.
+    fit the budget, so that nothing is ever evicted while running. The queue is served by priority, then by tenants in
+    turn (the one with the fewest running requests first), then by arrival, and nobody overtakes a request that waits
+    for memory: large requests do not starve. A named tenant fills at most half of the queue, so that others find room.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Scheduler:
         self._clock = clock
         self._max_running = min(limits.max_running, slots.num_slots)
         self._max_waiting = limits.max_waiting
+        self._max_waiting_tokens = limits.max_waiting_tokens
         self._chunk_tokens = limits.prefill_chunk_tokens
         self._budget = limits.kv_cache_tokens or slots.num_slots * context_length
         self._num_reserved = 0
@@ -74,8 +77,8 @@ class Scheduler:
         """Promised share of the cache budget, 0 to 1."""
         return self._num_reserved / self._budget
 
-    def check_room(self, decoding: Decoding, num_arriving: int) -> None:
-        """Raise QueueFullError if the queue is full, counting `num_arriving` requests on their way into it.
+    def check_room(self, decoding: Decoding, arriving: Sequence[Decoding]) -> None:
+        """Raise QueueFullError if the queue is full, counting the requests on their way into it.
 
         RequestFailedError if the request could never run.
         """
@@ -84,21 +87,37 @@ class Scheduler:
                 f"prompt ({decoding.num_prompt} tokens) plus max_tokens ({decoding.request.max_tokens}) exceed the "
                 f"cache budget of {self._budget} tokens: shorten one of them"
             )
-        ahead = len(self._waiting) + num_arriving
-        num_startable = self._max_running - len(self.running)
-        if ahead >= self._max_waiting + num_startable:
-            raise QueueFullError(f"{ahead} requests are waiting already: try again later", self._retry_after(ahead))
+        queue = [*self.waiting, *arriving]
+        room = self._max_waiting + self._max_running - len(self.running)  # those that can start at once don't wait
+        if len(queue) >= room:
+            raise QueueFullError(
+                f"{len(queue)} requests are waiting already: try again later", self._retry_after(len(queue))
+            )
+        tenant = decoding.request.tenant
+        num_own = sum(other.request.tenant == tenant for other in queue) if tenant else 0
+        if num_own >= max(room // 2, 1):
+            raise QueueFullError(
+                f"{num_own} requests of this key are waiting already: try again later", self._retry_after(num_own)
+            )
+        num_tokens = sum(other.num_reserved for other in queue)
+        if queue and self._max_waiting_tokens is not None and num_tokens >= self._max_waiting_tokens:
+            raise QueueFullError(
+                f"requests of {num_tokens} tokens are waiting already: try again later", self._retry_after(len(queue))
+            )
 
     def enqueue(self, decoding: Decoding) -> None:
         insort(self._waiting, ((decoding.request.priority, decoding.arrival), decoding), key=lambda entry: entry[0])
 
     def admit(self) -> None:
         """Move requests from the queue into the batch while there is room."""
-        for entry in tuple(self._waiting):
+        while len(self.running) < self._max_running and self._admit_one():
+            pass
+
+    def _admit_one(self) -> bool:
+        for entry in self._in_turn():
             decoding = entry[1]
-            fits = self._num_reserved + decoding.num_reserved <= self._budget
-            if len(self.running) >= self._max_running or not fits:
-                break
+            if self._num_reserved + decoding.num_reserved > self._budget:
+                return False
             if not self._slots.place(decoding):
                 continue
             self._waiting.remove(entry)
@@ -107,6 +126,13 @@ class Scheduler:
             now = self._clock()
             decoding.queue_seconds = now - decoding.submitted_at
             self._admissions.append(now)
+            return True
+        return False
+
+    def _in_turn(self) -> list[tuple[tuple[int, int], Decoding]]:
+        """The queue in the order in which it is served next."""
+        running = Counter(decoding.request.tenant for decoding in self.running)
+        return sorted(self._waiting, key=lambda entry: (entry[0][0], running[entry[1].request.tenant], entry[0][1]))
 
     def plan(self) -> list[Part]:
         """The next step, by slot: one pending token of everyone who decodes, and the next chunks of prompts."""

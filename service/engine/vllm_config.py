@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drafters.step_packing import KEY
+from service.drafter import drafter_window
 from service.engine.vllm_memory import (
     BLOCK_TOKENS,
     MemoryPlan,
@@ -16,7 +17,7 @@ from service.engine.vllm_memory import (
     plan_memory,
 )
 from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
-from transformer.config import CheckpointError
+from transformer.config import CheckpointError, TransformerConfig
 
 MOST_DEFAULT_CONTEXT = 8192
 OURS = "diffuspec"
@@ -163,9 +164,9 @@ def _drafter_bytes(settings: Settings) -> int:
     choice = settings.model.drafter_choice
     if choice in (PROMPT_LOOKUP, NO_DRAFTER) or not max_draft_tokens(settings) or not settings.speculation.diffusion:
         return 0
-    return drafter_bytes(
-        Path(choice), settings.model.dtype, settings.scheduler.max_running, settings.speculation.window_tokens
-    )
+    folder = Path(choice)
+    window = drafter_window(settings, TransformerConfig.from_folder(folder))
+    return drafter_bytes(folder, settings.model.dtype, settings.scheduler.max_running, window)
 
 
 def _device_memory(device: str) -> tuple[int, int]:

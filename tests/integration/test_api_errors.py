@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,23 +231,29 @@ def test_headers_tell_times(http: httpx.Client) -> None:
     assert "content-type" in answer.headers
 
 
-def test_keys_are_asked_for_where_there_are_any(tiny_target: Path) -> None:
-    secured = load_settings(overrides={"model.served_model_name": "tiny", "auth.api_keys": ["one", "two"]})
-    with serving(scripted_app(ScriptedEngine(script), tiny_target, secured)) as url:
-        for headers in (
-            {},
-            {"authorization": "Bearer three"},
-            {"authorization": "Basic one"},
-            {"authorization": "Bearer é"},
-        ):
-            raw = {name: value.encode() for name, value in headers.items()}
-            answer = httpx.post(url + "/v1/completions", json={"prompt": "x"}, headers=raw)
-            assert answer.status_code == 401
-            assert error_of(answer)["code"] == "invalid_api_key"
-        for key in ("one", "two"):
-            answer = httpx.post(
-                url + "/v1/completions", json={"prompt": "x"}, headers={"authorization": f"Bearer {key}"}
-            )
-            assert answer.status_code == 200
-        assert httpx.get(url + "/health").status_code == 200
-        assert httpx.get(url + "/v1/models").status_code == 401
+def test_a_dead_engine_names_no_file(tiny_target: Path) -> None:
+    from service.engine.embedded import EmbeddedEngine, Progress
+    from service.engine.scheduler import SchedulerLimits
+    from tests.unit.engine.drafters import no_drafts
+    from tests.unit.engine.serving import verifier
+    from transformer.model import Transformer
+    from verifiers.base import VerifyRequest, VerifyResult
+    from verifiers.torch_lm import TorchVerifier
+
+    class Failing(TorchVerifier):
+        def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
+            if any(request.rules.seed == 13 for request in requests):
+                raise RuntimeError("cannot open /srv/secret/weights.bin")
+            return super().verify(requests)
+
+    def load(progress: Progress) -> tuple[TorchVerifier, Any]:
+        loaded = verifier(Transformer.load(tiny_target))
+        loaded.__class__ = Failing
+        return loaded, no_drafts()
+
+    with serving(scripted_app(EmbeddedEngine(load, SchedulerLimits()), tiny_target)) as url:
+        answers = [httpx.post(url + "/v1/completions", json={"prompt": "x", "seed": 13}) for _ in range(5)]
+        answers += [httpx.get(url + path) for path in ("/health", "/ready", "/startup")]
+    assert [answer.status_code for answer in answers[:3]] == [500] * 3
+    assert [answer.status_code for answer in answers[3:]] == [503] * 4 + [200]
+    assert not any("secret" in answer.text for answer in answers)

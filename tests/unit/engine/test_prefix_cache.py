@@ -24,8 +24,12 @@ class Slots:
         self.entries[target, :length] = self.entries[source, :length]
         self.num_copies += 1
 
-    def place(self, prompt: list[int], max_tokens: int = 4, prompt_logprobs: int | None = None) -> Decoding:
-        request = GenerationRequest("r", prompt, max_tokens, SamplingRules(seed=0), prompt_logprobs=prompt_logprobs)
+    def place(
+        self, prompt: list[int], max_tokens: int = 4, prompt_logprobs: int | None = None, tenant: str = ""
+    ) -> Decoding:
+        request = GenerationRequest(
+            "r", prompt, max_tokens, SamplingRules(seed=0), prompt_logprobs=prompt_logprobs, tenant=tenant
+        )
         one = Decoding(request, 0, 0.0, 0)
         if self.cache.place(one):
             assert self.entries[one.slot, : one.num_cached].tolist() == prompt[: one.num_cached]
@@ -152,3 +156,16 @@ def test_common_prefix_is_the_longest(left: list[int], right: list[int]) -> None
     size = common_prefix(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
     assert left[:size] == right[:size]
     assert size in (len(left), len(right)) or left[size] != right[size]
+
+
+def test_tenants_find_nothing_of_each_other() -> None:
+    slots = Slots(4)
+    first = slots.place(prompt(1), tenant="a")
+    slots.read(first)
+    beside = slots.place(prompt(1), tenant="b")  # while the other runs
+    assert beside.num_reused == 0
+    slots.cache.vacate(beside)
+    slots.cache.vacate(first)
+    assert slots.place(prompt(1), tenant="c").num_reused == 0
+    again = slots.place(prompt(1), tenant="a")
+    assert again.num_reused > 0

@@ -22,9 +22,10 @@ class Clock:
         return self.now
 
 
-def decoding(arrival: int, num_prompt: int = 10, max_tokens: int = 10, priority: int = 0) -> Decoding:
+def decoding(arrival: int, num_prompt: int = 10, max_tokens: int = 10, priority: int = 0, tenant: str = "") -> Decoding:
     prompt = [(arrival * 31 + i) % 97 for i in range(num_prompt)]
-    request = GenerationRequest(f"r{arrival}", prompt, max_tokens, SamplingRules(seed=0), priority=priority)
+    rules = SamplingRules(seed=0)
+    request = GenerationRequest(f"r{arrival}", prompt, max_tokens, rules, priority=priority, tenant=tenant)
     return Decoding(request, arrival, 0.0, 0)
 
 
@@ -78,17 +79,17 @@ def test_memory_is_promised_before_admission_and_nobody_overtakes_who_waits_for_
 def test_a_request_that_could_never_fit_is_refused_at_once() -> None:
     queue = scheduler(SchedulerLimits(kv_cache_tokens=50))
     with pytest.raises(RequestFailedError, match="50 tokens"):
-        queue.check_room(decoding(0, max_tokens=41), 0)
+        queue.check_room(decoding(0, max_tokens=41), [])
 
 
 def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> None:
     clock = Clock()
     queue = scheduler(SchedulerLimits(max_running=1, max_waiting=4), clock=clock)
     for arrival in range(5):
-        queue.check_room(decoding(arrival), 0)
+        queue.check_room(decoding(arrival), [])
         queue.enqueue(decoding(arrival))
     with pytest.raises(QueueFullError) as unknown:
-        queue.check_room(decoding(9), 0)
+        queue.check_room(decoding(9), [])
     for arrival in range(5, 9):  # one request leaves every two seconds, and another comes
         queue.admit()
         clock.now += 2.0
@@ -96,10 +97,10 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
         queue.enqueue(decoding(arrival))
     queue.admit()
     with pytest.raises(QueueFullError) as paced:
-        queue.check_room(decoding(9), 0)
+        queue.check_room(decoding(9), [])
     clock.now += 20.0  # nobody has left since: slower than it was
     with pytest.raises(QueueFullError) as stalled:
-        queue.check_room(decoding(9), 0)
+        queue.check_room(decoding(9), [])
     assert unknown.value.retry_after_seconds == 5
     assert paced.value.retry_after_seconds == pytest.approx(4 * 2.0, rel=0.25)
     assert stalled.value.retry_after_seconds > 2 * paced.value.retry_after_seconds
@@ -107,9 +108,9 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
 
 def test_requests_on_their_way_count_and_free_places_do_not() -> None:
     queue = scheduler(SchedulerLimits(max_running=2, max_waiting=1))
-    queue.check_room(decoding(0), 2)
+    queue.check_room(decoding(0), [decoding(8)] * 2)
     with pytest.raises(QueueFullError):
-        queue.check_room(decoding(0), 3)
+        queue.check_room(decoding(0), [decoding(8)] * 3)
 
 
 def test_a_step_has_a_token_of_everyone_who_decodes_and_bounded_chunks_of_prompts() -> None:
@@ -145,3 +146,46 @@ def test_limits_that_cannot_work_are_refused() -> None:
             SchedulerLimits(prefill_chunk_tokens=number)
     with pytest.raises(ValueError, match="max_waiting"):
         SchedulerLimits(max_waiting=-1)
+
+
+def test_tenants_take_turns_however_many_requests_one_has_sent_before() -> None:
+    queue = scheduler(SchedulerLimits(max_running=4))
+    for arrival, tenant in enumerate(["many"] * 6 + ["few"] * 2):
+        queue.enqueue(decoding(arrival, tenant=tenant))
+    queue.admit()
+    assert [one.arrival for one in queue.running] == [0, 6, 1, 7]
+    for one in list(queue.running):
+        queue.remove(one)
+    queue.admit()
+    assert [one.arrival for one in queue.running] == [2, 3, 4, 5]
+
+
+def test_priority_goes_before_turns() -> None:
+    queue = scheduler(SchedulerLimits(max_running=2))
+    for arrival, (tenant, priority) in enumerate([("a", 0), ("b", 1), ("a", 0)]):
+        queue.enqueue(decoding(arrival, tenant=tenant, priority=priority))
+    queue.admit()
+    assert [one.arrival for one in queue.running] == [0, 2]
+
+
+def test_a_tenant_leaves_half_of_the_queue_to_others() -> None:
+    queue = scheduler(SchedulerLimits(max_running=1, max_waiting=5))
+    queue.enqueue(decoding(0))
+    queue.admit()
+    for arrival in (1, 2):
+        queue.check_room(decoding(arrival, tenant="many"), [])
+        queue.enqueue(decoding(arrival, tenant="many"))
+    with pytest.raises(QueueFullError, match="of this key"):
+        queue.check_room(decoding(3, tenant="many"), [])
+    queue.check_room(decoding(3, tenant="few"), [])
+
+
+def test_the_queue_is_bounded_in_tokens_and_one_request_always_fits() -> None:
+    queue = scheduler(SchedulerLimits(max_running=1, max_waiting_tokens=30))
+    queue.enqueue(decoding(0))
+    queue.admit()
+    queue.check_room(decoding(1, max_tokens=60), [])
+    queue.enqueue(decoding(1))
+    queue.check_room(decoding(2), [])
+    with pytest.raises(QueueFullError, match="of 40 tokens"):
+        queue.check_room(decoding(3), [decoding(2)])
