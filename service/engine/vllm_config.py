@@ -136,7 +136,8 @@ def engine_arguments(settings: Settings, target: TargetFacts, plan: MemoryPlan) 
         "quantization": vllm.quantization,
         "enforce_eager": is_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
         "max_logprobs": 20,
-        "structured_outputs_config": {"backend": "guidance"},  # the library that checked the structure before
+        # By the library that checked the structure before; with free whitespace a weak model never stops indenting.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "seed": 0,
         "enable_log_requests": False,
         "speculative_config": speculation,
