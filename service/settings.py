@@ -131,10 +131,11 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(
-        default=256,
+    window_tokens: int | None = Field(
+        default=None,
         ge=16,
-        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+        description="Most tokens of context that the drafter reads; never more than it was trained on. Unset: 256, or "
+        "64 for a drafter that is given the target's hidden states, which say what stood before.",
     )
     refresh_passes: int = Field(
         default=16,

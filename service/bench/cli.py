@@ -25,6 +25,7 @@ from service.bench.records import Workload, WorkloadRecord
 from service.bench.report import Report, to_json
 from service.bench.server import ServerClient, ServerContestant, ServerError
 from service.bench.table import legend, render_table
+from service.hub import HubError, locate_models
 from service.settings import Settings, SettingsError, load_settings
 from service.text.tokenizer import TokenizerError
 from transformer.config import CheckpointError
@@ -33,6 +34,7 @@ FEWEST_PAIRS = 4
 EXIT_DIFFERENT, EXIT_USAGE = 1, 2
 EXPECTED_ERRORS = (
     SettingsError,
+    HubError,
     CheckpointError,
     TokenizerError,
     NgramError,
@@ -267,7 +269,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         "model.ngram": args.ngram,
         "model.num_threads": args.threads,
     }
-    return load_settings(args.config, {name: value for name, value in named.items() if value is not None})
+    return locate_models(
+        load_settings(args.config, {name: value for name, value in named.items() if value is not None})
+    )
 
 
 def _source(args: argparse.Namespace) -> str:
