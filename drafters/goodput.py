@@ -20,6 +20,7 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 HYSTERESIS = 0.02  # a draft must promise this much more than none: the estimates are noisy, plain decoding is not
+PASS_HYSTERESIS = 0.08  # the same for a diffusion pass, which is paid for before its draft is seen
 MAX_SWEEPS = 3
 
 
@@ -129,7 +130,7 @@ def choose_sources(
         KNOT_ROWS,
         costs.verify.seconds,
         costs.draft.seconds,
-        HYSTERESIS,
+        PASS_HYSTERESIS,
     )
     return chosen
 

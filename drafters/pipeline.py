@@ -79,6 +79,7 @@ class DraftPipeline:
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
         self.last_diffusion_rows = 0
+        self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
 
     @property
     def drafter_up(self) -> bool:

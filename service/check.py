@@ -6,7 +6,7 @@ from typing import TextIO
 from drafters.ngram import NgramError
 from drafters.vocabulary_map import VocabularyMap
 from service.costs import PairCost, device_bytes, measure_bandwidth, model_cost
-from service.drafter import PATHS
+from service.drafter import PATHS, drafter_window
 from service.folders import FolderFacts, relate
 from service.preflight import check_models
 from service.settings import Settings
@@ -105,7 +105,7 @@ def _cost(
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else measure_bandwidth(model.device)
     drafting = None
     if drafter is not None:
-        window = min(settings.speculation.window_tokens, drafter.config.longest_trained, context)
+        window = min(drafter_window(settings, drafter.config), context)
         drafting = model_cost(drafter.config, model.dtype, on_cpu, options.batch * window)
     return PairCost(
         target=model_cost(target.config, model.dtype, on_cpu, options.batch * context),
@@ -162,7 +162,7 @@ def _remarks(
         )
     if 0 < config.block_size < SHORT_BLOCK:
         remarks.append(f"It drafts at most {config.block_size} tokens in a pass.")
-    window = min(speculation.window_tokens, config.longest_trained)
+    window = drafter_window(settings, config)
     if window < context:
         remarks.append(f"It reads the latest {window} tokens of a longer context (speculation.window_tokens).")
     if not settings.model.device.startswith("cuda") and drafter.num_parameters > 1e9:

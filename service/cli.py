@@ -23,6 +23,7 @@ MODEL_FLAGS = {
     "--threads": "model.num_threads",
     "--policy": "speculation.policy",
     "--max-draft-tokens": "speculation.max_draft_tokens",
+    "--method": "vllm.method",
 }
 SERVER_FLAGS = {
     "--host": "server.host",
@@ -32,7 +33,8 @@ SERVER_FLAGS = {
     "--keys-file": "auth.keys_file",
 }
 METAVARS = {
-    "--engine": "NAME",
+    "--engine": "embedded|vllm",
+    "--method": "NAME",
     "--target": "DIR|NAME",
     "--drafter": "DIR|NAME|prompt-lookup|none",
     "--policy": "goodput|paper|fixed",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+USUAL_WINDOW, WINDOW_WITH_HIDDEN_STATES = 256, 64  # tokens
+
 PATHS = {
     "identical": "takes and gives the target's ids as they are",
     "overlapping": "drafts in the tokens that both have, and cuts a draft at the first other one",
@@ -50,6 +52,12 @@ class TextCodec:
         return b"" if token in self._tokenizer.special_ids else self._tokenizer.bytes_of(token)
 
 
+def drafter_window(settings: Settings, drafter: TransformerConfig) -> int:
+    """Most tokens of context that a drafter reads."""
+    usual = WINDOW_WITH_HIDDEN_STATES if drafter.target_hidden_size else USUAL_WINDOW
+    return min(settings.speculation.window_tokens or usual, drafter.longest_trained)
+
+
 def build_drafter(settings: Settings, target: TransformerConfig, model: "Transformer") -> BuiltDrafter:
     """Wrap the loaded drafter `model` for the target of the settings; how is chosen by their vocabularies.
 
@@ -62,7 +70,7 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
     theirs, ours = read_folder(settings.model.target), read_folder(Path(settings.model.drafter_choice))
     vocabularies = relate(theirs, ours)
     options = DiffusionOptions(
-        window=speculation.window_tokens,
+        window=drafter_window(settings, model.config),
         refresh_interval=speculation.refresh_passes,
         refinement_steps=speculation.refinement_steps,
         part_tokens=speculation.draft_part_tokens,

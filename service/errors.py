@@ -118,6 +118,8 @@ def from_engine(error: EngineError) -> ApiError:
     if isinstance(error, QueueFullError):
         seconds = str(max(1, math.ceil(error.retry_after_seconds)))
         return TooManyRequestsError(str(error), headers={"Retry-After": seconds})
+    if isinstance(error, engine.RequestRefusedError):
+        return InvalidRequestError(str(error), code="invalid_value")
     if isinstance(error, EngineUnavailableError):
         return NotReadyError(str(error), headers={"Retry-After": "1"})
     if isinstance(error, engine.RequestTimeoutError):

@@ -4,10 +4,11 @@
 the controller acted on. Labels are bounded: never a request, a user or a prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
+from prometheus_client.registry import Collector
 
 from drafters.base import Outcome, PolicyName, SourceName, StepRecord
 from service.engine.base import Engine, EnginePhase
@@ -34,18 +35,36 @@ BYPASS_REASONS = (
     "not_worth_it",
     "resting",
     "drafter_failed",
+    "scheduler",
 )
 OTHER_REASON = "other"
+VLLM_PREFIX = "vllm:"
+
+
+class VllmCollector(Collector):
+    """What vLLM has put into the process's own registry, under its names."""
+
+    def collect(self) -> Iterator[Metric]:
+        for family in REGISTRY.collect():
+            if family.name.startswith(VLLM_PREFIX):
+                yield family
 
 
 class ServiceMetrics:
     """All metrics of one server. Methods may be called from any thread."""
 
     def __init__(
-        self, registry: CollectorRegistry, model_name: str, policy: str = "goodput", max_draft_tokens: int = 16
+        self,
+        registry: CollectorRegistry,
+        model_name: str,
+        policy: str = "goodput",
+        max_draft_tokens: int = 16,
+        own_names_only: bool = False,
     ) -> None:
-        """`max_draft_tokens` bounds the `position` label."""
+        """`max_draft_tokens` bounds the `position` label. own_names_only: what is counted under vLLM's names is not
+        shown; `pass_through` shows vLLM's own."""
         self.registry = registry
+        self._vllm_registry = CollectorRegistry() if own_names_only else registry
         self._num_positions = max_draft_tokens
         self._model_name = model_name
         self._policy = policy
@@ -57,14 +76,17 @@ class ServiceMetrics:
             model_name, policy
         ).set(1)
 
+    def _registry_of(self, name: str) -> CollectorRegistry:
+        return self._vllm_registry if name.startswith(VLLM_PREFIX) else self.registry
+
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, ("model_name", *labels), registry=self.registry)
+        return Counter(name, text, ("model_name", *labels), registry=self._registry_of(name))
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, ("model_name", *labels), registry=self.registry)
+        return Gauge(name, text, ("model_name", *labels), registry=self._registry_of(name))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, ("model_name", *labels), registry=self.registry, buckets=buckets)
+        return Histogram(name, text, ("model_name", *labels), registry=self._registry_of(name), buckets=buckets)
 
     def _build_request_metrics(self) -> None:
         name = self._model_name
@@ -133,6 +155,9 @@ class ServiceMetrics:
         ).labels(name)
         bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
         self._bypassed = {reason: bypassed.labels(name, reason) for reason in (*BYPASS_REASONS, OTHER_REASON)}
+        self._drafter_failures = self._counter(
+            "diffuspec_drafter_failures", "Times that the drafter failed and decoding went on without it."
+        ).labels(name)
         self._drafter_up = self._gauge("diffuspec_drafter_up", "1 while the drafter drafts, 0 after it failed.").labels(
             name
         )
@@ -186,6 +211,14 @@ class ServiceMetrics:
         self._waiting.set_function(lambda: engine.status().num_waiting)
         self._usage.set_function(lambda: engine.status().kv_cache_usage)
         self._drafter_up.set_function(lambda: float(engine.status().drafter_up))
+
+    def observe_drafter_failures(self, count: int) -> None:
+        """`count` more failures."""
+        self._drafter_failures.inc(count)
+
+    def pass_through(self) -> None:
+        """Show the metrics that vLLM keeps in this process, too."""
+        self.registry.register(VllmCollector())
 
     def observe(self, step: StepRecord) -> None:
         """Count one engine step."""

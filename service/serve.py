@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 EXAMPLE = '{"prompt": "def read_lines(path):\\n", "max_tokens": 64, "temperature": 0}'
 BAR_WIDTH = 24
 POLL_SECONDS = 0.1
+LAST_ANSWERS_SECONDS = 1.0  # between the engine's death and the server's end
 CLOSING_SECONDS = 5  # for connections, once the requests have been drained
 
 
@@ -90,16 +91,31 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         ssl_keyfile=settings.server.tls_key,
     )
     server = DrainingServer(config, serving)
+    watching = asyncio.create_task(_end_with_engine(serving, server))
     announcing = asyncio.create_task(_announce(settings, serving, url_of(settings, listener), output))
     try:
         await server.serve(sockets=[listener])
     finally:
-        announcing.cancel()
-        await asyncio.gather(announcing, return_exceptions=True)
+        for task in (announcing, watching):
+            task.cancel()
+        await asyncio.gather(announcing, watching, return_exceptions=True)
     if serving.failure is not None:
         print(f"diffuspec: cannot load the model: {_sentence(serving.failure)}", file=output)
         return 1
+    if server.has_lost_engine:
+        print("diffuspec: the engine has died; the log says why.", file=output)
+        return 1
     return 0
+
+
+async def _end_with_engine(serving: Serving, server: "DrainingServer") -> None:
+    """A dead engine never comes back: let everyone who waits have the answer, then end for whoever restarts us."""
+    while not (serving.is_loaded and serving.status().phase == "dead"):  # noqa: ASYNC110  # a state, not an event
+        await asyncio.sleep(POLL_SECONDS)
+    log.critical("the engine has died: the server ends")
+    server.has_lost_engine = True
+    await asyncio.sleep(LAST_ANSWERS_SECONDS)
+    server.end()
 
 
 class DrainingServer(uvicorn.Server):
@@ -110,6 +126,7 @@ class DrainingServer(uvicorn.Server):
         self._serving = serving
         self._draining: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self.has_lost_engine = False
 
     def end(self) -> None:
         """Stop serving."""

@@ -60,8 +60,9 @@ class ServerSettings(SettingsGroup):
 
 
 class ModelSettings(SettingsGroup):
-    engine: Literal["embedded"] = Field(
-        default="embedded", description="What runs the models: this project's torch engine."
+    engine: Literal["embedded", "vllm"] = Field(
+        default="embedded",
+        description="What runs the target: `embedded` (this project's torch engine) or `vllm` (`make setup-vllm`).",
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
@@ -145,10 +146,11 @@ class SpeculationSettings(SettingsGroup):
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
     )
-    window_tokens: int = Field(
-        default=256,
+    window_tokens: int | None = Field(
+        default=None,
         ge=16,
-        description="Most tokens of context that the drafter reads; never more than it was trained on.",
+        description="Most tokens of context that the drafter reads; never more than it was trained on. Unset: 256, or "
+        "64 for a drafter that is given the target's hidden states, which say what stood before.",
     )
     refresh_passes: int = Field(
         default=16,
@@ -191,6 +193,47 @@ class SchedulerSettings(SettingsGroup):
     )
     prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
     hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
+
+
+class VllmSettings(SettingsGroup):
+    """Only read with `model.engine = vllm`."""
+
+    method: str = Field(
+        default="diffuspec",
+        min_length=1,
+        description="Who drafts: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: `ngram`, "
+        "`suffix`, `draft_model`, `eagle3`, `dflash`, ...",
+    )
+    method_tokens: int = Field(default=8, ge=1, le=128, description="vLLM's own methods: tokens of a draft.")
+    method_model: str | None = Field(
+        default=None, description="vLLM's own methods: folder of the draft model, if the method has one."
+    )
+    speculative_config: dict[str, Any] = Field(
+        default={}, description="vLLM's own methods: more keys of vLLM's `speculative_config`, as JSON."
+    )
+    pipeline: str = Field(
+        default="service.wiring:load_vllm_pipeline",
+        pattern=r"[\w.]+:\w+",
+        description="`diffuspec` method: `module:function` that makes the pipeline in vLLM's worker; for drafters of "
+        "your own.",
+    )
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share each layer of the target.")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="Groups of devices that share the layers.")
+    distributed_executor: Literal["mp", "ray"] | None = Field(
+        default=None, description="How workers are started: `mp` on one machine, `ray` across machines. Unset: by size."
+    )
+    quantization: str | None = Field(
+        default=None, description="vLLM's name of a quantisation. Unset: the checkpoint's."
+    )
+    enforce_eager: bool | None = Field(
+        default=None, description="Run the target without compiling it. Unset: only on a CPU."
+    )
+    memory_fraction: float = Field(
+        default=0.9, gt=0, le=1, description="Share of the device's memory for target, drafter and KV cache together."
+    )
+    slow_draft_seconds: float = Field(
+        default=2.0, gt=0, description="A drafting call that takes longer counts as failed: plain decoding for a while."
+    )
 
 
 class LimitSettings(SettingsGroup):
@@ -272,6 +315,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=ModelSettings, description="Models")
     speculation: SpeculationSettings = Field(default_factory=SpeculationSettings, description="Speculative decoding")
     scheduler: SchedulerSettings = Field(default_factory=SchedulerSettings, description="Batching and admission")
+    vllm: VllmSettings = Field(default_factory=VllmSettings, description="The vLLM engine")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Limits on single requests")
     audit: AuditSettings = Field(default_factory=AuditSettings, description="Runtime audit")
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")

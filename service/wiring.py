@@ -6,9 +6,9 @@ answers while that is going on.
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry
 
@@ -40,13 +40,19 @@ MOST_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, woul
 def build_metrics(settings: Settings) -> ServiceMetrics:
     speculation = settings.speculation
     return ServiceMetrics(
-        CollectorRegistry(), settings.model.public_name, speculation.policy, speculation.max_draft_tokens
+        CollectorRegistry(),
+        settings.model.public_name,
+        speculation.policy,
+        speculation.max_draft_tokens,
+        own_names_only=settings.model.engine == "vllm",  # vLLM counts under its names itself
     )
 
 
 def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, Callable[[], TextTokenizer]]:
     """The engine, not yet started, and what loads its tokenizer."""
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
+    if settings.model.engine == "vllm":
+        return build_vllm_engine(settings, metrics), load_tokenizer
 
     def load(progress: Progress) -> tuple[Verifier, Drafting]:
         return load_parts(
@@ -76,6 +82,31 @@ def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, gree
         return engine
     options = AuditOptions(audit.fraction, audit.idle_seconds, audit.max_pending, greedy_only)
     return AuditedEngine(engine, options, lambda one: metrics.observe_audit(one.is_failed), random.random)
+
+
+def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
+    """vLLM, with the pipeline below in its worker."""
+    from service.engine.vllm import VllmEngine
+
+    engine = VllmEngine(settings, (metrics.observe,), metrics.observe_drafter_failures)
+    metrics.pass_through()
+    return audited(engine, settings, metrics, greedy_only=True)
+
+
+def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipeline":
+    """What drafts in vLLM's worker process, from the settings that travelled there; on the target's device."""
+    import torch
+
+    from transformer.model import Transformer
+
+    settings = Settings(**content)
+    target = TransformerConfig.from_folder(settings.model.target)
+    dtype: torch.dtype = getattr(torch, settings.model.dtype)
+    drafter = _load_drafter(settings, lambda folder: Transformer.load(folder, device, dtype))
+    pipeline = build_pipeline(settings, target, drafter)
+    pipeline.reads_hidden_states = drafter is not None and drafter.config.target_hidden_size > 0
+    warm_up(pipeline)
+    return pipeline
 
 
 def build_tokenizer(target: Path) -> TextTokenizer:

@@ -37,3 +37,7 @@ def near_ties() -> Iterator[NearTies]:
     ties = NearTies()
     yield ties
     ties.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the long version of the checks of the vLLM engine")

@@ -56,13 +56,12 @@ def _plain_vocabulary(vocabulary: Any) -> dict[str, int]:
 
 def read_mask_token(folder: Path) -> int | None:
     """The id of the tokenizer's own mask token; None if it names none, or there is no tokenizer."""
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    token = read_json(path).get("mask_token")
-    if isinstance(token, dict):
-        token = token.get("content")
-    if not isinstance(token, str):
-        return None
-    vocabulary = read_vocabulary(folder)
-    return None if vocabulary is None else vocabulary.get(token)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        token = read_json(path).get("mask_token") if path.exists() else None
+        if isinstance(token, dict):
+            token = token.get("content")
+        vocabulary = read_vocabulary(folder) if isinstance(token, str) else None
+        if vocabulary is not None and token in vocabulary:
+            return vocabulary[token]
+    return None

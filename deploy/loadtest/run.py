@@ -53,7 +53,8 @@ def server(url: str) -> Iterator[None]:
         return
     address = urlsplit(url)
     command = [sys.executable, "-m", "service.cli", "serve", "--host", address.hostname or "127.0.0.1"]
-    process = subprocess.Popen([*command, "--port", str(address.port or 8000)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    command += ["--port", str(address.port or 8000), "--threads", "1"]  # the bundled pair is too small for more
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready(url):

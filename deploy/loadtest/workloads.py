@@ -57,7 +57,8 @@ class Mix:
             if name not in weights:
                 raise ValueError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
             weights[name] = float(weight)
-        return cls(**weights, max_tokens=max_tokens)
+        completion, chat, sampled, cancelled, long = weights.values()
+        return cls(completion, chat, sampled, cancelled, long, max_tokens)
 
     def draw(self, random: Random, model: str) -> Request:
         """One request for `model`."""

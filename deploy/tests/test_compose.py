@@ -149,7 +149,7 @@ def read_to_the_end(url: str, max_tokens: int, ends: list[str], started: threadi
     ends.append(end)
 
 
-@pytest.mark.parametrize(("drain", "max_tokens", "expected"), [("60", 200, "done"), ("0.2", LONGEST, "not_ready")])
+@pytest.mark.parametrize(("drain", "max_tokens", "expected"), [("240", 200, "done"), ("0.2", LONGEST, "not_ready")])
 def test_stopping_ends_every_stream_cleanly(
     deployment: Deployment, tmp_path: Path, drain: str, max_tokens: int, expected: str
 ) -> None:
@@ -158,7 +158,7 @@ def test_stopping_ends_every_stream_cleanly(
     path = tmp_path / "drain.json"
     path.write_text(override)
     files = ["--file", str(ROOT / "docker-compose.yml"), "--file", str(path)]
-    deployment.compose(*files, "up", "--detach", "--wait", "--no-deps", "diffuspec", SERVICE_STOP_GRACE="90s")
+    deployment.compose(*files, "up", "--detach", "--wait", "--no-deps", "diffuspec", SERVICE_STOP_GRACE="270s")
     ends: list[str] = []
     started = threading.Semaphore(0)
     arguments = (deployment.url, max_tokens, ends, started)
@@ -169,6 +169,6 @@ def test_stopping_ends_every_stream_cleanly(
         assert started.acquire(timeout=60)
     deployment.compose("stop", "diffuspec")
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
     assert ends == [expected] * len(threads)
     assert deployment.inspect("diffuspec")["State"]["ExitCode"] == 0

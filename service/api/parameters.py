@@ -87,6 +87,7 @@ def make_plan(
 ) -> Plan:
     """Raises InvalidRequestError. `max_tokens` None: the rest of the context."""
     n = check_counts(fields, len(prompts), limits)
+    check_supported(fields, model)
     prompts = [truncate(prompt, fields.truncate_prompt_tokens, model.engine.context_length) for prompt in prompts]
     for prompt in prompts:
         if not prompt.tokens:
@@ -119,6 +120,13 @@ def make_plan(
         structure=structure,
         tenant=tenant,
     )
+
+
+def check_supported(fields: GenerationFields, model: ServedModel) -> None:
+    """Refuse what the engine cannot do, where a client really asks for it: unset and neutral values ask for nothing."""
+    for name, reason in model.engine.unsupported_fields.items():
+        if getattr(fields, name):
+            raise InvalidRequestError(f"{name}: {reason}.", param=name, code="unsupported_field")
 
 
 def check_counts(fields: GenerationFields, num_prompts: int, limits: LimitSettings) -> int:

@@ -105,6 +105,11 @@ class Serving:
         return self.clock() - self._started
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether loading has succeeded."""
+        return self._model is not None
+
+    @property
     def failure(self) -> Exception | None:
         """What made loading impossible."""
         return self._failure

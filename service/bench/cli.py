@@ -25,14 +25,16 @@ from service.bench.records import Workload, WorkloadRecord
 from service.bench.report import Report, to_json
 from service.bench.server import ServerClient, ServerContestant, ServerError
 from service.bench.table import legend, render_table
+from service.hub import HubError, locate_models
 from service.settings import Settings, SettingsError, load_settings
 from service.text.tokenizer import TokenizerError
-from transformer.config import CheckpointError
+from transformer.config import CheckpointError, TransformerConfig
 
 FEWEST_PAIRS = 4
 EXIT_DIFFERENT, EXIT_USAGE = 1, 2
 EXPECTED_ERRORS = (
     SettingsError,
+    HubError,
     CheckpointError,
     TokenizerError,
     NgramError,
@@ -75,7 +77,14 @@ def _count_or_none(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `diffuspec bench` understands."""
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--cells", help=f"configurations, with commas between them: {', '.join(c.name for c in CELLS)}")
+    what.add_argument(
+        "--cells",
+        help=f"configurations, with commas between them: {', '.join(c.name for c in CELLS)}; "
+        "on vLLM: plain, ngram, suffix, free, default, garbage",
+    )
+    what.add_argument(
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="vllm: our drafter beside vLLM's own methods"
+    )
     what.add_argument("--all", action="store_true", help="every configuration")
     what.add_argument("--against", choices=["transformers"], help="compare with transformers' generate, too")
     what.add_argument(
@@ -128,7 +137,12 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     started, began = datetime.now(UTC), time.perf_counter()
-    facts, records = await (_measure_server(args) if args.url else _measure_embedded(args))
+    if args.url:
+        facts, records = await _measure_server(args)
+    elif args.engine == "vllm":
+        facts, records = await _measure_vllm(args)
+    else:
+        facts, records = await _measure_embedded(args)
     done = all(record.num_pairs == record.num_pairs_planned for record in records)
     report = Report(
         command=shlex.join(["diffuspec", *sys.argv[1:]]),
@@ -183,6 +197,29 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
         finally:
             gc.unfreeze()
     return loaded.facts | {"prompts": _source(args), "contestants": _meanings(cells)}, records
+
+
+async def _measure_vllm(args: argparse.Namespace) -> tuple[dict[str, str], list[WorkloadRecord]]:
+    from service.bench.vllm import choose_vllm_cells, vllm_contestants
+    from service.wiring import build_tokenizer
+
+    settings = _settings(args)
+    names = None if args.cells is None else [name.strip() for name in args.cells.split(",")]
+    cells = choose_vllm_cells(names, args.all)
+    args.temperatures = [0.0]  # sampled texts of different engines cannot be compared
+    tokenizer = build_tokenizer(settings.model.target)
+    context = TransformerConfig.from_folder(settings.model.target).max_positions
+    tasks = _tasks(args, lambda text: tokenizer.encode(text, add_special_tokens=False), context - args.max_tokens)
+    _say(f"starting {', '.join(cell.name for cell in cells)}")
+    async with vllm_contestants(settings, cells, max(args.concurrency)) as contestants:
+        records = await _measure_all(args, contestants, tasks)
+    facts = {
+        "target": f"{settings.model.target}, {settings.model.dtype} on {settings.model.device}",
+        "drafter": settings.model.drafter_choice,
+        "prompts": _source(args),
+        "contestants": "; ".join(f"{cell.name}: {cell.meaning}" for cell in cells),
+    }
+    return facts, records
 
 
 async def _measure_server(args: argparse.Namespace) -> tuple[dict[str, str], list[WorkloadRecord]]:
@@ -267,7 +304,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         "model.ngram": args.ngram,
         "model.num_threads": args.threads,
     }
-    return load_settings(args.config, {name: value for name, value in named.items() if value is not None})
+    return locate_models(
+        load_settings(args.config, {name: value for name, value in named.items() if value is not None})
+    )
 
 
 def _source(args: argparse.Namespace) -> str:

@@ -50,6 +50,7 @@ class EmbeddedContestant:
         ]
         started = self._clock()
         pieces = await asyncio.gather(*(self._consume(request, started) for request in requests))
+        await self._settle()
         records = self._log.take()
         steps = _steps_by_request(records)
         generations = tuple(
@@ -81,6 +82,9 @@ class EmbeddedContestant:
 
     def _request(self, prompt: Prompt, max_tokens: int, rules: SamplingRules) -> GenerationRequest:
         return GenerationRequest(f"{self.name}-{next(self._numbers)}", prompt.tokens, max_tokens, rules)
+
+    async def _settle(self) -> None:
+        """Wait until the log has every record of the requests that ended."""
 
     async def _consume(self, request: GenerationRequest, started: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Tokens, and when each piece of them arrived."""

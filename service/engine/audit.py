@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import cast
@@ -80,6 +80,10 @@ class AuditedEngine:
     @property
     def default_draft_tokens(self) -> int:
         return self._engine.default_draft_tokens
+
+    @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        return self._engine.unsupported_fields
 
     @property
     def drafter_description(self) -> str:

@@ -1,6 +1,6 @@
 """What HTTP asks of an engine, and the words they share. Engines know token ids, never text."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -38,8 +38,23 @@ class Constraint(DraftConstraint, Protocol):
         """Take in what was committed."""
 
 
+class StructureSpec(Protocol):
+    """A structure in words."""
+
+    @property
+    def kind(self) -> Literal["json_schema", "regex", "grammar", "choice"]: ...
+
+    @property
+    def definition(self) -> str:
+        """A JSON schema, a regular expression, a Lark or GBNF grammar, or a JSON list of texts."""
+
+
 class Structure(Protocol):
     """A compiled structure."""
+
+    @property
+    def spec(self) -> StructureSpec:
+        """What was compiled, for an engine that compiles by itself."""
 
     def start(self) -> Constraint:
         """The state of an output that has not begun."""
@@ -130,6 +145,10 @@ class EngineUnavailableError(EngineError):
     """Loading, draining, hung or dead."""
 
 
+class RequestRefusedError(EngineError):
+    """The engine cannot do what this request asks for; raised before anything ran."""
+
+
 class RequestFailedError(EngineError):
     """This request failed while running; others did not notice."""
 
@@ -158,6 +177,10 @@ class Engine(Protocol):
         """The service's largest draft: `num_spec_tokens` where a request sets none."""
 
     @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        """Request fields that this engine refuses, each with the reason that a client is told."""
+
+    @property
     def drafter_description(self) -> str:
         """For `/v1/models` and the banner, e.g. `diffusion (block, 1.3M) + copy`."""
 
@@ -173,5 +196,5 @@ class Engine(Protocol):
         """Yield the request's deltas. Admission errors are raised at the first `anext`.
 
         Closing the iterator early (`aclose`) cancels the request; everything it held is free after the next step.
-        Raises QueueFullError, EngineUnavailableError, RequestFailedError.
+        Raises QueueFullError, EngineUnavailableError, RequestRefusedError, RequestFailedError.
         """

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 from service.engine.base import (
     EngineStatus,
@@ -76,6 +76,10 @@ class EmbeddedEngine:
     @property
     def default_draft_tokens(self) -> int:
         return self._loaded[1].max_draft_tokens
+
+    @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        return {}
 
     @property
     def drafter_description(self) -> str:

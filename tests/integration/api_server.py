@@ -30,7 +30,8 @@ def serving(app: FastAPI, *, wait_until_ready: bool = True) -> Iterator[str]:
         _wait_for(lambda: server.started, 30)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         if wait_until_ready:
-            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 240)  # numba may have to compile
+            # numba may have to compile, and vLLM starts two processes that import it again
+            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 600)
         yield url
     finally:
         server.should_exit = True
@@ -51,8 +52,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 def embedded_app(target: Path, drafter: Path, **overrides: Any) -> FastAPI:
     """The application as `diffuspec serve` builds it, over tiny models."""
+    return engine_app("embedded", target, drafter, **overrides)
+
+
+def engine_app(engine: str, target: Path, drafter: Path, **overrides: Any) -> FastAPI:
+    """The same for any engine."""
     settings = load_settings(
         overrides={
+            "model.engine": engine,
             "model.target": str(target),
             "model.drafter": str(drafter),
             "model.num_threads": 1,
@@ -61,8 +68,8 @@ def embedded_app(target: Path, drafter: Path, **overrides: Any) -> FastAPI:
         }
     )
     metrics = build_metrics(settings)
-    engine, load_tokenizer = build_engine(settings, metrics)
-    return create_app(settings, engine, load_tokenizer, metrics)
+    built, load_tokenizer = build_engine(settings, metrics)
+    return create_app(settings, built, load_tokenizer, metrics)
 
 
 def scripted_app(engine: Engine, target: Path, settings: Settings | None = None, **options: Any) -> FastAPI:

@@ -5,10 +5,15 @@ edge can be tested without a model. Everything about real generation is tested w
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from service.engine.base import EngineStatus, EngineUnavailableError, GenerationRequest, TokenDelta
+from service.engine.base import (
+    EngineStatus,
+    EngineUnavailableError,
+    GenerationRequest,
+    TokenDelta,
+)
 
 Step = TokenDelta | Exception | float
 """A delta, what is raised, or seconds to wait."""
@@ -29,6 +34,7 @@ class ScriptedEngine:
     context_length: int = 512
     default_draft_tokens: int = 16
     drafter_description: str = "a script"
+    unsupported_fields: Mapping[str, str] = field(default_factory=dict)
     drafter_up: bool = True
 
     def __post_init__(self) -> None:

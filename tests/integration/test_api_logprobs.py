@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -50,12 +51,12 @@ def test_echo_scores_the_prompt_as_the_harness_wants_it(url: str) -> None:
     assert scores[1:] == pytest.approx(logprobs["token_logprobs"][1:], rel=1e-4)
 
 
-def test_the_prompts_scores_are_those_of_the_model(url: str, tiny_target: Path) -> None:
+def test_the_prompts_scores_are_those_of_the_model(url: str, served_target: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
     tokens = list(PROMPT.encode())
-    model = LlamaForCausalLM.from_pretrained(tiny_target).eval()
+    model = LlamaForCausalLM.from_pretrained(served_target).eval()
     with torch.inference_mode():
         scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     expected = [float(scores[position, token]) for position, token in enumerate(tokens[1:])]
@@ -66,8 +67,9 @@ def test_the_prompts_scores_are_those_of_the_model(url: str, tiny_target: Path) 
     assert answer["usage"]["completion_tokens"] == 0
 
 
-def test_streamed_echo_and_logprobs_are_the_whole_ones(url: str) -> None:
+def test_streamed_echo_and_logprobs_are_the_whole_ones(url: str, reproducible: dict[str, Any]) -> None:
     body = {"prompt": "é" + PROMPT, "max_tokens": 8, "seed": 1, "logprobs": 2, "echo": True, "return_token_ids": True}
+    body |= reproducible
     whole = post(url, **body)["choices"][0]
     text, tokens, offsets, ids = "", [], [], []
     with httpx.stream("POST", url + "/v1/completions", json={**body, "stream": True}) as answer:

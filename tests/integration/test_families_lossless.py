@@ -46,6 +46,7 @@ def test_no_family_changes_a_token(
     tiny_target: Path,
     model,
     reference,
+    near_ties,
     plain_greedy,
     plain_sampled,  # type: ignore[no-untyped-def]
 ) -> None:
@@ -53,7 +54,7 @@ def test_no_family_changes_a_token(
     write_hub_drafter(folder, name)
     pipeline = build_pipeline(settings_of(tiny_target, folder), model.config, Transformer.load(folder))
     assert "identical vocabulary" in pipeline.description
-    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference)
+    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference, near_ties)
     assert pipeline.drafter_up
     assert outputs_under(Setting(3), model, SAMPLED, pipeline) == plain_sampled
     assert pipeline.drafter_up
@@ -72,12 +73,13 @@ def test_no_way_of_drafting_changes_a_token(
     tiny_target: Path,
     model,
     reference,
+    near_ties,
     plain_greedy,  # type: ignore[no-untyped-def]
 ) -> None:
     write_hub_drafter(tmp_path, name)
     settings = settings_of(tiny_target, tmp_path, **options)
     pipeline = build_pipeline(settings, model.config, Transformer.load(tmp_path))
-    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference)
+    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference, near_ties)
     assert pipeline.drafter_up
 
 
@@ -93,6 +95,7 @@ def test_no_vocabulary_changes_a_token(
     tiny_target: Path,
     model,  # type: ignore[no-untyped-def]
     reference,
+    near_ties,
     plain_greedy,
     plain_sampled,
     caplog: pytest.LogCaptureFixture,
@@ -103,7 +106,7 @@ def test_no_vocabulary_changes_a_token(
         pipeline = build_pipeline(settings_of(tiny_target, tmp_path), model.config, Transformer.load(tmp_path))
     assert f"{relation} vocabulary" in pipeline.description
     assert f"vocabularies of target and drafter: {relation}" in caplog.text
-    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference)
+    assert_same(plain_greedy, outputs_under(Setting(5), model, GREEDY, pipeline), reference, near_ties)
     assert outputs_under(Setting(3), model, SAMPLED, pipeline) == plain_sampled
     assert pipeline.drafter_up  # no failure was swallowed on the way
 

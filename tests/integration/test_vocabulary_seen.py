@@ -1,12 +1,13 @@
 """Which way a pair's vocabularies go is seen by clients and by Prometheus."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.checkpoints import change_vocabulary, write_hub_drafter
-from tests.integration.api_server import embedded_app, serving
+from tests.integration.api_server import embedded_app, post, serving
 
 
 @pytest.mark.parametrize(
@@ -20,13 +21,12 @@ def test_the_way_between_two_vocabularies_is_in_models_and_metrics(
     if kind is not None:
         change_vocabulary(tmp_path, kind)  # type: ignore[arg-type]
     with serving(embedded_app(tiny_target, tmp_path)) as url:
-        (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+        (card,) = httpx.get(f"{url}/v1/models", timeout=120).json()["data"]
         assert f"diffusion (SDAR, block_causal, 0.0M, {relation} vocabulary)" in card["drafter"]
-        body = {"model": card["id"], "prompt": "abcabc", "max_tokens": 12, "temperature": 0}
-        plain = body | {"speculative": {"enabled": False}}
-        texts = [httpx.post(f"{url}/v1/completions", json=each).json()["choices"][0]["text"] for each in (body, plain)]
-        assert texts[0] == texts[1]
-        metrics = httpx.get(f"{url}/metrics").text
+        body: dict[str, Any] = {"model": card["id"], "prompt": "abcabc", "max_tokens": 12, "temperature": 0}
+        drafted, plain = post(url, **body), post(url, **body, speculative={"enabled": False})
+        assert drafted["choices"][0]["text"] == plain["choices"][0]["text"]
+        metrics = httpx.get(f"{url}/metrics", timeout=120).text
     lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("diffuspec_vocabulary"))
     info = next(name for name in lines if name.startswith("diffuspec_vocabulary_info"))
     assert f'relation="{relation}"' in info

@@ -137,7 +137,8 @@ def test_gpus_and_weights_reach_the_container() -> None:
     assert main["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert main["resources"]["limits"]["memory"] == "4Gi"
     assert environment["DIFFUSPEC_VLLM__TENSOR_PARALLEL_SIZE"] == "2"
-    assert environment["DIFFUSPEC_MODEL__DRAFTER"] == "/weights/drafter"
+    assert environment["DIFFUSPEC_MODEL__DRAFTER"] == "a/b@main"
+    assert pod["initContainers"][0]["args"] == ["pull", "a/b@main"]
     assert "DIFFUSPEC_MODEL__TARGET" not in environment
     mounts = {mount["name"] for mount in main["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]}

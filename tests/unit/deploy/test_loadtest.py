@@ -1,34 +1,17 @@
 """The load test measures what it says, and its workloads are what the API takes."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from random import Random
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-LOADTEST = Path(__file__).parents[3] / "deploy" / "loadtest"
+from tests.unit.deploy.scripts import load
 
-
-def load(name: str) -> ModuleType:
-    """A module of the load test, which is run by locust and belongs to no package."""
-    spec = importlib.util.spec_from_file_location(f"loadtest_{name}", LOADTEST / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-streaming, workloads = load("streaming"), load("workloads")
+streaming, workloads = load("loadtest/streaming"), load("loadtest/workloads")
 
 
 class Answer:

@@ -85,3 +85,13 @@ def test_a_configuration_can_be_sent_to_another_process(tmp_path: Path, name: st
 def test_every_family_has_a_tiny_checkpoint_in_the_tests(tmp_path: Path) -> None:
     types = {layout.config.get("model_type", layout.family) for layout in HUB_DRAFTERS.values()}
     assert set(FAMILIES) - types == {"qwen2", "qwen3", "a2d-llama"}  # the first two are causal, the last as A2D-Qwen2
+
+
+def test_a_mask_token_may_stand_in_the_special_tokens_map(tmp_path: Path) -> None:
+    write_hub_drafter(tmp_path, "a2d-qwen3-mdlm", layers=1)
+    path = tmp_path / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    mask = content.pop("mask_token")
+    path.write_text(json.dumps(content))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": {"content": mask, "lstrip": False}}))
+    assert TransformerConfig.from_folder(tmp_path).mask_token_ids == (MASK_TOKEN,)

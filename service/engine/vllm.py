@@ -1,0 +1,323 @@
+"""vLLM as the engine: its `AsyncLLM` in this process, our drafting pipeline inside its worker (vLLM 0.32)."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from drafters.base import StepRecord
+from drafters.step_packing import unpack_records
+from service.engine import vllm_config
+from service.engine.base import (
+    EngineStatus,
+    EngineUnavailableError,
+    GenerationRequest,
+    QueueFullError,
+    RequestFailedError,
+    RequestRefusedError,
+    RequestTimeoutError,
+    TokenDelta,
+)
+from service.engine.vllm_memory import GIB, TargetFacts
+from service.engine.vllm_probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
+from service.engine.vllm_requests import DeltaReader, sampling_params
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 0.25  # between two questions to the worker about its steps
+_LAST_STEP_SECONDS = 5.0
+_DRAIN_RATE_MEMORY = 32  # ended requests that the drain rate is estimated from
+
+
+class VllmEngine:
+    """Implements `Engine`. Of the event loop in which `start` was awaited, and not to be started twice."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        observers: Sequence[Callable[[StepRecord], None]] = (),
+        observe_failures: Callable[[int], None] = lambda count: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """observers: get every step's record, in the event loop. observe_failures: hears how often the drafter failed
+        since the last time."""
+        self._settings = settings
+        self._observers = list(observers)
+        self._observe_failures = observe_failures
+        self._clock = clock
+        self._llm: Any = None
+        self._watch: Any = None
+        self._loading = ("not started", 0.0)
+        self._failure = ""
+        self._is_ready = False
+        self._is_stopping = False
+        self._live: dict[str, float] = {}  # request id -> when it came
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ended_at: list[float] = []
+        self._progress_at = 0.0  # when the engine last got something done, or began to have something to do
+        self._reporting: asyncio.Task[None] | None = None
+        self._drafter_up, self.num_drafter_failures = True, 0
+        self._target: TargetFacts | None = None
+        self._description = ""
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._facts.vocabulary_size
+
+    @property
+    def context_length(self) -> int:
+        return vllm_config.context_length(self._settings, self._facts)
+
+    @property
+    def default_draft_tokens(self) -> int:
+        return vllm_config.max_draft_tokens(self._settings)
+
+    @property
+    def unsupported_fields(self) -> Mapping[str, str]:
+        if self.default_draft_tokens == 0:
+            return {}
+        reason = "vLLM cannot do this while it decodes speculatively; serve with --method none"
+        return {"min_p": reason, "logit_bias": reason}
+
+    @property
+    def drafter_description(self) -> str:
+        return self._description
+
+    async def start(self) -> None:
+        """Load everything; returns when ready, raises CheckpointError, MemoryBudgetError or what vLLM raises."""
+        try:
+            await asyncio.to_thread(self._load)
+            if self._is_stopping:
+                raise EngineUnavailableError("the server is shutting down")
+            self._description = await self._describe()
+            await self._calibrate()
+        except BaseException as error:
+            self._failure = f"loading failed: {error}"
+            await self._shutdown()
+            raise
+        self._reporting = asyncio.create_task(self._report_forever())
+        self._is_ready = True
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuse new requests, let the others end for at most `drain_seconds`, then end them with `abort`."""
+        self._is_stopping = True
+        if not await self._wait_idle(drain_seconds) and self._llm is not None:
+            await self._llm.abort(list(self._live))
+            if not await self._wait_idle(_LAST_STEP_SECONDS):
+                log.error("vLLM hangs in a step and is left behind")
+        if self._reporting is not None:
+            self._reporting.cancel()
+            await asyncio.gather(self._reporting, return_exceptions=True)
+        await self._shutdown()
+
+    def status(self) -> EngineStatus:
+        if self._failure:
+            return EngineStatus("dead", self._failure)
+        if not self._is_ready:
+            return EngineStatus("loading", *self._loading)
+        watch = self._watch
+        running = min(watch.num_running, len(self._live))
+        counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage, self._drafter_up)
+        if self._llm is None or self._llm.errored:
+            return EngineStatus("dead", "vLLM's engine has died", *counts)
+        seconds = self._seconds_without_progress()
+        if seconds > self._settings.scheduler.hang_seconds:
+            return EngineStatus("hung", f"no step has ended for {seconds:.0f} seconds while requests run", *counts)
+        if self._is_stopping:
+            return EngineStatus("draining", "the server is shutting down", *counts)
+        return EngineStatus("ready", "", *counts)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
+        self._admit(request)
+        if not self._live:
+            self._progress_at = self._clock()
+        self._live[request.request_id] = self._clock()
+        self._idle.clear()
+        try:
+            async with aclosing(self._deltas(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            del self._live[request.request_id]
+            self._ended_at = [*self._ended_at[1 - _DRAIN_RATE_MEMORY :], self._clock()]
+            if not self._live:
+                self._idle.set()
+
+    async def _deltas(self, request: GenerationRequest, probe: int | None = None) -> AsyncGenerator[TokenDelta, None]:
+        """Run one request in vLLM, with its errors in this service's words."""
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        reader = DeltaReader(request, self.default_draft_tokens)
+        seconds = request.timeout_seconds
+        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        has_begun = False
+        try:
+            stream = self._llm.generate(
+                tokens_input(list(map(int, request.prompt))),
+                sampling_params(request, probe),
+                request.request_id,
+                priority=request.priority,
+            )
+            async with aclosing(stream):
+                while not reader.has_ended:
+                    async with asyncio.timeout_at(deadline):
+                        output = await anext(stream)
+                        steps = await self._trace(request) if request.speculation.trace else []
+                    has_begun = True
+                    for delta in reader.read(output, steps):
+                        yield delta
+        except TimeoutError:
+            raise RequestTimeoutError(f"the request did not finish within {seconds:g} seconds") from None
+        except EngineDeadError as error:
+            raise EngineUnavailableError("vLLM's engine has died") from error
+        except StopAsyncIteration:
+            raise RequestFailedError("vLLM ended this request without a reason") from None
+        except Exception as error:
+            if not has_begun and isinstance(error, VLLMClientError | ValueError):  # vLLM's own validation
+                raise RequestRefusedError(str(error)) from error
+            raise RequestFailedError(f"vLLM failed on this request: {error!r}") from error
+
+    def _admit(self, request: GenerationRequest) -> None:
+        """Raises QueueFullError, EngineUnavailableError, RequestFailedError."""
+        status = self.status()
+        if status.phase != "ready":
+            raise EngineUnavailableError(f"the engine is {status.phase}: {status.detail}")
+        if request.request_id in self._live:
+            raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
+        num_tokens = len(request.prompt) + request.max_tokens
+        if not request.prompt or num_tokens > self.context_length:
+            raise RequestFailedError(
+                f"prompt ({len(request.prompt)} tokens) and max_tokens ({request.max_tokens}) must be at least 1 and "
+                f"at most {self.context_length} tokens together"
+            )
+        scheduler = self._settings.scheduler
+        if len(self._live) >= scheduler.max_running + scheduler.max_waiting:
+            waiting = len(self._live) - scheduler.max_running
+            raise QueueFullError(
+                f"{scheduler.max_running} requests run and {waiting} wait; try again later", self._retry_after()
+            )
+
+    def _retry_after(self) -> float:
+        """Seconds until a place should be free, from the rate at which requests ended lately."""
+        if len(self._ended_at) < 2:
+            return 1.0
+        return max((self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1), 0.1)
+
+    @property
+    def _facts(self) -> TargetFacts:
+        if self._target is None:
+            raise EngineUnavailableError(f"the engine is not loaded: {self._failure or self._loading[0]}")
+        return self._target
+
+    def _load(self) -> None:
+        """In another thread: everything that takes long."""
+        settings = self._settings
+        self._loading = ("reading the target's configuration", 0.0)
+        target = self._target = TargetFacts.from_folder(Path(settings.model.target), settings.model.dtype)
+        plan = vllm_config.budget(settings, target)
+        log.info(
+            "memory: target %.2f, KV cache %.2f, drafter %.2f, activations %.2f GiB of %.2f",
+            *(size / GIB for size in (plan.target, plan.kv_cache, plan.drafter, plan.activations, plan.available)),
+        )
+        self._loading = ("importing vLLM", 0.05)
+        vllm_config.prepare_environment(settings)
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from service.engine.vllm_watch import StepWatch
+
+        self._loading = ("starting vLLM's processes", 0.3)
+        arguments = vllm_config.engine_arguments(settings, target, plan)
+        self._watch = StepWatch(self._note_progress)
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self._watch]
+        )
+
+    def _note_progress(self) -> None:
+        self._progress_at = self._clock()
+
+    def _seconds_without_progress(self) -> float:
+        return self._clock() - self._progress_at if self._live else 0.0
+
+    async def _describe(self) -> str:
+        if self._settings.vllm.method != vllm_config.OURS:
+            return f"vLLM's {self._settings.vllm.method}" if self.default_draft_tokens else "none"
+        if not self.default_draft_tokens:
+            return "none"
+        descriptions: list[str] = await self._llm.collective_rpc("diffuspec_describe")
+        return next((text for text in descriptions if text and text != "nothing on this rank"), "none")
+
+    async def _calibrate(self) -> None:
+        """Measure what a step costs by batch and drafted tokens, on real requests, before anybody else comes."""
+        if self._settings.vllm.method != vllm_config.OURS or not self.default_draft_tokens:
+            return
+        self._loading = ("measuring what a step costs", 0.95)
+        started = self._clock()
+        for batch, drafted in PROBES:
+            if batch > self._settings.scheduler.max_running or drafted > self.default_draft_tokens:
+                continue
+            if self._clock() - started > SLOW_PROBE_SECONDS and batch > 1:
+                break
+            requests = probe_requests(batch, drafted, self.context_length, self.vocabulary_size)
+            await asyncio.gather(*(self._exhaust(request, drafted) for request in requests))
+        measured: list[list[list[float]]] = await self._llm.collective_rpc("diffuspec_calibrate")
+        log.info(
+            "steps: %s",
+            ", ".join(f"{rows:g} rows {1e3 * seconds:.2f} ms" for table in measured for rows, seconds in table),
+        )
+
+    async def _exhaust(self, request: GenerationRequest, probe: int) -> None:
+        async for _ in self._deltas(request, probe):
+            pass
+
+    async def _trace(self, request: GenerationRequest) -> list[list[Any]]:
+        answers: list[list[list[Any]]] = await self._llm.collective_rpc("diffuspec_trace", args=(request.request_id,))
+        return next((steps for steps in answers if steps), [])
+
+    async def _report_forever(self) -> None:
+        """Fetch the steps' records for whoever observes them, for as long as the engine lives."""
+        seen = -1
+        while not self._llm.errored:
+            await asyncio.sleep(REPORT_SECONDS)
+            if self._watch.num_steps == seen and self._drafter_up:
+                continue
+            seen = self._watch.num_steps
+            try:
+                await self.report()
+            except Exception as error:
+                if not self._llm.errored:
+                    log.error("the worker does not report (%r)", error)
+
+    async def report(self) -> None:
+        """Hand on the records of the steps since the last time, and note how the drafter is."""
+        answers: list[dict[str, Any]] = await self._llm.collective_rpc("diffuspec_report")
+        self._drafter_up = all(answer["up"] for answer in answers)
+        failures = sum(answer["failures"] for answer in answers)
+        if failures > self.num_drafter_failures:
+            failure = next(answer["failure"] for answer in answers if answer["failure"])
+            log.error("the drafter has failed (%s); decoding goes on without drafts for a while", failure)
+            self._observe_failures(failures - self.num_drafter_failures)
+        self.num_drafter_failures = failures
+        for answer in answers:
+            for record in unpack_records(answer["records"]):
+                for observe in self._observers:
+                    observe(record)
+
+    async def _wait_idle(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return not self._live
+
+    async def _shutdown(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
