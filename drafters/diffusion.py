@@ -121,7 +121,11 @@ class DiffusionDrafter:
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request would have to run before its masks."""
         cached = self._cached.get(request_id)
-        return min(num_tokens, self._window) if cached is None else num_tokens - cached.offset - cached.length
+        if cached is None:
+            return num_tokens - self._offset(num_tokens, self._window)
+        if self._must_move(cached, num_tokens):
+            return num_tokens - self._offset(num_tokens, self._kept)
+        return num_tokens - cached.offset - (0 if self._must_refresh(cached) else cached.length)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
@@ -180,6 +184,7 @@ class DiffusionDrafter:
         """Free the request's slot; harmless if it has none."""
         cached = self._cached.pop(request_id, None)
         if cached is not None:
+            self._cache.clear_slot(cached.slot)  # what is not a number must not outlive its request
             self._free.append(cached.slot)
             self._free.sort(reverse=True)  # low slots first keeps the batch's slots close together
 
@@ -226,17 +231,28 @@ class DiffusionDrafter:
                 raise RuntimeError("the drafter has no free slot")
             cached = self._cached[request.request_id] = _Cached(self._free.pop())
             cached.offset = self._offset(len(request.tokens), self._window)
-        options = self._options
-        if not options.reuse_prefix or len(request.tokens) - cached.offset > self._window:
-            kept = self._window if not options.reuse_prefix else max(self._window // 2, self._grid)
-            cached.offset = self._offset(len(request.tokens), kept)
+        if self._must_move(cached, len(request.tokens)):
+            cached.offset = self._offset(len(request.tokens), self._kept)
             cached.length = 0
-        interval = options.refresh_interval
-        if self._pattern == "full" and (cached.has_fallen or (interval and cached.num_stale >= interval)):
+        if self._must_refresh(cached):
             cached.length = 0
         if cached.length == 0:
             cached.num_stale, cached.has_fallen = 0, False
         return cached
+
+    @property
+    def _kept(self) -> int:
+        """Tokens that are left in a window that moves: half, so that it need not move again at once."""
+        return max(self._window // 2, self._grid) if self._options.reuse_prefix else self._window
+
+    def _must_move(self, cached: _Cached, num_tokens: int) -> bool:
+        """Whether the window begins elsewhere for a context of `num_tokens`."""
+        return not self._options.reuse_prefix or num_tokens - cached.offset > self._window
+
+    def _must_refresh(self, cached: _Cached) -> bool:
+        """Whether a prefix that is an approximation is to be read anew."""
+        interval = self._options.refresh_interval
+        return self._pattern == "full" and (cached.has_fallen or 0 < interval <= cached.num_stale)
 
     def _offset(self, num_tokens: int, kept: int) -> int:
         """Where a window of at most `kept` tokens begins: on the grid."""

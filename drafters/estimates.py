@@ -137,11 +137,14 @@ class DiffusionForecast:
         accepted[cap + 1 :] = accepted[cap]
         return accepted
 
-    def observe(self, where: tuple[int, int], accepted: Floats) -> None:
-        """Take in the expected accepted tokens `[1 + longest]` of a draft, before it was cut to the length worth it."""
+    def observe(self, where: tuple[int, int], accepted: Floats, cap: int) -> None:
+        """Take in the expected accepted tokens `[1 + longest]` of a draft, before it was cut to the length worth it.
+
+        cap: most tokens it might have had; nothing is said of those beyond.
+        """
         self._seen[where] += 1.0
-        stored = self._survival[where]
-        stored += max(self._rate, 1.0 / self._seen[where]) * (np.diff(accepted) - stored)
+        stored = self._survival[where][:cap]
+        stored += max(self._rate, 1.0 / self._seen[where]) * (np.diff(accepted)[:cap] - stored)
 
     def is_probe_due(self, where: tuple[int, int], chosen: bool) -> bool:
         """Whether a pass should be tried although it was not chosen; tried ever more rarely while it stays unchosen."""

@@ -81,6 +81,7 @@ def _best_sources(
     verify: Floats,
     draft: Floats,
     margin: float,
+    pass_margin: float,
 ) -> NDArray[np.bool_]:
     """Which requests should have a diffusion pass: start with all, drop those that gain least, keep the best rate.
 
@@ -89,7 +90,7 @@ def _best_sources(
     """
     count = copied.shape[0]
     _, tokens, total = _best_lengths(copied, caps, base_rows, overhead, knots, verify, margin)
-    best_rate = tokens / total * (1.0 + margin)
+    best_rate = tokens / total * (1.0 + pass_margin)
     chosen = np.zeros(count, dtype=np.bool_)
     gains = np.empty(count)
     for i in range(count):
@@ -130,6 +131,7 @@ def choose_sources(
         KNOT_ROWS,
         costs.verify.seconds,
         costs.draft.seconds,
+        HYSTERESIS,
         PASS_HYSTERESIS,
     )
     return chosen

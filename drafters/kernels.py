@@ -1,8 +1,5 @@
 """The compiled inner loops of drafting: arrays in, arrays out, no Python objects.
 
-All kernels stand in this one file on purpose: numba's disk cache notices a change of the file a function is
-defined in, but not of functions it calls in other files, and would go on running stale machine code.
-
 Words: a `text` is the flat window of a request's committed tokens; positions past its end are the path under search.
 """
 
@@ -496,7 +493,10 @@ def search_paths(
         text = flat[starts[request] : starts[request + 1]]
         if use_copy:
             index_text(text, 0, len(text), work)
-        first, stop = search.row_starts[request], search.row_starts[request + 1]
+        first, last = search.row_starts[request], search.row_starts[request + 1]
+        stop = first
+        while stop < last and search.widths[stop] > 0:  # a row without candidates ends the draft
+            stop += 1
         raw_length = raw_argmax(search, first, stop, len(ngram.unigram), raw_path)
         raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
         side, num_beams, length = np.int64(0), np.int64(1 if use_beams else 0), np.int64(0)  # not literals: one kernel
@@ -546,8 +546,8 @@ def search_paths(
             found.lengths[request] = best_length
             path, details = search.paths[best_side, best], search.details[best_side, best]
             _copy_path(path, details, best_length, found.tokens[request], found.details[request])
-        for row in range(first, stop):
-            found.mean_widths[request] += search.widths[row] / (stop - first)
+        for row in range(first, last):
+            found.mean_widths[request] += search.widths[row] / (last - first)
         if use_copy:
             clear_text(text, work)
 

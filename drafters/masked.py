@@ -54,7 +54,7 @@ def split_rows(lengths: Sequence[int]) -> list[slice]:
 def measure_passes(diffusion: MaskedDrafter, clock: Callable[[], float]) -> dict[int, float]:
     """Seconds of a diffusion pass by rows, the median of a few passes each."""
     history = np.zeros(diffusion.longest, dtype=np.int32)
-    measured = {}
+    measured: dict[int, float] = {}
     for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
         length = min(length, diffusion.longest)
         requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
@@ -65,6 +65,8 @@ def measure_passes(diffusion: MaskedDrafter, clock: Callable[[], float]) -> dict
                 diffusion.propose(requests)
                 seconds.append(clock() - started)
         except RuntimeError:
+            if not measured:
+                raise
             break  # fewer slots than that
         finally:
             for request in requests:

@@ -39,7 +39,7 @@ class Path:
 
     @property
     def gain(self) -> float:
-        """Nats per token over the raw argmax path; never negative, for that path takes part."""
+        """Nats per token over the raw argmax path; not negative, for that path takes part."""
         return self.score - self.raw_score
 
 
@@ -129,7 +129,7 @@ def _paths(found: Found) -> list[Path]:
     return [
         Path(
             tokens=tuple(tokens[:length]),
-            confidences=details[:length, 3],
+            confidences=np.ascontiguousarray(details[:length, 3]),
             log_lattice=details[:length, 1],
             log_causal=details[:length, 2],
             score=scores[0],

@@ -52,8 +52,8 @@ class PipelineOptions:
 class DraftPipeline:
     """Proposes drafts for a batch of requests. Not thread-safe; lives in the engine's thread.
 
-    `propose` never raises: a failing diffusion drafter is logged and left out for a while (`drafter_up` is False), and
-    requests fall back to the free draft or to none.
+    A failing diffusion drafter is logged and left out for a while (`drafter_up` is False), and requests fall back to
+    the free draft or to none; whatever else `propose` raises, its caller contains.
     """
 
     def __init__(
@@ -213,19 +213,21 @@ class DraftPipeline:
             lattice = DraftLattice.from_logits(logits, lengths, self._options.lattice)
             noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
             paths = self._search.search([request.tokens for request in requests], lattice, noise)
-            for candidate, path in zip(candidates, paths, strict=True):
-                candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
-            self._draft_on(candidates)
         except Exception:
             self._pause(candidates)
             return
+        self._failures = 0
+        for candidate, path in zip(candidates, paths, strict=True):
+            if path.tokens:  # the free draft is better than none
+                candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
+        self._draft_on([candidate for candidate in candidates if candidate.path])
         self.last_draft_seconds = drafted - started
         self.last_search_seconds = self._clock() - drafted
         self.last_diffusion_rows = rows
-        self._failures = 0
         for candidate in candidates:
             if candidate.policy == "goodput":
-                self._forecast.observe(candidate.forecast_class, self._accepted_by_length(candidate, in_general=True))
+                accepted = self._accepted_by_length(candidate, in_general=True)
+                self._forecast.observe(candidate.forecast_class, accepted, candidate.cap)
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""

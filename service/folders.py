@@ -71,6 +71,8 @@ def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
             f"{given}: it belongs to another target."
         )
     relation = relate(target, drafter).relation
+    if wanted and relation != "identical":
+        return f"{drafter.folder} reads hidden states, and for that needs the very tokens of {target.folder}."
     if relation == "disjoint" and not (drafter.folder / "tokenizer.json").exists():
         return (
             f"{drafter.folder} has another vocabulary than the target, and its tokenizer is Python code, which is "

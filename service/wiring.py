@@ -127,6 +127,7 @@ def load_parts(
     import torch
 
     from transformer.model import Transformer
+    from verifiers.draws import draw
     from verifiers.torch_lm import TorchVerifier
 
     model = settings.model
@@ -153,6 +154,7 @@ def load_parts(
     progress("compiling the drafting kernels (kept for the next start)", 0.9)
     pipeline = build_pipeline(settings, target.config, drafter, on_drafter)
     warm_up(pipeline)
+    draw(torch.ones(1, 2), [0], [0])
     return verifier, pipeline
 
 

@@ -1,16 +1,34 @@
 """Compilation of inner loops with numba, the same way everywhere."""
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def kernel_digest() -> str:
+    """A hash of all files with kernels, this one included."""
+    digest = hashlib.sha256()
+    for path in sorted(path for package in ("drafters", "transformer") for path in (_ROOT / package).glob("*.py")):
+        content = path.read_bytes()
+        if b"@compiled" in content:
+            digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+# numba's cache notices a change of the file a function is defined in, but not of functions it calls in other files, and
+# would go on running stale machine code: so each state of the kernels has a folder of its own.
+numba.config.CACHE_DIR = str(
+    Path(numba.config.CACHE_DIR or _ROOT / "transformer" / "__pycache__") / f"kernels-{kernel_digest()}"
+)
+
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable.
-
-    The cache notices a change of the file a function is defined in, but not of functions it calls in other files.
-    """
+    """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable."""
     options: dict[str, Any] = {
         "nogil": True,
         "error_model": "numpy",  # divisions need no check for zero

@@ -187,6 +187,8 @@ class TorchVerifier:
         if NO_TOKEN in drawn:
             self._cache.clear_slot(request.slot, len(request.tokens) + drawn.index(NO_TOKEN))
         verification = accept(request.draft, drawn)
+        if verification.next_token == NO_TOKEN and request.draft and not logits[span.drawn.start].isfinite().all():
+            return self._without_draft(request)
         if verification.next_token == NO_TOKEN:
             self._cache.clear_slot(request.slot)
             error, is_request_at_fault = self._complaint(request, logits[span.drawn.start])
@@ -197,6 +199,15 @@ class TorchVerifier:
             reported = token_logprobs(rows, committed, request.rules.logprobs, self._num_tokens)
             verification = replace(verification, logprobs=reported)
         return VerifyResult(verification, prompt_logprobs)
+
+    def _without_draft(self, request: VerifyRequest) -> VerifyResult:
+        """Verify again: a draft token whose own row overflows spoils the rows before it, which never look at it.
+
+        They multiply its keys and values by zero, which leaves what is not a number.
+        """
+        self._cache.clear_slot(request.slot, request.num_cached)
+        allowed = None if request.allowed is None else request.allowed[:1]
+        return self.verify([replace(request, draft=(), allowed=allowed)])[0]
 
     def _complaint(self, request: VerifyRequest, logits: Tensor) -> tuple[str, bool]:
         """Why the row `logits` [vocabulary] gives no token, and whether the request's rules are to blame."""

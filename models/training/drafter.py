@@ -209,7 +209,7 @@ def _example(
 def missing_features(sequences: int, length: int, share: float, random: np.random.Generator) -> NDArray[np.bool_]:
     """Which hidden states `[sequences, length]` are withheld: none, or those up to a random token, or all of them.
 
-    While serving they are missing for a prefix that the verifier did not compute itself, and on other engines.
+    While serving they are missing for a prefix that the verifier did not compute itself.
     """
     chosen = random.random(sequences) < share
     ends = np.where(random.random(sequences) < 0.5, length, random.integers(length, size=sequences))

@@ -52,12 +52,23 @@ def test_the_forecast_is_the_mean_of_what_such_drafts_promised() -> None:
     one, other = forecast.classes(0, 0.1), forecast.classes(2, 0.1)
     before = forecast.accepted_by_length(other, 1.0, 4).tolist()
     for _ in range(300):
-        forecast.observe(one, np.array([0.0, 0.8, 1.2, 1.2, 1.2]))
-        forecast.observe(one, np.array([0.0, 0.4, 0.4, 0.4, 0.4]))
+        forecast.observe(one, np.array([0.0, 0.8, 1.2, 1.2, 1.2]), 4)
+        forecast.observe(one, np.array([0.0, 0.4, 0.4, 0.4, 0.4]), 4)
     assert forecast.accepted_by_length(one, 1.0, 4) == pytest.approx([0.0, 0.6, 0.8, 0.8, 0.8], abs=0.05)
     assert forecast.accepted_by_length(one, 1.0, 1) == pytest.approx([0.0, 0.6, 0.6, 0.6, 0.6], abs=0.05)
     assert forecast.accepted_by_length(one, 0.5, 4)[4] == pytest.approx(0.4, abs=0.05)
     assert forecast.accepted_by_length(other, 1.0, 4).tolist() == before
+
+
+def test_requests_that_may_draft_little_say_nothing_of_longer_drafts() -> None:
+    forecast = DiffusionForecast(longest=4)
+    where = forecast.classes(0, 0.1)
+    before = np.diff(forecast.accepted_by_length(where, 1.0, 4))
+    for _ in range(100):
+        forecast.observe(where, np.array([0.0, 0.9, 0.9, 0.9, 0.9]), 1)
+    after = np.diff(forecast.accepted_by_length(where, 1.0, 4))
+    assert after[0] == pytest.approx(0.9, abs=0.02)
+    assert after[1:] == pytest.approx(before[1:])
 
 
 def test_accepted_tokens_add_up_over_two_sources() -> None:

@@ -88,7 +88,7 @@ def test_single_request_gets_the_best_rate_by_brute_force(rates: list[float], sl
 def test_a_diffusion_pass_is_not_paid_where_copying_does() -> None:
     copied = np.concatenate([constant_rates(1, 0.95), constant_rates(1, 0.05)])
     diffused = constant_rates(2, 0.7)
-    table = costs({1: 1e-3, 64: 2e-3}, {1: 2e-5, 64: 1e-4})
+    table = costs({1: 1e-3, 64: 1.2e-3}, {1: 2e-5, 64: 1e-4})
     assert choose_sources(copied, diffused, caps(2), np.full(2, 8.0), 2, table).tolist() == [False, True]
 
 

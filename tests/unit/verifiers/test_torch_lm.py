@@ -234,7 +234,7 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(tmp_path: Path, rul
     unable, able, drafted = (Decoding(slot, PROMPT, rules) for slot in range(3))
     unable.tokens[2] = 200
     results = broken.verify([unable.request(), able.request(), drafted.request([200] * 5)])
-    assert "not a number" in results[2].error  # a draft shares its request's pass
+    assert results[2].error == ""  # a bad guess is rejected, even one whose own row spoils the pass
     assert "not a number" in results[0].error
     assert results[0].verification is None
     expected = decode(broken, 30, rules, 1).output
@@ -245,6 +245,7 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(tmp_path: Path, rul
     assert results[1].error == ""
     assert results[1].verification is not None
     assert results[1].verification.next_token == expected[0]
+    assert results[2].verification == results[1].verification
 
 
 def test_no_requests_need_no_pass(verifier: TorchVerifier) -> None:
