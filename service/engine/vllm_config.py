@@ -38,6 +38,8 @@ def prepare_environment(settings: Settings) -> None:
     }
     if settings.model.device == "cpu" and settings.model.num_threads is not None:
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(settings.model.num_threads)}
+    if os.access(sys.prefix, os.W_OK):  # beside another environment's numba each would undo what the other compiled
+        environment["NUMBA_CACHE_DIR"] = os.path.join(sys.prefix, "numba-cache")
     for name, value in environment.items():
         os.environ.setdefault(name, value)
 
@@ -134,7 +136,8 @@ def engine_arguments(settings: Settings, target: TargetFacts, plan: MemoryPlan) 
         "quantization": vllm.quantization,
         "enforce_eager": is_cpu if vllm.enforce_eager is None else vllm.enforce_eager,
         "max_logprobs": 20,
-        "structured_outputs_config": {"backend": "guidance"},  # the library that checked the structure before
+        # By the library that checked the structure before; with free whitespace a weak model never stops indenting.
+        "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
         "seed": 0,
         "enable_log_requests": False,
         "speculative_config": speculation,
