@@ -1,5 +1,6 @@
 """The server speaks TLS when it is told to, and says so when it cannot."""
 
+import socket
 import ssl
 import subprocess
 import sys
@@ -16,8 +17,11 @@ DATA = Path(__file__).parent / "data"  # a certificate for localhost that nobody
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_https_is_served_and_http_is_not(unused_port: int, tiny_target: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(unused_port), "--target", str(tiny_target)]
+def test_https_is_served_and_http_is_not(tiny_target: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:  # another port than the session's server has
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--target", str(tiny_target)]
     command += ["--tls-certificate", str(DATA / "certificate.pem"), "--tls-key", str(DATA / "key.pem")]
     log = tmp_path / "log"
     with log.open("wb") as output:
@@ -25,7 +29,7 @@ def test_https_is_served_and_http_is_not(unused_port: int, tiny_target: Path, tm
     try:
         context = ssl.create_default_context(cafile=DATA / "certificate.pem")
         transport = httpx.HTTPTransport(verify=context, retries=0)
-        with httpx.Client(transport=transport, base_url=f"https://localhost:{unused_port}") as http:
+        with httpx.Client(transport=transport, base_url=f"https://localhost:{port}") as http:
             for _ in range(600):
                 assert process.poll() is None, log.read_text()
                 try:
@@ -35,7 +39,7 @@ def test_https_is_served_and_http_is_not(unused_port: int, tiny_target: Path, tm
                     time.sleep(0.1)
             assert http.get("/version").status_code == 200
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http://localhost:{unused_port}/version")
+            httpx.get(f"http://localhost:{port}/version")
     finally:
         process.terminate()
         process.wait(timeout=60)
