@@ -45,7 +45,9 @@ COPY service service
 # The cache of earlier builds makes this a matter of seconds when none of the kernels has changed.
 RUN --mount=type=cache,target=/kernel-cache \
     NUMBA_CACHE_DIR=/kernel-cache python -m service.cli compile \
-    && cp -r /kernel-cache /kernels && chmod -R a+rwX /kernels
+    && mkdir /kernels \
+    && cp -r "/kernel-cache/kernels-$(python -c 'from transformer.compiled import kernel_digest as d; print(d())')" /kernels \
+    && chmod -R a+rwX /kernels
 
 # ---- The service on CPUs ---------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE} AS cpu
