@@ -57,7 +57,8 @@ def drafts_at(
         torch.arange(vocabulary_size, drafter.config.vocab_size),
     )
     hidden = drafter.rows(batch, features)
-    rows = torch.cat([hidden[:, anchors, None], hidden[:, clean:].view(sequences, len(anchors), masks, -1)], 2)
+    behind_masks = hidden[:, clean:].view(sequences, len(anchors), masks, hidden.shape[-1])
+    rows = torch.cat([hidden[:, anchors, None], behind_masks], 2)
     logits: torch.Tensor = drafter.lm_head(rows)[..., :vocabulary_size]
     return logits.argmax(-1)
 

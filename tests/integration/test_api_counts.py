@@ -62,7 +62,10 @@ def test_what_a_stop_text_cuts_off_is_in_the_trace(url: str) -> None:
     assert (choice["text"], bytes(choice["token_ids"])) == ("abc", b"abcd")
     assert [token["text"] for token in choice["trace"][-1]["cut"]] == ["e", "f", "a", "b", "c", "d"]
     assert drafted_kinds(choice) == counts["num_accepted_draft_tokens"] == 8
-    assert accepted_by_prometheus(before, scrape(url)) == [8, 8]
+    # The text is searched beside the engine, which may have taken further steps, of 8 each, before it is told to stop.
+    accepted, by_position = accepted_by_prometheus(before, scrape(url))
+    assert accepted == by_position >= 8
+    assert accepted % 8 == 0
 
 
 @pytest.mark.parametrize(
