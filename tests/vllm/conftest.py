@@ -42,7 +42,7 @@ class InProcess:
         from llvmlite.binding.ffi import lib
         from vllm import LLM
 
-        # vLLM looks into the `__dict__` of whatever modules hold, for its kernels; llvmlite's library, which this process
+        # vLLM looks for its kernels in the `__dict__` of whatever modules hold. llvmlite's library, which this process
         # has loaded by then and the service's worker has not, takes that for the name of a C function.
         lib._fntab["__dict__"] = {}
         target = TargetFacts.from_folder(Path(settings.model.target), settings.model.dtype)
