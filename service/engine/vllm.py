@@ -16,6 +16,7 @@ from service.engine.base import (
     EngineStatus,
     EngineUnavailableError,
     GenerationRequest,
+    NoTokenLeftError,
     QueueFullError,
     RequestFailedError,
     RequestRefusedError,
@@ -24,7 +25,7 @@ from service.engine.base import (
 )
 from service.engine.vllm_memory import GIB, TargetFacts
 from service.engine.vllm_probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
-from service.engine.vllm_requests import DeltaReader, sampling_params
+from service.engine.vllm_requests import DeltaReader, leaves_no_token, sampling_params
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class VllmEngine:
         seconds = request.timeout_seconds
         deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
         has_begun = False
+        tokens: list[int] = []
         try:
             stream = self._llm.generate(
                 tokens_input(list(map(int, request.prompt)), cache_salt=request.tenant or None),
@@ -174,9 +176,14 @@ class VllmEngine:
                         steps = await self._trace(request) if request.speculation.trace else []
                     has_begun = True
                     for delta in reader.read(output, steps):
+                        tokens += delta.tokens
+                        if delta.finish_reason == "error" and leaves_no_token(request, tokens, self.vocabulary_size):
+                            raise NoTokenLeftError("The request's rules leave no token to choose from.")
                         yield delta
         except TimeoutError:
             raise RequestTimeoutError(f"the request did not finish within {seconds:g} seconds") from None
+        except NoTokenLeftError:
+            raise
         except EngineDeadError as error:
             raise EngineUnavailableError("vLLM's engine has died") from error
         except StopAsyncIteration:

@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from drafters.step_packing import KEY
 from drafters.vllm_proposer import RequestOptions
 from service.engine.base import (
@@ -15,6 +18,7 @@ from service.engine.base import (
     TokenDelta,
 )
 from verifiers.base import TokenLogprobs
+from verifiers.sampling import BANNED, ban, restrict
 
 SEED_MASK = 2**63 - 1
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -68,6 +72,26 @@ def _structured_outputs(spec: StructureSpec) -> Any:
     if spec.kind == "choice":
         return StructuredOutputsParams(choice=json.loads(spec.definition))
     return StructuredOutputsParams(**{"json" if spec.kind == "json_schema" else spec.kind: spec.definition})
+
+
+def leaves_no_token(request: GenerationRequest, output: Sequence[int], vocabulary_size: int) -> bool:
+    """Whether the structure and the other rules together forbade every token somewhere along `output`.
+
+    vLLM ends such a request as failed and does not say why.
+    """
+    if request.structure is None:
+        return False
+    state = request.structure.start()
+    for position, token in enumerate([*output, -1]):  # -1: whatever would have come next
+        logits = torch.zeros(1, vocabulary_size)
+        restrict(logits, state.masks([]))
+        ban(logits, request.rules, np.array(output[:position], dtype=np.int32), [])
+        if bool((logits == BANNED).all()):
+            return True
+        if not 0 <= token < vocabulary_size or logits[0, token] == BANNED:
+            return False
+        state.advance([token])
+    return False
 
 
 class DeltaReader:
