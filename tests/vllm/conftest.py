@@ -121,9 +121,8 @@ def tiny(tiny_folders: tuple[Path, Path]) -> InProcess:
 
 
 @pytest.fixture(scope="session")
-def speculative(plain: InProcess, tiny: InProcess) -> InProcess:
-    """The bundled pair, drafted by whatever a test chooses. The last to be made: vLLM cannot start a second time in a
-    process that has loaded numba (it looks for kernels in every module, and stumbles over llvmlite's)."""
+def speculative() -> InProcess:
+    """The bundled pair, drafted by whatever a test chooses."""
     return InProcess(settings_for(**{"speculation.max_draft_tokens": 8, "vllm.pipeline": "tests.vllm.pipelines:make"}))
 
 

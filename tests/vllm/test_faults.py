@@ -35,12 +35,8 @@ def test_a_drafter_that_raises_at_step_37_costs_drafts_alone(
 def test_a_drafter_that_sleeps_is_left_out_afterwards(
     speculative: InProcess, prompts: list[list[int]], expected: list[tuple[int, ...]]
 ) -> None:
-    speculative.guard._slow_seconds = 0.2
-    speculative.use(pipelines.sleeping(5, 0.4))
-    try:
-        runs = speculative.run(prompts[:4], params(60))
-    finally:
-        speculative.guard._slow_seconds = 2.0
+    speculative.use(pipelines.sleeping(at_step=5, seconds=5.0))
+    runs = speculative.run(prompts[:4], params(60))
     assert [run.tokens for run in runs] == expected
     assert "drafting took" in speculative.guard.last_failure
     assert speculative.guard.num_failures >= 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.near_ties import NearTies, margin_in
 from tests.vllm import pipelines
 from tests.vllm.conftest import InProcess, Run
 
@@ -48,6 +49,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     prompts: list[list[int]],
     expected: list[tuple[int, ...]],
     num_tokens: int,
+    near_ties: NearTies,
     drafter: str,
     batch: int,
 ) -> None:
@@ -66,8 +68,9 @@ def test_greedy_tokens_are_those_of_plain_decoding(
         mixed = [prompt for prompt in prompts for _ in range(2)]
         wanted = [params(num_tokens), params(num_tokens, temperature=1.0)] * len(prompts)
         runs = speculative.run(mixed, wanted, batch)[::2]
-    different = [i for i, run in enumerate(runs) if run.tokens != expected[i]]
-    assert different == []
+    margin_at = margin_in(Path(speculative.settings.model.target))
+    for prompt, run, wanted_tokens in zip(prompts, runs, expected, strict=True):
+        near_ties.compare(prompt, run.tokens, wanted_tokens, margin_at)
     count, accepted = drafted(runs)
     assert count > 0
     if drafter == "oracle":

@@ -6,6 +6,7 @@ The first generated token never shows a fault: only from the second on are draft
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,37 @@ def test_vllms_cpu_sampling_is_mended() -> None:
     assert expanded.tolist() == pytest.approx([0.7, 0.7, 1.0, 1.0, 1.0])
     top_k = torch.tensor([5, 6, 7], dtype=torch.int32)
     assert rejection_sampler.expand_batch_to_tokens(top_k, counts, 5).tolist() == [5, 5, 7, 7, 7]
+
+
+def test_a_seeded_prompt_is_read_in_parts(speculative: InProcess, prompts: list[list[int]]) -> None:
+    """Without `mend_cpu_sampling` it ends vLLM's engine."""
+    from vllm import SamplingParams
+
+    chunk = speculative.settings.scheduler.prefill_chunk_tokens
+    text = [token for prompt in prompts for token in prompt]
+    long = (text * 3)[: 2 * chunk + 5]
+    params = SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, seed=3)
+    once, again = (speculative.run([long], params)[0] for _ in range(2))
+    assert len(once.tokens) == 4
+    assert once.tokens[0] == again.tokens[0]  # later ones depend on what was drafted
+
+
+def test_a_token_drawn_in_vain_leaves_no_trace() -> None:
+    from drafters.vllm_cpu_sampling import hiding_generators, keeping_generators
+
+    generators = {row: torch.Generator().manual_seed(row) for row in range(3)}
+    batch = SimpleNamespace(num_reqs=4, generators=generators)
+    mask = SimpleNamespace(np=np.array([False, True, False, True, True]))
+    runner = SimpleNamespace(input_batch=batch, discard_request_mask=mask)
+
+    def draw(_: object) -> list[float]:
+        return [float(torch.rand(1, generator=generator)) for generator in batch.generators.values()]
+
+    first = keeping_generators(draw)(runner)
+    second = keeping_generators(draw)(runner)
+    assert [a == b for a, b in zip(first, second, strict=True)] == [False, True, False]
+    assert hiding_generators(lambda _: sorted(batch.generators))(runner) == [0, 2]
+    assert sorted(batch.generators) == [0, 1, 2]
 
 
 def test_vllms_own_kernel_still_needs_mending() -> None:
