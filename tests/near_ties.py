@@ -7,10 +7,6 @@ drafters meet counts once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM
 
 WIDEST_MARGIN = 1e-4  # logits
 TOKENS_PER_NEAR_TIE = 100_000
@@ -52,17 +48,3 @@ class NearTies:
         summary = f"{count} near-ties in {self.num_compared} compared tokens; margins: {margins or 'none'}"
         print(summary)
         assert count * TOKENS_PER_NEAR_TIE <= self.num_compared, summary
-
-
-def margin_in(folder: Path) -> Callable[[Sequence[int], int, int], float]:
-    """`margin_at` by transformers, in float32, for the model in `folder`."""
-    models: list[torch.nn.Module] = []
-
-    def margin_at(tokens: Sequence[int], wanted: int, found: int) -> float:
-        if not models:
-            models.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-        with torch.inference_mode():
-            logits = models[0](torch.tensor([list(tokens)])).logits[0, -1]
-        return float(logits[wanted] - logits[found])
-
-    return margin_at

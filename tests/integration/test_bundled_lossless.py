@@ -19,7 +19,7 @@ from service.bench.prompts import cut_prompts, held_out_texts
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.engine.scheduler import SchedulerLimits
 from service.settings import BUNDLED_MODELS, load_settings
-from tests.near_ties import NearTies, margin_in
+from tests.near_ties import NearTies
 from tests.unit.engine.driver import Driver
 from verifiers.base import SamplingRules
 
@@ -88,7 +88,11 @@ def check(
         near_ties.compare(prompt, found, wanted, logit_margin)
 
 
-logit_margin = margin_in(BUNDLED_MODELS / "target")
+def logit_margin(tokens: Sequence[int], wanted: int, found: int) -> float:
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODELS / "target", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([list(tokens)])).logits[0, -1]
+    return float(logits[wanted] - logits[found])
 
 
 @pytest.mark.parametrize("name", [*BY_NAME])

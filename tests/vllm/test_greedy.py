@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from tests.near_ties import NearTies, margin_in
 from tests.vllm import pipelines
 from tests.vllm.conftest import InProcess, Run
 
@@ -49,7 +48,6 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     prompts: list[list[int]],
     expected: list[tuple[int, ...]],
     num_tokens: int,
-    near_ties: NearTies,
     drafter: str,
     batch: int,
 ) -> None:
@@ -68,9 +66,8 @@ def test_greedy_tokens_are_those_of_plain_decoding(
         mixed = [prompt for prompt in prompts for _ in range(2)]
         wanted = [params(num_tokens), params(num_tokens, temperature=1.0)] * len(prompts)
         runs = speculative.run(mixed, wanted, batch)[::2]
-    margin_at = margin_in(Path(speculative.settings.model.target))
-    for prompt, run, wanted_tokens in zip(prompts, runs, expected, strict=True):
-        near_ties.compare(prompt, run.tokens, wanted_tokens, margin_at)
+    different = [i for i, run in enumerate(runs) if run.tokens != expected[i]]
+    assert different == []
     count, accepted = drafted(runs)
     assert count > 0
     if drafter == "oracle":
