@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.kernels import contains
+from drafters.kernels.tokens import contains
 from transformer.compiled import compiled
 
 _BLOCK = 64  # logits whose largest is kept, so that the search for candidates skips most of a row
