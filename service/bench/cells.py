@@ -10,7 +10,8 @@ from torch import Tensor
 from drafters import prompt_lookup
 from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
-from drafters.pipeline import DraftPipeline, PipelineOptions
+from drafters.pipeline import DraftPipeline
+from drafters.planner import LengthOptions
 from service.bench.records import Role
 from service.engine.drafting import Drafting
 from service.settings import Settings
@@ -111,8 +112,8 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     if cell.kind == "copy":
         target = models.target
         causal = CausalModel(target.vocabulary_size, end_tokens=target.end_token_ids)
-        options = PipelineOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
-        return DraftPipeline(causal, None, None, options, "copy")
+        lengths = LengthOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
+        return DraftPipeline(causal, None, None, lengths, "copy")
     changed = settings.model_copy(update={"speculation": speculation})
     return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
 

@@ -10,7 +10,8 @@ from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName
 from drafters.causal_scorer import CausalModel
 from drafters.diffusion import DiffusionDrafter
 from drafters.path_search import PathSearch
-from drafters.pipeline import DraftPipeline, PipelineOptions
+from drafters.pipeline import DraftPipeline
+from drafters.planner import LengthOptions
 from tests.checkpoints import VOCABULARY_SIZE
 from transformer.model import Transformer
 
@@ -26,7 +27,7 @@ def build(folder: Path | None, num_slots: int = 8, copying: bool = True, **optio
         causal if copying else None,
         PathSearch(causal),
         diffusion,
-        PipelineOptions(**options),
+        LengthOptions(**options),
         "tiny",  # type: ignore[arg-type]
     )
 
