@@ -78,6 +78,12 @@ class DraftLattice:
     def num_requests(self) -> int:
         return len(self.row_starts) - 1
 
+    @property
+    def has_broken_rows(self) -> bool:
+        """Whether a row is not made of numbers: a failure of the drafter, where a row all of -inf only ends a draft."""
+        unusable = self.logits[self.widths == 0]
+        return bool((unusable != -np.inf).any())
+
     def log_prob(self, row: int, token: int) -> float:
         """Natural log of the drafter's probability of any token in a row."""
         return float(self.logits[row, token] - self.log_normalisers[row])

@@ -54,6 +54,7 @@ class DraftPipeline:
         self._states: dict[str, RequestState] = {}
         self._planner = DraftPlanner(lengths)
         self._paused_steps, self._failures = 0, 0
+        self.num_failures = 0  # of the diffusion drafter, in all
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
         self.last_diffusion_rows = 0
         self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
@@ -164,6 +165,8 @@ class DraftPipeline:
             lengths = [request.length for request in requests]
             mask_logits(logits, [candidate.request for candidate in candidates], lengths)
             lattice = DraftLattice.from_logits(logits, lengths, self._lattice)
+            if lattice.has_broken_rows:
+                raise ValueError("the diffusion drafter's logits are not numbers")
             noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
             paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
@@ -208,6 +211,7 @@ class DraftPipeline:
     def _pause(self, candidates: Sequence[Candidate]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
         self._failures += 1
+        self.num_failures += 1
         self._paused_steps = RETRY_AFTER_STEPS * 2 ** min(self._failures - 1, 8)
         log.exception("the diffusion drafter failed; drafting goes on without it for %d steps", self._paused_steps)
         if self._diffusion is not None:

@@ -39,6 +39,12 @@ class ServerSettings(SettingsGroup):
     )
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest request body, in bytes.")
     body_seconds: float = Field(default=30.0, gt=0, description="How long a client may take to send a request body.")
+    unread_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="How long a client may leave what it is sent unread, or unacknowledged, until it is cut off.",
+    )
     request_seconds: float | None = Field(
         default=None, gt=0, description="Longest time for one request; unset: no limit."
     )

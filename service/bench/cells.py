@@ -131,6 +131,7 @@ class PromptLookupDrafting:
 
     description = "prompt lookup"
     drafter_up = True
+    num_failures = 0
     last_draft_seconds = last_search_seconds = 0.0
     last_diffusion_rows = 0
 

@@ -288,8 +288,8 @@ class VllmEngine:
         self._drafter_up = all(answer["up"] for answer in answers)
         failures = sum(answer["failures"] for answer in answers)
         if failures > self.num_drafter_failures:
-            failure = next(answer["failure"] for answer in answers if answer["failure"])
-            log.error("the drafter has failed (%s); decoding goes on without drafts for a while", failure)
+            failure = next((answer["failure"] for answer in answers if answer["failure"]), "the worker's log says why")
+            log.error("the drafter has failed (%s); decoding goes on without it for a while", failure)
             self._observe_failures(failures - self.num_drafter_failures)
         self.num_drafter_failures = failures
         for answer in answers:
