@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--cells",
         help=f"configurations, with commas between them: {', '.join(c.name for c in CELLS)}; "
+        "a setting may be changed for one: cps-fixed+refinement_steps=2; "
         "on vLLM: plain, ngram, suffix, free, default, garbage",
     )
     what.add_argument(
