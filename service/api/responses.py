@@ -180,6 +180,9 @@ class TokenizerInfo(TypedDict):
     vocabulary_size: int
     max_model_len: int
     special_tokens: dict[str, Any]
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
     chat_template: str | None
 
 

@@ -62,11 +62,15 @@ async def detokenize(request: Request) -> Detokenized:
 async def tokenizer_info(request: Request) -> TokenizerInfo:
     serving: Serving = request.app.state.serving
     model = serving.model(None)
+    special_tokens = model.tokenizer.special_tokens
     return {
         "type": model.tokenizer.kind,
         "size": model.tokenizer.size,
         "vocabulary_size": model.engine.vocabulary_size,
         "max_model_len": model.engine.context_length,
-        "special_tokens": model.tokenizer.special_tokens,
+        "special_tokens": special_tokens,
+        "bos_token": special_tokens.get("bos_token"),
+        "eos_token": special_tokens.get("eos_token"),
+        "pad_token": special_tokens.get("pad_token"),
         "chat_template": model.tokenizer.chat_template,
     }

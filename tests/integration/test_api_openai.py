@@ -224,6 +224,7 @@ def test_tokens_there_and_back(url: str) -> None:
     info = httpx.get(url + "/tokenizer_info").json()
     assert (info["size"], info["vocabulary_size"]) == (257, 272)
     assert info["special_tokens"]["eos_token"] == "<|endoftext|>"
+    assert info["eos_token"] == "<|endoftext|>"  # lm_eval asks for it there
 
 
 def test_prometheus_sees_what_was_served(url: str) -> None:

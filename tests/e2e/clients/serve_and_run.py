@@ -1,44 +1,120 @@
-"""Start a server on the bundled pair, run the clients against it with another Python, and end it.
+"""Clients that we did not write, unchanged, against servers on the bundled pair: `python serve_and_run.py [NAME ...]`.
 
-`python serve_and_run.py CLIENTS_PYTHON [CLIENT ...]`; the exit status is the clients'.
+Each NAME is a script `try_NAME.py` that runs in its own environment, `.venv-clients-NAME`, because the clients' pins clash
+with the service's and with each other's; `make test-clients` makes them. A script gets the URL of a server, and some the
+URL of a second one. Ends with status 1 if a script failed or did not end in time.
 """
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-START_SECONDS = 300
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+START_SECONDS = 300  # numba may have to compile first
 
 
-def main(python: str, names: list[str]) -> int:
+@dataclass(frozen=True)
+class Client:
+    """How long a script may take, and the second server it gets, if any."""
+
+    limit_seconds: int
+    second_server: Sequence[str] | None = None  # arguments of `diffuspec serve`
+    second_settings: dict[str, str] = field(default_factory=dict)  # its environment
+    waits_for_second: bool = True  # False: the script is to see it loading
+
+
+CLIENTS = {
+    "sdks": Client(
+        limit_seconds=300,
+        second_server=[],
+        second_settings={"DIFFUSPEC_SCHEDULER__MAX_RUNNING": "1", "DIFFUSPEC_SCHEDULER__MAX_WAITING": "1"},
+        waits_for_second=False,
+    ),
+    "lm_eval": Client(limit_seconds=600, second_server=["--drafter", "none"]),
+    "aiperf": Client(limit_seconds=600),
+    "guidellm": Client(limit_seconds=600),
+    "schemathesis": Client(limit_seconds=1800),
+}
+
+
+def main(names: Sequence[str]) -> int:
+    unknown = sorted(set(names) - set(CLIENTS))
+    if unknown:
+        print(f"no such client: {', '.join(unknown)}; there are {', '.join(CLIENTS)}")
+        return 2
+    failed = []
+    with _server([], {}) as url:
+        _wait_until_ready(url)
+        for name in names or CLIENTS:
+            print(f"== {name}", flush=True)
+            if not _try(name, CLIENTS[name], url):
+                failed.append(name)
+    print(f"failed: {', '.join(failed)}" if failed else "all clients passed", flush=True)
+    return 1 if failed else 0
+
+
+def _try(name: str, client: Client, url: str) -> bool:
+    if client.second_server is None:
+        return _run(name, client.limit_seconds, [url])
+    with _server(client.second_server, client.second_settings) as second:
+        if client.waits_for_second:
+            _wait_until_ready(second)
+        return _run(name, client.limit_seconds, [url, second])
+
+
+def _run(name: str, limit_seconds: int, urls: Sequence[str]) -> bool:
+    """Whether the script ended well and in time; what it started ends with it."""
+    python = ROOT / f".venv-clients-{name}" / "bin" / "python"
+    script = subprocess.Popen([python, HERE / f"try_{name}.py", *urls], start_new_session=True)
+    try:
+        return script.wait(timeout=limit_seconds) == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name}: did not end within {limit_seconds} s", flush=True)
+        return False
+    finally:
+        if script.poll() is None:
+            os.killpg(script.pid, signal.SIGKILL)
+            script.wait()
+
+
+@contextmanager
+def _server(arguments: Sequence[str], settings: dict[str, str]) -> Iterator[str]:
+    """A server on a free port of 127.0.0.1, not ready yet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, "-m", "service.cli", "serve", "--port", str(port)])
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), *arguments]
+    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DIFFUSPEC_LOGGING__LEVEL": "warning", **settings})
     try:
-        _wait(url, server)
-        return subprocess.run([python, str(Path(__file__).with_name("run.py")), url, *names]).returncode
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        status = server.wait(timeout=60)
+        if status:
+            print(f"a server ended with status {status}", flush=True)
 
 
-def _wait(url: str, server: "subprocess.Popen[bytes]") -> None:
+def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and server.poll() is None:
+    while time.monotonic() < deadline:
         try:
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise SystemExit("the server did not become ready")
+    raise SystemExit(f"the server was not ready within {START_SECONDS} s")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(sys.argv[1:]))
