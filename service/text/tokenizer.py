@@ -79,7 +79,13 @@ class TextTokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
 
         Raises ChatTemplateError.
@@ -88,7 +94,10 @@ class TextTokenizer:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         try:
             text: str = self._loaded.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template may raise anything: it is a program of the checkpoint's author
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
@@ -103,6 +112,14 @@ class TextTokenizer:
     def special_tokens(self) -> dict[str, str]:
         """By role, such as `eos_token`."""
         return {role: str(token) for role, token in self._loaded.special_tokens_map.items()}
+
+    @property
+    def tool_template(self) -> str:
+        """The chat template that renders tools, among several the one that is made for it; empty if there is none."""
+        template = self._loaded.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return template or ""
 
     @property
     def chat_template(self) -> str | None:
