@@ -39,17 +39,15 @@ CHAT_TEMPLATE = (
 )
 # The parts of Qwen2.5's and of Llama 3.1's templates that are about tools, in their words as far as programs read them.
 HERMES_TEMPLATE = """{%- if tools %}<system># Tools
-<tools>{%- for tool in tools %}
-{{ tool | tojson }}{%- endfor %}
-</tools>
+<tools>{%- for tool in tools %}{{ "\\n" }}{{ tool | tojson }}{%- endfor %}
+{{ "\\n" }}</tools>
 For each call return <tool_call>
 {\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}
 </tool_call>
 {% endif %}
 {%- for message in messages %}
 {%- if message.role == "assistant" and message.tool_calls %}<assistant>{{ message.content or "" }}
-{%- for tool_call in message.tool_calls %}
-<tool_call>
+{%- for tool_call in message.tool_calls %}{{ "\\n" }}<tool_call>
 {"name": "{{ tool_call.function.name }}", "arguments": {{ tool_call.function.arguments | tojson }}}
 </tool_call>{%- endfor %}
 {% elif message.role == "tool" %}<user><tool_response>{{ message.content }}</tool_response>

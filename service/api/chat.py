@@ -52,13 +52,21 @@ async def create_chat_completion(request: Request) -> Response:
     tools = _plan_tools(call)
     text = await render(messages, call.model, tools=() if tools is None else tools.shown)
     prompt = await call.model.encode(text, add_special_tokens=False)
-    wanted = await plan(
-        call,
-        [Prompt(tuple(prompt))],
-        max_tokens=_max_tokens(call.fields),
-        logprobs=_num_logprobs(call.fields),
-        call_structure=None if tools is None else tools.forced,
-    )
+    try:
+        wanted = await plan(
+            call,
+            [Prompt(tuple(prompt))],
+            max_tokens=_max_tokens(call.fields),
+            logprobs=_num_logprobs(call.fields),
+            call_structure=None if tools is None else tools.forced,
+        )
+    except InvalidRequestError as error:
+        if tools is not None and error.code == "invalid_structure":
+            error.message = tools.name_tool(error.message)
+        raise
+    if tools is not None:
+        kept = call.model.tokenizer.special_ids_of(tools.markers)
+        wanted = replace(wanted, text_rules=replace(wanted.text_rules, kept_special_tokens=kept))
     return await answer(call, wanted, "chatcmpl", functools.partial(ChatWriter, tools=tools))
 
 

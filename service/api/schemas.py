@@ -109,6 +109,7 @@ class ChatMessage(RequestModel):
     annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
+    parsed: Any = Field(None, description="Not used; the openai client keeps it.")
 
     @field_validator("tool_calls", "reasoning_content", "reasoning")
     @classmethod

@@ -1,6 +1,7 @@
 """The fields that offer tools, and what they come to: what the template is given, and what the output may be."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from service.api.fields import RequestModel, parse_object, refuse
 from service.errors import InvalidRequestError
 from service.structured import WHITESPACE, StructureSpec
-from service.text.tool_calls import ToolCallParser, ToolCallStyle
+from service.text.tool_calls import HERMES_TAGS, ToolCallParser, ToolCallStyle
 
 MAX_CALLS = 16  # of one answer where a call is required
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
@@ -105,6 +106,7 @@ def _check_arguments(value: Any) -> Any:
 class FunctionCall(RequestModel):
     name: ToolName
     arguments: Annotated[str, BeforeValidator(_check_arguments)] = Field(description="JSON, as the model wrote it.")
+    parsed_arguments: Any = Field(None, description="Not used; the openai client keeps it.")
 
 
 class ToolCall(RequestModel):
@@ -130,6 +132,19 @@ class ToolPlan:
     callable_names: tuple[str, ...]
     forced: StructureSpec | None  # a call is required
     most_calls: int | None
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What may be special tokens of the model, and is to be seen by the parser all the same."""
+        return HERMES_TAGS if self.style == "hermes" else ()
+
+    def name_tool(self, message: str) -> str:
+        """An error in the grammar of the calls, told of the tool whose schema it is in."""
+        found = re.match(r"tools: at (\d+)\(\d+\): (.*)", message)
+        index = (int(found[1]) - 4) // 2 if found else -1  # see `call_grammar`
+        if found is None or not 0 <= index < len(self.callable_names):
+            return message
+        return f"tools: the parameters of {self.callable_names[index]!r}: {found[2]}"
 
     def parser(self, *, is_stream: bool) -> ToolCallParser:
         return ToolCallParser(self.style, self.callable_names, eager=is_stream, most_calls=self.most_calls)

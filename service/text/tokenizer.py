@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer: text to ids, ids to bytes, and the chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ class TextTokenizer:
         """Text of `tokens`; what is not UTF-8 becomes U+FFFD."""
         pieces = (self.bytes_of(token) for token in tokens if not (skip_special_tokens and token in self.special_ids))
         return b"".join(pieces).decode("utf-8", "replace")
+
+    def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
+        """The special tokens that are written so."""
+        return frozenset(token for token in self.special_ids if self.bytes_of(token).decode() in texts)
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes one token adds to the text; none for ids beyond the tokenizer's (padding rows of the logits)."""

@@ -17,6 +17,7 @@ from service.text.json_object import JsonObjectScanner
 
 ToolCallStyle = Literal["hermes", "llama3_json"]
 
+HERMES_TAGS = ("<tool_call>", "</tool_call>")
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 may begin a call with it
 BLANKS = " \t\r\n"
 ARGUMENT_KEYS = ('"arguments"', '"parameters"')
@@ -69,7 +70,7 @@ class ToolCallParser:
         """eager: give arguments away while they are written; what turns out to be no JSON then stays a broken call,
         which is content otherwise. names: of the tools that may be called. most_calls: further ones are dropped.
         """
-        self._opening, self._closing = ("<tool_call>", "</tool_call>") if style == "hermes" else ("", "")
+        self._opening, self._closing = HERMES_TAGS if style == "hermes" else ("", "")
         self._names = frozenset(names)
         self._eager = eager
         self._most_calls = most_calls

@@ -223,7 +223,8 @@ FIELDS = [
     "ignore_eos", "include_stop_str_in_output",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids",
     "bad_words", "seed", "user", "priority", "response_format", "structured_outputs", "skip_special_tokens", "suffix",
-    "return_token_ids", "truncate_prompt_tokens", "speculative", "tools", "tool_choice", "max_completion_tokens", "tokens",
+    "return_token_ids", "truncate_prompt_tokens", "speculative", "tools", "tool_choice", "max_completion_tokens",
+    "tokens",
 ]  # fmt: skip
 PLAUSIBLE = {
     "prompt": st.text(max_size=5)
