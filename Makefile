@@ -4,6 +4,7 @@ PORT ?= 8000
 USERS ?= 8
 SECONDS ?= 60
 LOCUST ?=
+TRAIN ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -78,7 +79,7 @@ test-clients: $(INSTALLED) $(CLIENTS:%=.venv-clients-%/.installed) ## try client
 	@touch $@
 
 train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
-	$(BIN)/python -m models.training all
+	$(BIN)/python -m models.training all $(TRAIN)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) $(VENV_VLLM) .venv-clients-* .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
