@@ -95,7 +95,7 @@ class FaultyServer:
         """Everyone who runs or waits in the engine, right now."""
         core = self.engine._core
         assert core is not None
-        return [*core._scheduler.running, *core._scheduler.waiting]
+        return [*core._scheduler.running, *core._scheduler.waiting, *core._arrived]
 
     def leftovers(self) -> dict[str, Any]:
         """Whatever is held for a request; empty when there is none."""

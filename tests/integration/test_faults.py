@@ -149,10 +149,13 @@ def test_a_client_that_leaves_takes_nothing_along(
         else:
             wait_for(lambda: any(one.length > one.num_prompt + 2 for one in mine()))
             faulty.pace.hold()
+        gone, lengths = mine(), [one.length for one in mine()]
         hang_up(client, politely=bool(politely))
         wait_for(lambda: len(faulty.engine._streams) <= len(neighbours))
         faulty.pace.go()
         assert [tokens_of(answer.result()) for answer in answers] == expected
+    assert len(gone) == n
+    assert all(one.length <= length + 5 for one, length in zip(gone, lengths, strict=True))  # the step in progress
 
 
 @pytest.mark.parametrize("politely", [True, False], ids=["closed", "reset"])
@@ -165,8 +168,11 @@ def test_a_reader_that_leaves_between_frames_takes_nothing_along(faulty: FaultyS
             faulty.url, SAMPLED | {"prompt": "x", "max_tokens": LONG, "n": n, "stream": True}, headers=HEADERS
         )
         read_frames(client, 4)
+        gone = [one for one in faulty.decodings() if one.request.max_tokens == LONG]
         hang_up(client, politely=politely)
         assert tokens_of(answer.result()) == faulty.plain(NEIGHBOURS[0])
+    assert len(gone) == n
+    assert all(one.num_left > 0 for one in gone)
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
