@@ -1,4 +1,4 @@
-"""What a supervisor does to the process: SIGTERM at any moment, SIGSTOP and SIGCONT, and a log that cannot be written."""
+"""What a supervisor does to the process: SIGTERM at any moment, SIGSTOP and SIGCONT, a log that cannot be written."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import httpx
 import pytest
@@ -60,7 +60,7 @@ def serve(
     drafter: Path,
     port: int,
     log: Path,
-    stderr: BinaryIO | int | None = None,
+    stderr: int | None = None,
     ready: bool = True,
     **env: str,
 ) -> Iterator[Process]:
