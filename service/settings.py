@@ -43,7 +43,7 @@ class ServerSettings(SettingsGroup):
         default=60.0,
         gt=0,
         le=86400,
-        description="How long a client may leave what it is sent unread, or unacknowledged, until it is cut off.",
+        description="How long a client may read nothing of what it is sent, up to twice as long, until it is cut off.",
     )
     request_seconds: float | None = Field(
         default=None, gt=0, description="Longest time for one request; unset: no limit."
