@@ -34,7 +34,7 @@ test: $(INSTALLED_DEV) ## run the tests
 
 test-vllm: $(INSTALLED_VLLM) ## run the tests of the vLLM engine
 	$(BIN_VLLM)/python -m pytest -q -k vllm tests/vllm tests/integration/test_api_openai.py \
-		tests/integration/test_api_logprobs.py tests/integration/test_structured.py
+		tests/integration/test_api_logprobs.py tests/integration/test_structured.py tests/integration/test_tools.py
 
 lint: $(INSTALLED_DEV) ## style, types and import rules
 	$(BIN)/ruff format --check .

@@ -91,3 +91,4 @@ class StepRecord:
     seconds: PhaseSeconds
     num_diffusion_rows: int = 0  # rows of the drafter's pass; 0 if there was none
     mean_context: float = 0.0  # tokens
+    num_drafter_failures: int = 0  # since the step before; of the embedded engine (vLLM's worker reports them itself)

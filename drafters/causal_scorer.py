@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels import MAX_MATCH, Noise, copy_weight, greedy_chains, learn_copying, new_workspace
+from drafters.kernels.chains import Noise, greedy_chains
+from drafters.kernels.copying import MAX_MATCH, copy_weight, learn_copying
+from drafters.kernels.ngram import new_workspace
 from drafters.ngram import NgramModel
 
 WINDOW = 4096  # tokens of a request's text that copying looks at

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from drafters.base import DraftRequest
-from drafters.kernels import Noise
+from drafters.kernels.chains import Noise
 
 CAUSAL_TEMPERATURE = (
     1.1  # of the target's distribution that the causal model stands for; found by replaying held-out draws

@@ -1,12 +1,7 @@
 """The diffusion drafter: a forward pass proposes a distribution for every masked position of every request.
 
-A request's clean tokens run once and stay in the key-value cache; a draft runs the tokens committed since the last one,
-followed by the block of masks. What of the cache is exact depends on who sees whom (`transformer.families`):
-
-- `block`: a clean token sees only what is before it, so that its keys and values never change.
-- `block_causal`: those of a whole block of clean tokens never change; a block in the making is run again.
-- `full`: clean tokens would also see what comes after them, so that cached ones are an approximation, which
-  verification makes safe. They are read anew every `refresh_interval` passes, and when acceptance falls.
+A request's clean tokens run once and stay in the key-value cache (`drafters.clean_prefix`); a draft runs the tokens
+committed since the last one, followed by the block of masks.
 """
 
 from collections.abc import Sequence
@@ -15,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafters.clean_prefix import CleanPrefix, CleanPrefixes
 from drafters.masked import MaskedRequest, split_rows
 from transformer.model import RowBatch, Transformer
 
 LONGEST_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
-MEAN_RATE = 0.3  # of the means of accepted tokens, with a fresh and with a stale prefix
-FALLEN = 0.5  # a stale prefix is read anew once its mean is below this share of the fresh one's ...
-WORTH_READING = 0.5  # ... if that is at least so many tokens: reading anew does not help a drafter that is always wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +30,10 @@ class DiffusionOptions:
 
 
 @dataclass(slots=True)
-class _Cached:
-    """Where a request's clean prefix stands in the cache."""
-
-    slot: int
-    offset: int = 0  # the request's position that is the slot's position 0
-    length: int = 0  # clean tokens whose keys and values are there, from `offset`
-    num_stale: int = 0  # passes since the prefix was read as a whole
-    fresh_mean: float | None = None  # accepted tokens of drafts with a fresh prefix, as a moving mean
-    stale_mean: float = 0.0  # the same with a stale prefix; starts over from the fresh mean
-    has_fallen: bool = False
-
-
-@dataclass(slots=True)
 class _Block:
     """One request's rows of a pass, by position in its slot: clean tokens not in the cache yet, then the block."""
 
-    cached: _Cached
+    prefix: CleanPrefix
     tokens: list[int]  # one per row: clean tokens, drafted ones, masks
     start: int  # position of the first row
     clean_end: int  # position after the last clean token; drafted ones of earlier parts count as clean
@@ -97,10 +77,16 @@ class DiffusionDrafter:
         self._first_padding = min(vocabulary_size, vocabulary_size if num_tokens is None else num_tokens)
         self._excluded = [mask for mask in self._masks if mask < self._first_padding]
         room = config.longest_trained - self.longest - self._grid
-        self._window = max(self._grid, min(self._options.window, room) // self._grid * self._grid)
-        self._cache = model.new_cache(num_slots, self._window + self.longest + 2 * self._grid)
-        self._free = list(reversed(range(num_slots)))
-        self._cached: dict[str, _Cached] = {}
+        window = max(self._grid, min(self._options.window, room) // self._grid * self._grid)
+        self._cache = model.new_cache(num_slots, window + self.longest + 2 * self._grid)
+        self._prefixes = CleanPrefixes(
+            num_slots,
+            window,
+            self._grid,
+            is_approximate=self._pattern == "full",
+            refresh_interval=self._options.refresh_interval,
+            reuse=self._options.reuse_prefix,
+        )
 
     @property
     def longest(self) -> int:
@@ -111,7 +97,7 @@ class DiffusionDrafter:
     @property
     def window(self) -> int:
         """Most clean tokens that are read."""
-        return self._window
+        return self._prefixes.window
 
     @property
     def temperature(self) -> float:
@@ -120,12 +106,7 @@ class DiffusionDrafter:
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request would have to run before its masks."""
-        cached = self._cached.get(request_id)
-        if cached is None:
-            return num_tokens - self._offset(num_tokens, self._window)
-        if self._must_move(cached, num_tokens):
-            return num_tokens - self._offset(num_tokens, self._kept)
-        return num_tokens - cached.offset - (0 if self._must_refresh(cached) else cached.length)
+        return self._prefixes.pending_rows(request_id, num_tokens)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
@@ -159,47 +140,30 @@ class DiffusionDrafter:
 
     def note(self, request_id: str, num_accepted: int) -> None:
         """Learn how much of the request's last draft was accepted: a stale prefix may have to be read anew."""
-        cached = self._cached.get(request_id)
-        if cached is None or self._pattern != "full":
-            return
-        if cached.num_stale <= 1:
-            known = num_accepted if cached.fresh_mean is None else cached.fresh_mean
-            cached.fresh_mean = cached.stale_mean = known + MEAN_RATE * (num_accepted - known)
-            return
-        fresh = cached.fresh_mean or 0.0
-        cached.stale_mean += MEAN_RATE * (num_accepted - cached.stale_mean)
-        cached.has_fallen = fresh >= WORTH_READING and cached.stale_mean < FALLEN * fresh
+        self._prefixes.note(request_id, num_accepted)
 
     def keep(self, request_id: str, num_tokens: int) -> None:
         """Forget what is cached of a request beyond its first `num_tokens` tokens: the others have changed."""
-        cached = self._cached.get(request_id)
-        if cached is None:
-            return
-        kept = num_tokens - cached.offset
-        if kept <= 0:
-            cached.offset = cached.length = 0
-        cached.length = min(cached.length, max(kept, 0)) // self._grid * self._grid
+        self._prefixes.keep(request_id, num_tokens)
 
     def release(self, request_id: str) -> None:
         """Free the request's slot; harmless if it has none."""
-        cached = self._cached.pop(request_id, None)
-        if cached is not None:
-            self._cache.clear_slot(cached.slot)  # what is not a number must not outlive its request
-            self._free.append(cached.slot)
-            self._free.sort(reverse=True)  # low slots first keeps the batch's slots close together
+        slot = self._prefixes.release(request_id)
+        if slot is not None:
+            self._cache.clear_slot(slot)  # what is not a number must not outlive its request
 
     def _first_block(self, request: MaskedRequest, length: int) -> _Block:
         """The request's rows for a first pass; what will be final of its clean tokens counts as cached from now on."""
-        cached = self._place(request)
-        clean_end = len(request.tokens) - cached.offset
-        start = min(cached.length, clean_end - self._leading)
-        clean = request.tokens[cached.offset + start :].tolist()
-        cached.length = clean_end // self._grid * self._grid
-        cached.num_stale += 1
+        prefix = self._prefixes.place(request.request_id, len(request.tokens))
+        clean_end = len(request.tokens) - prefix.offset
+        start = min(prefix.length, clean_end - self._leading)
+        clean = request.tokens[prefix.offset + start :].tolist()
+        prefix.length = clean_end // self._grid * self._grid
+        prefix.num_stale += 1
         states = None
         if self._model.config.target_hidden_size and request.hidden_states is not None:
-            states = request.hidden_states[cached.offset + start : len(request.tokens)]
-        return _Block(cached, clean + self._new_masks(clean_end, length), start, clean_end, length, states)
+            states = request.hidden_states[prefix.offset + start : len(request.tokens)]
+        return _Block(prefix, clean + self._new_masks(clean_end, length), start, clean_end, length, states)
 
     def _new_masks(self, clean_end: int, length: int) -> list[int]:
         """The masks of a draft; on a grid they fill the last block up, as in training."""
@@ -222,41 +186,6 @@ class DiffusionDrafter:
             block.tokens = block.tokens[start - block.start :]
             block.states = None if block.states is None else block.states[start - block.start :]
             block.start = start
-
-    def _place(self, request: MaskedRequest) -> _Cached:
-        """The request's slot, with room for its new tokens."""
-        cached = self._cached.get(request.request_id)
-        if cached is None:
-            if not self._free:
-                raise RuntimeError("the drafter has no free slot")
-            cached = self._cached[request.request_id] = _Cached(self._free.pop())
-            cached.offset = self._offset(len(request.tokens), self._window)
-        if self._must_move(cached, len(request.tokens)):
-            cached.offset = self._offset(len(request.tokens), self._kept)
-            cached.length = 0
-        if self._must_refresh(cached):
-            cached.length = 0
-        if cached.length == 0:
-            cached.num_stale, cached.has_fallen = 0, False
-        return cached
-
-    @property
-    def _kept(self) -> int:
-        """Tokens that are left in a window that moves: half, so that it need not move again at once."""
-        return max(self._window // 2, self._grid) if self._options.reuse_prefix else self._window
-
-    def _must_move(self, cached: _Cached, num_tokens: int) -> bool:
-        """Whether the window begins elsewhere for a context of `num_tokens`."""
-        return not self._options.reuse_prefix or num_tokens - cached.offset > self._window
-
-    def _must_refresh(self, cached: _Cached) -> bool:
-        """Whether a prefix that is an approximation is to be read anew."""
-        interval = self._options.refresh_interval
-        return self._pattern == "full" and (cached.has_fallen or 0 < interval <= cached.num_stale)
-
-    def _offset(self, num_tokens: int, kept: int) -> int:
-        """Where a window of at most `kept` tokens begins: on the grid."""
-        return -(-max(0, num_tokens - kept) // self._grid) * self._grid
 
     def _denoise(self, blocks: Sequence[_Block]) -> Tensor:
         """Logits of all proposed positions after the refinement steps; a filled-in one keeps those it was chosen by."""
@@ -292,7 +221,7 @@ class DiffusionDrafter:
         device = self._model.device
         rows = RowBatch(
             tokens=torch.tensor(tokens, device=device),
-            slots=[block.cached.slot for block in blocks],
+            slots=[block.prefix.slot for block in blocks],
             starts=[block.start for block in blocks],
             counts=[len(block.tokens) for block in blocks],
             limits=torch.tensor(limits, device=device),

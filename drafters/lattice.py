@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.kernels import contains
+from drafters.kernels.tokens import contains
 from transformer.compiled import compiled
 
 _BLOCK = 64  # logits whose largest is kept, so that the search for candidates skips most of a row
@@ -77,6 +77,12 @@ class DraftLattice:
     @property
     def num_requests(self) -> int:
         return len(self.row_starts) - 1
+
+    @property
+    def has_broken_rows(self) -> bool:
+        """Whether a row is not made of numbers: a failure of the drafter, where a row all of -inf only ends a draft."""
+        unusable = self.logits[self.widths == 0]
+        return bool((unusable != -np.inf).any())
 
     def log_prob(self, row: int, token: int) -> float:
         """Natural log of the drafter's probability of any token in a row."""

@@ -36,7 +36,10 @@ class MaskedDrafter(Protocol):
         """Clean rows that a pass for this request would have to run before its masks."""
 
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
-        """Logits `[sum of lengths, vocabulary]` (float32) by the target's ids; a row all of -inf ends the draft."""
+        """Logits `[sum of lengths, vocabulary]` (float32) by the target's ids; a row all of -inf ends the draft.
+
+        Rows of what is no number are taken for a failure.
+        """
 
     def note(self, request_id: str, num_accepted: int) -> None:
         """Learn how much of the request's last draft was accepted."""

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from drafters.base import Tokens
 from drafters.causal_scorer import CausalModel, join, no_noise
-from drafters.kernels import BEST_SUCCESSORS, Found, Noise, Search, search_paths
+from drafters.kernels.chains import Noise
+from drafters.kernels.search import BEST_SUCCESSORS, Found, Search, search_paths
 from drafters.lattice import DraftLattice
 
 LOG_FLOOR = -20.0  # nats

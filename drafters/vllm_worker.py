@@ -61,6 +61,11 @@ class PipelineProposer:
         return bool(getattr(self._pipeline, "drafter_up", True))
 
     @property
+    def num_failures(self) -> int:
+        """Those that the pipeline has contained itself."""
+        return int(getattr(self._pipeline, "num_failures", 0))
+
+    @property
     def description(self) -> str:
         return str(getattr(self._pipeline, "description", "nothing on this rank"))
 
@@ -205,7 +210,7 @@ class DraftingWorker(PlatformWorker):
         ours = self._ours
         return {
             "up": guard.is_up and (ours is None or ours.is_up),
-            "failures": guard.num_failures,
+            "failures": guard.num_failures + (0 if ours is None else ours.num_failures),
             "failure": guard.last_failure,
             "records": [] if ours is None else [pack_record(record) for record in ours.take_records()],
         }

@@ -71,6 +71,7 @@ class MappedDrafter:
             missing = np.flatnonzero(~has_image[rows])
             if len(missing):
                 logits[rows.start + missing[0] : rows.stop] = -torch.inf
+        logits[drafted.isnan().any(-1)] = torch.nan
         return logits
 
     def note(self, request_id: str, num_accepted: int) -> None:
@@ -159,7 +160,9 @@ class RetokenizingDrafter:
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
         """See `MaskedDrafter.propose`."""
         inner = [MaskedRequest(r.request_id, self._read(r), r.length) for r in requests]
-        confidences, tokens = self._drafter.propose(inner).softmax(-1).max(-1)
+        drafted = self._drafter.propose(inner)
+        is_broken = drafted.isnan().any(-1).cpu()
+        confidences, tokens = drafted.softmax(-1).max(-1)
         confidences, tokens = confidences.cpu(), tokens.cpu()
         logits = torch.full((len(tokens), self._vocabulary_size), -torch.inf)
         for rows in split_rows([request.length for request in requests]):
@@ -167,6 +170,7 @@ class RetokenizingDrafter:
             for row, (token, confidence) in zip(range(rows.start, rows.stop), draft, strict=False):
                 logits[row] = float(np.log((1 - confidence) / self._vocabulary_size))
                 logits[row, token] = float(np.log(confidence))
+        logits[is_broken] = torch.nan
         return logits
 
     def note(self, request_id: str, num_accepted: int) -> None:

@@ -186,11 +186,12 @@ def _complete(arguments: argparse.Namespace) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from service.bench import cli as bench
+    from service.bench.arguments import add_arguments
+    from service.bench.cli import run
 
     parser = argparse.ArgumentParser(prog="diffuspec bench")
-    bench.add_arguments(parser)
-    status: int | None = bench.run(parser.parse_args(argv))
+    add_arguments(parser)
+    status: int | None = run(parser.parse_args(argv))
     return status or 0
 
 

@@ -230,6 +230,7 @@ class ServiceMetrics:
         self._rows["prefill"].inc(step.num_prefill_rows)
         self._rows["decode"].inc(step.num_rows - step.num_prefill_rows)
         self._rows["diffusion"].inc(step.num_diffusion_rows)
+        self._drafter_failures.inc(step.num_drafter_failures)
         for outcome in step.outcomes:
             self._observe_outcome(outcome)
         if step.outcomes and not step.num_prefill_rows:

@@ -38,7 +38,7 @@ def serve(settings: Settings, output: TextIO) -> int:
         print(f"diffuspec: cannot load the model: {error}", file=output)
         return 1
     try:
-        listener = _listen(settings.server.host, settings.server.port)
+        listener = listen(settings.server)
     except OSError as error:
         address = f"{settings.server.host}:{settings.server.port}"
         print(f"diffuspec: cannot listen on {address}: {error.strerror or error}; try another --port.", file=output)
@@ -62,12 +62,17 @@ def _tls_problem(server: ServerSettings) -> str:
     return ""
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=1024)
-    # Inherited by every connection; asyncio sets it only on sockets that name their protocol, and without it a streamed
-    # chunk may wait 40 ms for an acknowledgement.
+def listen(server: ServerSettings) -> socket.socket:
+    """The listening socket, with options that every connection inherits. Raises OSError."""
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    listener = socket.create_server((server.host, server.port), family=family, backlog=1024)
+    # asyncio sets it only on sockets that name their protocol, and without it a streamed chunk may wait 40 ms for an
+    # acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # A client that never reads acknowledges every probe of its full window: without this it is kept forever. The
+        # kernel starts anew whenever the client takes anything, so that slow readers are safe.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(1000 * server.unread_seconds), 1))
     return listener
 
 

@@ -39,6 +39,12 @@ class ServerSettings(SettingsGroup):
     )
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest request body, in bytes.")
     body_seconds: float = Field(default=30.0, gt=0, description="How long a client may take to send a request body.")
+    unread_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        description="How long a client may leave what it is sent unread, or unacknowledged, until it is cut off.",
+    )
     request_seconds: float | None = Field(
         default=None, gt=0, description="Longest time for one request; unset: no limit."
     )
@@ -83,6 +89,11 @@ class ModelSettings(SettingsGroup):
         default=None,
         min_length=1,
         description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
+    )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json", "none"] = Field(
+        default="auto",
+        description="How the target writes tool calls: `hermes` (Qwen2.5, Qwen3), `llama3_json`, or `auto`: by its "
+        "chat template. `none`: calls are not looked for, only required ones are to be had.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Type of weights and arithmetic."
@@ -249,6 +260,7 @@ class LimitSettings(SettingsGroup):
         default=5.0, gt=0, description="How long a request may wait for its structure to be compiled."
     )
     structure_cache_size: int = Field(default=64, ge=0, description="Compiled structures that are kept.")
+    max_tools: int = Field(default=128, ge=1, description="Most tools of a chat request.")
     max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
 
 

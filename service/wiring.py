@@ -190,7 +190,8 @@ def build_pipeline(
     from drafters.lattice import LatticeOptions
     from drafters.length import PaperLengthOptions
     from drafters.path_search import PathSearch
-    from drafters.pipeline import DraftPipeline, PipelineOptions
+    from drafters.pipeline import DraftPipeline
+    from drafters.planner import LengthOptions
 
     speculation = settings.speculation
     drafts = settings.model.drafter_choice != NO_DRAFTER and (drafter is not None or speculation.copying)
@@ -213,7 +214,7 @@ def build_pipeline(
         names.append(built.description)
     if max_draft_tokens and speculation.copying:
         names.append("copy" if settings.model.ngram_folder is None else "copy + n-grams")
-    options = PipelineOptions(
+    lengths = LengthOptions(
         policy=speculation.policy,
         max_draft_tokens=max_draft_tokens,
         fixed_length=speculation.fixed_draft_tokens,
@@ -224,10 +225,10 @@ def build_pipeline(
             increment=speculation.paper_growth_tokens,
             ema_rate=speculation.paper_ema_rate,
         ),
-        lattice=LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids),
     )
+    lattice = LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids)
     free = causal if speculation.copying else None
-    return DraftPipeline(free, search, diffusion, options, " + ".join(names) or NO_DRAFTER)
+    return DraftPipeline(free, search, diffusion, lengths, " + ".join(names) or NO_DRAFTER, lattice)
 
 
 def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":

@@ -37,6 +37,32 @@ CHAT_TEMPLATE = (
     "{%- for message in messages -%}<{{ message['role'] }}>{{ message['content'] }}\n{%- endfor -%}"
     "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
+# The parts of Qwen2.5's and of Llama 3.1's templates that are about tools, in their words as far as programs read them.
+HERMES_TEMPLATE = """{%- if tools %}<system># Tools
+<tools>{%- for tool in tools %}{{ "\\n" }}{{ tool | tojson }}{%- endfor %}
+{{ "\\n" }}</tools>
+For each call return <tool_call>
+{\\"name\\": <function-name>, \\"arguments\\": <args-json-object>}
+</tool_call>
+{% endif %}
+{%- for message in messages %}
+{%- if message.role == "assistant" and message.tool_calls %}<assistant>{{ message.content or "" }}
+{%- for tool_call in message.tool_calls %}{{ "\\n" }}<tool_call>
+{"name": "{{ tool_call.function.name }}", "arguments": {{ tool_call.function.arguments | tojson }}}
+</tool_call>{%- endfor %}
+{% elif message.role == "tool" %}<user><tool_response>{{ message.content }}</tool_response>
+{% else %}<{{ message.role }}>
+{%- if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+LLAMA3_TEMPLATE = """{%- if tools %}Given the following functions, please respond with a JSON for a function call.
+Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.
+{% for t in tools %}{{ t | tojson(indent=4) }}
+{% endfor %}{% endif %}
+{%- for message in messages %}<{{ message.role }}>{{ message.content }}
+{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
 
 FAMILIES: dict[Family, tuple[type[Any], type[Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -55,7 +81,7 @@ def byte_characters() -> list[str]:
     return [characters[byte] for byte in range(256)]
 
 
-def write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path, chat_template: str = CHAT_TEMPLATE) -> None:
     """Write tokenizer.json and tokenizer_config.json of a tokenizer with one token per byte."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
@@ -70,7 +96,7 @@ def write_tokenizer(folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

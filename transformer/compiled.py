@@ -13,7 +13,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 def kernel_digest() -> str:
     """A hash of all files with kernels, this one included."""
     digest = hashlib.sha256()
-    for path in sorted(path for package in ("drafters", "transformer") for path in (_ROOT / package).glob("*.py")):
+    for path in sorted(path for package in ("drafters", "transformer") for path in (_ROOT / package).rglob("*.py")):
         content = path.read_bytes()
         if b"@compiled" in content:
             digest.update(content)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels import MAX_ORDER, NgramArrays, locate_contexts, new_workspace, score_text
+from drafters.kernels.ngram import MAX_ORDER, NgramArrays, locate_contexts, new_workspace, score_text
 from drafters.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
 
 CONTEXTS_PER_BUCKET = 4

@@ -19,7 +19,7 @@ from service.api.serving import ServedModel, Serving
 from service.errors import InvalidRequestError, TooManyRequestsError
 from service.keys import Key
 from service.settings import LimitSettings
-from service.structured import Structure, StructureError
+from service.structured import Structure, StructureError, StructureSpec
 
 Fields = TypeVar("Fields", bound=RequestModel)
 TextFields = TypeVar("TextFields", bound=GenerationFields)
@@ -67,12 +67,16 @@ async def plan(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    call_structure: StructureSpec | None = None,
 ) -> Plan:
-    """What to ask of the engine, within this server's limits. Raises InvalidRequestError."""
+    """What to ask of the engine, within this server's limits. Raises InvalidRequestError.
+
+    call_structure: what the output is to keep to where a tool call is required.
+    """
     settings = call.serving.settings
     priority = permitted_priority(call.key, call.fields.priority)
     limits = [seconds for seconds in (call.fields.timeout, settings.server.request_seconds) if seconds is not None]
-    structure = await find_structure(call.fields, call.model, settings.limits)
+    structure = await find_structure(call.fields, call.model, settings.limits, call_structure)
     return make_plan(
         call.fields,
         prompts,
@@ -89,11 +93,15 @@ async def plan(
     )
 
 
-async def find_structure(fields: GenerationFields, model: ServedModel, limits: LimitSettings) -> Structure | None:
+async def find_structure(
+    fields: GenerationFields, model: ServedModel, limits: LimitSettings, call_structure: StructureSpec | None = None
+) -> Structure | None:
     """What the output is to keep to, compiled. Raises InvalidRequestError, TooManyRequestsError."""
     param = "structured_outputs" if fields.structured_outputs is not None else "response_format"
     asked = [field.spec for field in (fields.response_format, fields.structured_outputs) if field is not None]
     specs = [spec for spec in asked if spec is not None]
+    if call_structure is not None:
+        specs, param = [call_structure], "tools"
     if not specs:
         return None
     if len(specs) > 1:

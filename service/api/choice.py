@@ -17,6 +17,7 @@ class TextRules:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    kept_special_tokens: frozenset[int] = frozenset()  # that say where a tool call begins and ends
     min_tokens: int = 0  # stop strings do not count in the text of that many first tokens
 
 
@@ -63,7 +64,9 @@ class Choice:
 
     def __init__(self, tokenizer: TextTokenizer, rules: TextRules) -> None:
         self._end_token_ids = frozenset(tokenizer.end_token_ids)
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=rules.skip_special_tokens)
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=rules.skip_special_tokens, kept=rules.kept_special_tokens
+        )
         self._matcher = StopMatcher(rules.stops, include=rules.include_stop)
         self._rules = rules
         self._num_characters = 0  # detokenized so far, shown or held back

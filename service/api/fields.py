@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1024
@@ -21,6 +21,15 @@ class RequestModel(BaseModel):
 def refuse(message: str) -> PydanticCustomError:
     """An error whose text reaches the client as it is; braces in it are not placeholders."""
     return PydanticCustomError("refused", "{message}", {"message": message})
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, its nesting bounded; None if it is none."""
+    try:
+        content = from_json(text, allow_inf_nan=False, cache_strings="none")
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _is_integer(value: Any) -> bool:
@@ -72,8 +81,8 @@ def check_stop(value: Any) -> Any:
 
 
 def check_content(value: Any) -> Any:
-    """A chat message's text: a string, or text parts that are joined."""
-    if isinstance(value, str):
+    """A chat message's text: a string, or text parts that are joined; whether it may be null is for others to say."""
+    if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise refuse("must be a text or a list of text parts")
@@ -114,12 +123,6 @@ def _check_best_of(value: Any) -> Any:
     if value is None or (_is_integer(value) and value == 1):
         return None
     raise refuse("only 1 is supported by this server")
-
-
-def _check_tool_choice(value: Any) -> Any:
-    if value is None or value == "none":
-        return None
-    raise refuse("tools are not supported by this server")
 
 
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -165,11 +168,12 @@ _PART_SCHEMA = {
 Content = Annotated[
     Any,
     BeforeValidator(check_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}, {"type": "null"}]}
+    ),
 ]
 TokenIds = Annotated[list[int], Field(min_length=1), AfterValidator(_check_ids_field), WithJsonSchema(_IDS_SCHEMA)]
 LogitBias = Annotated[dict[str, float], AfterValidator(_check_logit_bias)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Unsupported = Annotated[Any, BeforeValidator(_refuse_set), WithJsonSchema({"type": "null"})]
 BestOf = Annotated[Any, BeforeValidator(_check_best_of), WithJsonSchema({"enum": [1, None]})]
-ToolChoice = Annotated[Any, BeforeValidator(_check_tool_choice), WithJsonSchema({"enum": ["none", None]})]

@@ -107,15 +107,42 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str  # JSON
+
+
+class ToolCallBody(TypedDict):
+    id: str
+    type: str
+    function: CalledFunction
+
+
+class CalledFunctionDelta(TypedDict, total=False):
+    name: str
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """Part of a call: the first has id, type and name, and the arguments come in pieces."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[str]
+    function: CalledFunctionDelta
+
+
 class ChatMessageBody(TypedDict):
     role: str
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallBody]]
 
 
 class ChatDelta(TypedDict, total=False):
     role: str
-    content: str
+    content: str | None
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChoiceBase(ChoiceEnding):

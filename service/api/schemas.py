@@ -1,8 +1,9 @@
 """What clients may send. Types are strict, unknown fields are refused, null means unset."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from drafters.base import PolicyName
 from service.api.fields import (
@@ -17,10 +18,11 @@ from service.api.fields import (
     Seed,
     Stop,
     TokenIds,
-    ToolChoice,
     Unsupported,
+    refuse,
 )
 from service.api.structures import ResponseFormat, StructuredOutputs
+from service.api.tools import Tool, ToolCall, ToolChoice
 
 
 class StreamOptions(RequestModel):
@@ -90,14 +92,48 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatMessage(RequestModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    """A message; its fields beside role and content are the assistant's, but for name and tool_call_id."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[ToolCall] | None = Field(None, description="What an assistant asked to be called.")
+    tool_call_id: str | None = Field(
+        None, validate_default=True, max_length=256, description="With the role `tool`: the call that this answers."
+    )
+    content: Content = Field(
+        None, validate_default=True, description="Text; null only for an assistant that asked for calls."
+    )
+    reasoning_content: str | None = Field(None, description="An assistant's; given to the template as it is.")
+    reasoning: str | None = Field(None, description="The newer name of `reasoning_content`.")
     name: str | None = Field(None, max_length=256)
     refusal: Unsupported = None
     annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
+    parsed: Any = Field(None, description="Not used; the openai client keeps it.")
+
+    @field_validator("tool_calls", "reasoning_content", "reasoning")
+    @classmethod
+    def check_assistants(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role") not in ("assistant", None):
+            raise refuse("only with the role assistant")
+        return value or None
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def check_tool_call_id(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if value is None and role == "tool":
+            raise PydanticCustomError("missing", "missing")
+        if value is not None and role not in ("tool", None):
+            raise refuse("only with the role tool")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def check_null(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and not (info.data.get("role") == "assistant" and info.data.get("tool_calls")):
+            raise PydanticCustomError("missing", "missing")
+        return value
 
 
 class ChatCompletionRequest(GenerationFields):
@@ -105,7 +141,27 @@ class ChatCompletionRequest(GenerationFields):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"messages": [{"role": "user", "content": "Read a file line by line"}], "max_tokens": 64}]
+            "examples": [
+                {"messages": [{"role": "user", "content": "Read a file line by line"}], "max_tokens": 64},
+                {
+                    "messages": [{"role": "user", "content": "What is the weather in Rome?"}],
+                    "tools": [
+                        {
+                            "type": "function",
+                            "function": {
+                                "name": "get_weather",
+                                "parameters": {
+                                    "type": "object",
+                                    "properties": {"city": {"type": "string", "maxLength": 24}},
+                                    "required": ["city"],
+                                    "additionalProperties": False,
+                                },
+                            },
+                        }
+                    ],
+                    "tool_choice": "required",
+                },
+            ]
         }
     )
 
@@ -113,8 +169,13 @@ class ChatCompletionRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="The newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Report each token's log probability.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives; only with `logprobs`.")
-    tools: Unsupported = Field(None, description="Not supported yet.")
-    tool_choice: ToolChoice = Field(None, description="Not supported yet.")
+    tools: list[Tool] | None = Field(None, description="Functions that the model may ask to be called.")
+    tool_choice: ToolChoice = Field(
+        None,
+        description="`auto` (default): the model decides, if its chat template knows tools. `required`, or a function: "
+        "the answer is a call that keeps to its schema, with any model. `none`: the model is not shown the tools.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call; default true.")
 
 
 class TokenizeRequest(RequestModel):
@@ -125,6 +186,7 @@ class TokenizeRequest(RequestModel):
     model: str | None = Field(None, max_length=256)
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[Tool] | None = Field(None, description="For messages: what the chat template is to show.")
     add_special_tokens: bool | None = Field(None, description="Default: true for a text, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="For messages; default true.")
     return_token_strs: bool | None = Field(None, description="Answer with each token's text too.")

@@ -28,7 +28,12 @@ async def tokenize(request: Request) -> Tokenized:
         raise InvalidRequestError("Send either prompt or messages.", param="prompt", code="invalid_value")
     if fields.messages is not None:
         wants_generation_prompt = fields.add_generation_prompt is not False
-        text = await render(fields.messages, model, add_generation_prompt=wants_generation_prompt)
+        text = await render(
+            fields.messages,
+            model,
+            tools=[tool.for_template() for tool in fields.tools or ()],
+            add_generation_prompt=wants_generation_prompt,
+        )
         add_special_tokens = bool(fields.add_special_tokens)
     else:
         text = fields.prompt or ""

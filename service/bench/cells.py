@@ -1,19 +1,21 @@
 """The configurations that are compared: settings of the service, and the two that no setting gives."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from drafters import prompt_lookup
 from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
-from drafters.pipeline import DraftPipeline, PipelineOptions
+from drafters.pipeline import DraftPipeline
+from drafters.planner import LengthOptions
 from service.bench.records import Role
 from service.engine.drafting import Drafting
-from service.settings import Settings
+from service.settings import Settings, SpeculationSettings
 from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
@@ -83,16 +85,41 @@ class UnknownCellError(Exception):
 
 
 def choose_cells(names: Sequence[str] | None, everything: bool, has_drafter: bool) -> list[Cell]:
-    """The cells to measure, `plain` always first: by name, all, or the usual ones. Raises UnknownCellError."""
-    known = {cell.name: cell for cell in CELLS}
+    """The cells to measure, `plain` always first: by name, all, or the usual ones.
+
+    A name may go on with speculation settings of its own: `cps-fixed+refinement_steps=2`. Raises UnknownCellError.
+    """
     if names is None:
         return [cell for cell in CELLS if (everything or cell.is_usual) and (has_drafter or cell.drafter == "none")]
-    for name in names:
-        if name not in known:
-            raise UnknownCellError(f"unknown cell {name!r}; there are {', '.join(known)}")
-        if known[name].drafter != "none" and not has_drafter:
-            raise UnknownCellError(f"the cell {name!r} needs a diffusion drafter: name its folder with --drafter")
-    return [known[name] for name in dict.fromkeys([PLAIN, *names])]
+    chosen = [find_cell(name) for name in dict.fromkeys([PLAIN, *names])]
+    for cell in chosen:
+        if cell.drafter != "none" and not has_drafter:
+            raise UnknownCellError(f"the cell {cell.name!r} needs a diffusion drafter: name its folder with --drafter")
+    return chosen
+
+
+def find_cell(name: str) -> Cell:
+    """The cell of that name, with the settings that are added to it. Raises UnknownCellError."""
+    known = {cell.name: cell for cell in CELLS}
+    base, *added = name.split("+")
+    if base not in known:
+        raise UnknownCellError(f"unknown cell {base!r}; there are {', '.join(known)}")
+    cell = known[base]
+    if not added:
+        return cell
+    if base == PLAIN or cell.kind != "service":
+        raise UnknownCellError(f"the cell {base!r} takes no settings")
+    overrides = dict(cell.overrides)
+    for assignment in added:
+        setting, _, value = assignment.partition("=")
+        overrides[setting] = value
+    try:
+        checked = SpeculationSettings.model_validate(overrides)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UnknownCellError(f"{name}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    overrides = {setting: getattr(checked, setting) for setting in overrides}
+    return replace(cell, name=name, meaning=f"{cell.meaning}; {', '.join(added)}", overrides=overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +138,8 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     if cell.kind == "copy":
         target = models.target
         causal = CausalModel(target.vocabulary_size, end_tokens=target.end_token_ids)
-        options = PipelineOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
-        return DraftPipeline(causal, None, None, options, "copy")
+        lengths = LengthOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
+        return DraftPipeline(causal, None, None, lengths, "copy")
     changed = settings.model_copy(update={"speculation": speculation})
     return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
 
@@ -130,6 +157,7 @@ class PromptLookupDrafting:
 
     description = "prompt lookup"
     drafter_up = True
+    num_failures = 0
     last_draft_seconds = last_search_seconds = 0.0
     last_diffusion_rows = 0
 

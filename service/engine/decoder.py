@@ -54,7 +54,8 @@ class Decoder:
         self._clock = clock
         self._drafting_resumes_at = 0.0
         self._pause_seconds = 0.0
-        self.num_draft_failures = 0  # steps that went without drafts because the pipeline raised, and failed releases
+        self._num_failures = 0  # whatever the pipeline raised
+        self._num_reported = 0  # of all failures, by step records
 
     @property
     def drafter_up(self) -> bool:
@@ -75,7 +76,7 @@ class Decoder:
         seconds = PhaseSeconds(
             proposal.draft_seconds, proposal.search_seconds, committing - started, self._clock() - committing
         )
-        self._report(_record(parts, proposal, verified, seconds, mean_context))
+        self._report(_record(parts, proposal, verified, seconds, mean_context, self._take_failures()))
         return results
 
     def release(self, decoding: Decoding) -> None:
@@ -143,10 +144,16 @@ class Decoder:
 
     def _pause_drafting(self, what: str) -> None:
         """Contain a failure of the pipeline: decode without drafts for a while, longer each time it fails again."""
-        self.num_draft_failures += 1
+        self._num_failures += 1
         self._pause_seconds = min(max(2 * self._pause_seconds, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
         self._drafting_resumes_at = self._clock() + self._pause_seconds
         log.exception("%s; decoding goes on without drafts for %.0f s", what, self._pause_seconds)
+
+    def _take_failures(self) -> int:
+        """Failures of the drafter, or of a part of it, that no record has told yet."""
+        count = self._num_failures + self._pipeline.num_failures
+        fresh, self._num_reported = count - self._num_reported, count
+        return fresh
 
     def _report(self, record: StepRecord) -> None:
         try:
@@ -204,6 +211,7 @@ def _record(
     verified: Sequence[VerifyResult],
     seconds: PhaseSeconds,
     mean_context: float,
+    num_drafter_failures: int,
 ) -> StepRecord:
     return StepRecord(
         outcomes=[
@@ -222,4 +230,5 @@ def _record(
         seconds=seconds,
         num_diffusion_rows=proposal.num_diffusion_rows,
         mean_context=mean_context,
+        num_drafter_failures=num_drafter_failures,
     )

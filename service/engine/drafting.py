@@ -22,6 +22,10 @@ class Drafting(Protocol):
         """False while a part of it is left out after a failure."""
 
     @property
+    def num_failures(self) -> int:
+        """Failures of such a part so far: contained, logged, and no exception of `propose`."""
+
+    @property
     def last_draft_seconds(self) -> float:
         """Of the latest `propose`: seconds in drafter passes."""
 

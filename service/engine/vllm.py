@@ -1,7 +1,6 @@
 """vLLM as the engine: its `AsyncLLM` in this process, our drafting pipeline inside its worker (vLLM 0.32)."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from service.engine.base import (
     RequestTimeoutError,
     TokenDelta,
 )
+from service.engine.vllm_live import LiveRequests
 from service.engine.vllm_memory import GIB, TargetFacts
 from service.engine.vllm_probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
 from service.engine.vllm_requests import DeltaReader, leaves_no_token, sampling_params
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.25  # between two questions to the worker about its steps
 _LAST_STEP_SECONDS = 5.0
-_DRAIN_RATE_MEMORY = 32  # ended requests that the drain rate is estimated from
 
 
 class VllmEngine:
@@ -57,11 +56,7 @@ class VllmEngine:
         self._failure = ""
         self._is_ready = False
         self._is_stopping = False
-        self._live: dict[str, float] = {}  # request id -> when it came
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._ended_at: list[float] = []
-        self._progress_at = 0.0  # when the engine last got something done, or began to have something to do
+        self._live = LiveRequests(clock)
         self._reporting: asyncio.Task[None] | None = None
         self._drafter_up, self.num_drafter_failures = True, 0
         self._target: TargetFacts | None = None
@@ -108,9 +103,9 @@ class VllmEngine:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let the others end for at most `drain_seconds`, then end them with `abort`."""
         self._is_stopping = True
-        if not await self._wait_idle(drain_seconds) and self._llm is not None:
+        if not await self._live.wait_idle(drain_seconds) and self._llm is not None:
             await self._llm.abort(list(self._live))
-            if not await self._wait_idle(_LAST_STEP_SECONDS):
+            if not await self._live.wait_idle(_LAST_STEP_SECONDS):
                 log.error("vLLM hangs in a step and is left behind")
         if self._reporting is not None:
             self._reporting.cancel()
@@ -127,7 +122,7 @@ class VllmEngine:
         counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage, self._drafter_up)
         if self._llm is None or self._llm.errored:
             return EngineStatus("dead", "vLLM's engine has died", *counts)
-        seconds = self._seconds_without_progress()
+        seconds = self._live.seconds_without_progress
         if seconds > self._settings.scheduler.hang_seconds:
             return EngineStatus("hung", f"no step has ended for {seconds:.0f} seconds while requests run", *counts)
         if self._is_stopping:
@@ -137,19 +132,10 @@ class VllmEngine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
         self._admit(request)
-        if not self._live:
-            self._progress_at = self._clock()
-        self._live[request.request_id] = self._clock()
-        self._idle.clear()
-        try:
+        with self._live.hold(request.request_id, len(request.prompt) + request.max_tokens):
             async with aclosing(self._deltas(request)) as deltas:
                 async for delta in deltas:
                     yield delta
-        finally:
-            del self._live[request.request_id]
-            self._ended_at = [*self._ended_at[1 - _DRAIN_RATE_MEMORY :], self._clock()]
-            if not self._live:
-                self._idle.set()
 
     async def _deltas(self, request: GenerationRequest, probe: int | None = None) -> AsyncGenerator[TokenDelta, None]:
         """Run one request in vLLM, with its errors in this service's words."""
@@ -207,17 +193,15 @@ class VllmEngine:
                 f"at most {self.context_length} tokens together"
             )
         scheduler = self._settings.scheduler
-        if len(self._live) >= scheduler.max_running + scheduler.max_waiting:
-            waiting = len(self._live) - scheduler.max_running
+        waiting = self._live.waiting_tokens(scheduler.max_running)
+        is_full = len(self._live) >= scheduler.max_running + scheduler.max_waiting
+        if waiting and scheduler.max_waiting_tokens is not None:
+            is_full |= sum(waiting) >= scheduler.max_waiting_tokens
+        if is_full:
             raise QueueFullError(
-                f"{scheduler.max_running} requests run and {waiting} wait; try again later", self._retry_after()
+                f"{len(waiting)} requests of {sum(waiting)} tokens are waiting already: try again later",
+                self._live.retry_after(len(waiting) + 1),
             )
-
-    def _retry_after(self) -> float:
-        """Seconds until a place should be free, from the rate at which requests ended lately."""
-        if len(self._ended_at) < 2:
-            return 1.0
-        return max((self._ended_at[-1] - self._ended_at[0]) / (len(self._ended_at) - 1), 0.1)
 
     @property
     def _facts(self) -> TargetFacts:
@@ -244,16 +228,10 @@ class VllmEngine:
 
         self._loading = ("starting vLLM's processes", 0.3)
         arguments = vllm_config.engine_arguments(settings, target, plan)
-        self._watch = StepWatch(self._note_progress)
+        self._watch = StepWatch(self._live.note_progress)
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self._watch]
         )
-
-    def _note_progress(self) -> None:
-        self._progress_at = self._clock()
-
-    def _seconds_without_progress(self) -> float:
-        return self._clock() - self._progress_at if self._live else 0.0
 
     async def _describe(self) -> str:
         if self._settings.vllm.method != vllm_config.OURS:
@@ -310,19 +288,14 @@ class VllmEngine:
         self._drafter_up = all(answer["up"] for answer in answers)
         failures = sum(answer["failures"] for answer in answers)
         if failures > self.num_drafter_failures:
-            failure = next(answer["failure"] for answer in answers if answer["failure"])
-            log.error("the drafter has failed (%s); decoding goes on without drafts for a while", failure)
+            failure = next((answer["failure"] for answer in answers if answer["failure"]), "the worker's log says why")
+            log.error("the drafter has failed (%s); decoding goes on without it for a while", failure)
             self._observe_failures(failures - self.num_drafter_failures)
         self.num_drafter_failures = failures
         for answer in answers:
             for record in unpack_records(answer["records"]):
                 for observe in self._observers:
                     observe(record)
-
-    async def _wait_idle(self, seconds: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        return not self._live
 
     async def _shutdown(self) -> None:
         llm, self._llm = self._llm, None

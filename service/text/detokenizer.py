@@ -13,9 +13,12 @@ class IncrementalDetokenizer:
     All returned pieces joined, `finish()` included, are `tokenizer.decode` of all tokens.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, kept: frozenset[int] = frozenset()
+    ) -> None:
+        """kept: special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:

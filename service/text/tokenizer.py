@@ -1,7 +1,7 @@
 """A checkpoint's tokenizer: text to ids, ids to bytes, and the chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class TextTokenizer:
         pieces = (self.bytes_of(token) for token in tokens if not (skip_special_tokens and token in self.special_ids))
         return b"".join(pieces).decode("utf-8", "replace")
 
+    def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
+        """The special tokens that are written so."""
+        return frozenset(token for token in self.special_ids if self.bytes_of(token).decode() in texts)
+
     def bytes_of(self, token: int) -> bytes:
         """The bytes one token adds to the text; none for ids beyond the tokenizer's (padding rows of the logits)."""
         return self._bytes[token] if token < len(self._bytes) else b""
@@ -79,7 +83,13 @@ class TextTokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
 
         Raises ChatTemplateError.
@@ -88,7 +98,10 @@ class TextTokenizer:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         try:
             text: str = self._loaded.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template may raise anything: it is a program of the checkpoint's author
             raise ChatTemplateError(f"the model's chat template refuses these messages: {error}") from None
@@ -103,6 +116,14 @@ class TextTokenizer:
     def special_tokens(self) -> dict[str, str]:
         """By role, such as `eos_token`."""
         return {role: str(token) for role, token in self._loaded.special_tokens_map.items()}
+
+    @property
+    def tool_template(self) -> str:
+        """The chat template that renders tools, among several the one that is made for it; empty if there is none."""
+        template = self._loaded.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default")
+        return template or ""
 
     @property
     def chat_template(self) -> str | None:

@@ -1,6 +1,7 @@
 """A real server on a free port, in a thread of its own, so that blocking clients can talk to it."""
 
 import functools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +23,30 @@ from service.wiring import build_engine, build_metrics, build_tokenizer
 @contextmanager
 def serving(app: FastAPI, *, wait_until_ready: bool = True) -> Iterator[str]:
     """Yield the URL of `app`."""
+    with running(app, wait_until_ready=wait_until_ready) as server:
+        yield url_of(server)
+
+
+def url_of(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@contextmanager
+def running(
+    app: FastAPI, listener: socket.socket | None = None, *, wait_until_ready: bool = True
+) -> Iterator[uvicorn.Server]:
+    """Yield the server of `app`, on `listener` or a free port."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    sockets = None if listener is None else [listener]
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     try:
         _wait_for(lambda: server.started, 30)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         if wait_until_ready:
             # numba may have to compile, and vLLM starts two processes that import it again
-            _wait_for(lambda: httpx.get(url + "/ready").status_code == 200, 600)
-        yield url
+            _wait_for(lambda: httpx.get(url_of(server) + "/ready").status_code == 200, 600)
+        yield server
     finally:
         server.should_exit = True
         thread.join(30)

@@ -141,11 +141,11 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": ["hi"]}, "messages[0]"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
     ({"messages": [USER, {"role": "user", "content": [{"type": "image_url"}]}]}, "messages[1].content"),
     ({"messages": [{**USER, "color": 1}]}, "messages[0].color"),
-    ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
-    ({"messages": [USER], "tools": [{"type": "function"}]}, "tools"),
+    ({"messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].type"),
+    ({"messages": [USER], "tools": [{"type": "function"}]}, "tools[0].function"),
     ({"messages": [USER], "tool_choice": "auto"}, "tool_choice"),
     ({"messages": [USER], "chat_template": "{{ 1 }}"}, "chat_template"),
     ({"messages": [USER], "top_logprobs": 2}, "top_logprobs"),
@@ -223,7 +223,8 @@ FIELDS = [
     "ignore_eos", "include_stop_str_in_output",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids",
     "bad_words", "seed", "user", "priority", "response_format", "structured_outputs", "skip_special_tokens", "suffix",
-    "return_token_ids", "truncate_prompt_tokens", "speculative", "tools", "max_completion_tokens", "tokens",
+    "return_token_ids", "truncate_prompt_tokens", "speculative", "tools", "tool_choice", "max_completion_tokens",
+    "tokens",
 ]  # fmt: skip
 PLAUSIBLE = {
     "prompt": st.text(max_size=5)

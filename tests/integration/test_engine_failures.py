@@ -120,6 +120,7 @@ def test_a_drafter_that_raises_costs_drafts_and_nothing_else(
     assert "no luck" in caplog.text
     reasons = {each.draft.bypass_reason for step in drafter.steps for each in step.outcomes}
     assert reasons == {"prefill", "drafter_failed", "last_token"}
+    assert sum(step.num_drafter_failures for step in drafter.steps) == raised
     assert not drafter.remembered
 
 

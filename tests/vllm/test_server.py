@@ -20,6 +20,7 @@ from tests.integration.api_server import wait_for
 
 PORT = 8157
 START_SECONDS = 420
+MAX_RUNNING, MAX_WAITING = 8, 24
 BODY = {"prompt": "def f(x):\n    return f(x) + ", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
@@ -27,7 +28,11 @@ class Server:
     """The process, and what it has said on stderr so far."""
 
     def __init__(self, target: Path, drafter: Path) -> None:
-        environment = os.environ | {"DIFFUSPEC_VLLM__PIPELINE": "tests.vllm.pipelines:make_failing"}
+        environment = os.environ | {
+            "DIFFUSPEC_VLLM__PIPELINE": "tests.vllm.pipelines:make_failing",
+            "DIFFUSPEC_SCHEDULER__MAX_RUNNING": str(MAX_RUNNING),
+            "DIFFUSPEC_SCHEDULER__MAX_WAITING": str(MAX_WAITING),
+        }
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         self.url = f"http://127.0.0.1:{PORT}"
         self.process = subprocess.Popen(
@@ -158,6 +163,28 @@ def test_200_clients_that_leave_midway_change_nothing_for_others(server: Server)
     assert server.text() == expected
     answers = httpx.get(server.url + "/metrics").text
     assert answers.count("# TYPE vllm:num_requests_running gauge") == 1
+
+
+def test_what_the_queue_cannot_hold_is_told_when_to_come_back(server: Server) -> None:
+    expected = server.text()
+    with httpx.Client(limits=httpx.Limits(max_connections=None), timeout=300) as client:
+
+        def ask(_: int) -> httpx.Response:
+            return client.post(server.url + "/v1/completions", json=BODY)
+
+        with concurrent.futures.ThreadPoolExecutor(3 * (MAX_RUNNING + MAX_WAITING)) as pool:
+            answers = list(pool.map(ask, range(3 * (MAX_RUNNING + MAX_WAITING))))
+    accepted = [answer for answer in answers if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(accepted) + len(refused) == len(answers)
+    assert len(accepted) >= MAX_RUNNING + MAX_WAITING  # as many as there is room for, and no more at a time
+    assert refused
+    assert {answer.json()["choices"][0]["text"] for answer in accepted} == {expected}
+    for answer in refused:
+        assert answer.json()["error"]["code"] == "queue_full"
+        assert int(answer.headers["retry-after"]) >= 1
+    wait_for(lambda: server.metric("vllm:num_requests_running") == 0, 60)
+    assert server.text() == expected
 
 
 def test_a_killed_worker_ends_the_server_with_an_error_after_answering(server: Server) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.bench.cli import add_arguments, run
+from service.bench.arguments import add_arguments
+from service.bench.cli import run
 from service.bench.report import FORMAT
 
 

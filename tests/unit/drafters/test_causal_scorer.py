@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.causal_scorer import WINDOW, CausalModel, CopyCalibration
-from drafters.kernels import MAX_MATCH, new_workspace
-from drafters.kernels import find_copy as compiled_find_copy
-from drafters.kernels import index_text as compiled_index_text
+from drafters.kernels.copying import MAX_MATCH
+from drafters.kernels.copying import find_copy as compiled_find_copy
+from drafters.kernels.copying import index_text as compiled_index_text
+from drafters.kernels.ngram import new_workspace
 from drafters.ngram import NgramModel
 from models.training.ngram import fit_ngram
 

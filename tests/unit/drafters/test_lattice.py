@@ -92,6 +92,16 @@ def test_not_a_number_among_numbers_is_no_candidate() -> None:
     assert lattice.log_normalisers[0] == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.parametrize(("value", "is_broken"), [(float("nan"), True), (float("inf"), True), (float("-inf"), False)])
+def test_a_row_that_ends_the_draft_is_told_apart_from_a_broken_one(value: float, is_broken: bool) -> None:
+    logits = random_logits(2, 3, 130)
+    assert not DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows
+    logits[1] = value
+    assert DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows == is_broken
+    logits[1, :129] = float("-inf")  # all but one token refused by a structure
+    assert DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows == is_broken
+
+
 def test_lengths_and_options_are_checked() -> None:
     with pytest.raises(ValueError, match="sum to 3 rows"):
         DraftLattice.from_logits(torch.zeros(2, 5), [1, 2], LatticeOptions())

@@ -10,8 +10,10 @@ from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName
 from drafters.causal_scorer import CausalModel
 from drafters.diffusion import DiffusionDrafter
 from drafters.path_search import PathSearch
-from drafters.pipeline import DraftPipeline, PipelineOptions
+from drafters.pipeline import RETRY_AFTER_STEPS, DraftPipeline
+from drafters.planner import LengthOptions
 from tests.checkpoints import VOCABULARY_SIZE
+from tests.faulty import FaultyTransformer
 from transformer.model import Transformer
 
 CHEAP_ROWS = {1: 1e-3, 1024: 1.1e-3}
@@ -19,14 +21,17 @@ DEAR_ROWS = {1: 1e-3, 1024: 1.0}
 REAL_ROWS = {1: 1e-3, 64: 4e-3}
 
 
-def build(folder: Path | None, num_slots: int = 8, copying: bool = True, **options: object) -> DraftPipeline:
+def build(
+    folder: Path | None, num_slots: int = 8, copying: bool = True, model: Transformer | None = None, **options: object
+) -> DraftPipeline:
     causal = CausalModel(VOCABULARY_SIZE, use_copy=copying)
-    diffusion = None if folder is None else DiffusionDrafter(Transformer.load(folder), num_slots, VOCABULARY_SIZE)
+    model = Transformer.load(folder) if model is None and folder is not None else model
+    diffusion = None if model is None else DiffusionDrafter(model, num_slots, VOCABULARY_SIZE)
     return DraftPipeline(
         causal if copying else None,
         PathSearch(causal),
         diffusion,
-        PipelineOptions(**options),
+        LengthOptions(**options),
         "tiny",  # type: ignore[arg-type]
     )
 
@@ -152,6 +157,25 @@ def test_a_failing_drafter_is_left_out_and_tried_again(tiny_drafter: Path, caplo
         draft = pipeline.propose([both[0]])[0]
     assert pipeline.drafter_up
     assert draft.source == "diffusion"
+
+
+def test_logits_that_are_not_numbers_are_a_failure_of_the_drafter(
+    tiny_drafter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FaultyTransformer.load(tiny_drafter)
+    pipeline = build(None, model=model, policy="fixed")
+    one = request(text(20))
+    model.plant("nan")
+    assert pipeline.propose([one])[0].source != "diffusion"
+    assert not pipeline.drafter_up
+    assert pipeline.num_failures == 1
+    assert "not numbers" in caplog.text
+    model.plant("none")
+    drafts = [pipeline.propose([one])[0] for _ in range(RETRY_AFTER_STEPS + 1)]
+    assert [draft.source == "diffusion" for draft in drafts] == [False] * RETRY_AFTER_STEPS + [True]
+    assert drafts[-1].tokens == build(tiny_drafter, policy="fixed").propose([one])[0].tokens
+    assert pipeline.drafter_up
+    assert pipeline.num_failures == 1
 
 
 def test_release_forgets_everything(tiny_drafter: Path) -> None:

@@ -13,6 +13,7 @@ from drafters.masked import MaskedRequest
 from drafters.vocabulary import MappedDrafter, RetokenizingDrafter
 from drafters.vocabulary_map import VocabularyMap, compare_vocabularies
 from tests.checkpoints import TOKENIZER_LENGTH, VOCABULARY_SIZE, write_hub_drafter
+from tests.faulty import FaultyTransformer
 from transformer.model import Transformer
 
 TARGET = {"a": 0, "b": 1, "c": 2, "<end>": 3}
@@ -105,6 +106,20 @@ def test_context_tokens_without_an_image_are_spelled_in_tokens_that_have_one(mod
         logits = mapped.propose([MaskedRequest("a", text[:so_far], 3)])
     best = expected.argmax(-1)
     assert torch.equal((logits.argmax(-1) + 7) % 256, best)
+
+
+@pytest.mark.parametrize("kind", ["mapped", "retokenizing"])
+def test_what_is_no_number_stays_none_across_the_gap(kind: str, tmp_path: Path) -> None:
+    write_hub_drafter(tmp_path, "sdar")
+    broken = FaultyTransformer.load(tmp_path)
+    broken.plant("nan")
+    inner = drafter_of(broken)
+    drafter = (
+        MappedDrafter(inner, rotation(missing=[0]), VOCABULARY_SIZE, lambda token: ())
+        if kind == "mapped"
+        else RetokenizingDrafter(inner, Letters(0), Letters(3), VOCABULARY_SIZE, {})
+    )
+    assert drafter.propose([MaskedRequest("a", random_tokens(20, seed=3) % 90 + 20, 4)]).isnan().all()
 
 
 class Letters:

@@ -18,6 +18,7 @@ class RuleDrafter:
         self.max_draft_tokens = max_draft_tokens
         self.description = "a rule"
         self.drafter_up = True
+        self.num_failures = 0
         self.last_draft_seconds = 0.0
         self.last_search_seconds = 0.0
         self.last_diffusion_rows = 0

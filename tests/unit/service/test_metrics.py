@@ -66,6 +66,12 @@ def test_a_step_is_counted_by_our_names(metrics: ServiceMetrics) -> None:
     assert value(metrics, "diffuspec_policy_info", policy="goodput") == 1
 
 
+def test_failures_of_the_drafter_are_counted(metrics: ServiceMetrics) -> None:
+    metrics.observe(StepRecord((), 1, 0, PhaseSeconds(), num_drafter_failures=2))
+    metrics.observe(StepRecord((), 1, 0, PhaseSeconds()))
+    assert value(metrics, "diffuspec_drafter_failures_total") == 2
+
+
 def test_draft_lengths_are_kept_apart_by_the_policy_that_chose_them(metrics: ServiceMetrics) -> None:
     drafts = (Outcome("a", DRAFTED, 0, "paper"), Outcome("b", DRAFTED, 0, "fixed"), Outcome("c", DRAFTED, 0))
     metrics.observe(StepRecord(drafts, 12, 0, PhaseSeconds()))

@@ -1,0 +1,114 @@
+"""Free drafts: chains of what copying and n-grams, mixed, hold for most probable, or for the likely draw."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.kernels.copying import clear_text, find_copy, index_text
+from drafters.kernels.ngram import enter_context, leave_context
+from drafters.kernels.tokens import NO_TOKEN, contains
+from transformer.compiled import compiled
+from transformer.noise import gumbel, noise_key
+
+LEAST_SHARE = 1e-3  # of the most probable token's probability: less probable ones are not expected to be drawn
+
+
+class Noise(NamedTuple):
+    """What is known of the noise that the target draws with, per request of a batch.
+
+    The target takes the token with the largest `log p / temperature + noise`; so does a draft, with its estimate of p.
+    """
+
+    seeds: NDArray[np.uint64]  # [requests]
+    positions: NDArray[np.int64]  # [requests] absolute position of the first drafted token
+    causal_scales: NDArray[np.float64]  # [requests] on the causal model's log probabilities; 0: no noise, as if greedy
+    lattice_scales: NDArray[np.float64]  # [requests] on the lattice's log probabilities
+
+
+@compiled
+def _most_probable(
+    ngram: Any, found: int, rest: float, copied: int, weight: float, work: Any
+) -> tuple[np.int64, float]:
+    """The mixture's most probable token in the context at hand, and its probability."""
+    best, best_probability = np.int64(NO_TOKEN), 0.0
+    for index in range(found):
+        for successor in range(work.starts[index], work.stops[index]):
+            token = np.int64(ngram.tokens[successor])
+            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+            if token == copied:
+                probability += weight
+            if probability > best_probability:
+                best, best_probability = token, probability
+    if weight > 0.0:
+        probability = weight + (1.0 - weight) * (work.sums[copied] + rest * ngram.unigram[copied])
+        if probability > best_probability:
+            best, best_probability = np.int64(copied), probability
+    return best, best_probability
+
+
+@compiled
+def _likely_draw(
+    ngram: Any,
+    found: int,
+    rest: float,
+    copied: int,
+    weight: float,
+    least: float,
+    scale: float,
+    key: np.uint64,
+    work: Any,
+) -> tuple[np.int64, float]:
+    """The token that the target would draw with this noise if the mixture were its distribution, and how surely.
+
+    Tokens of a probability below `least` are left out. The confidence grows with the lead over the second.
+    """
+    best, first, second = np.int64(NO_TOKEN), -np.inf, -np.inf
+    for index in range(-1, found):
+        start, stop = (work.starts[index], work.stops[index]) if index >= 0 else (np.int64(0), np.int64(weight > 0.0))
+        for successor in range(start, stop):
+            token = np.int64(ngram.tokens[successor]) if index >= 0 else np.int64(copied)
+            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+            if token == copied:
+                probability += weight
+            if probability < least or token == best:
+                continue
+            value = scale * np.log(probability) + gumbel(key, token)
+            if value > first:
+                best, first, second = token, value, first
+            elif value > second:
+                second = value
+    return best, (1.0 - np.exp(second - first)) * (1.0 - (1.0 - weight) * rest)
+
+
+@compiled
+def greedy_chains(
+    flat: Any, starts: Any, caps: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copy_weights: Any, work: Any,
+    lengths: Any, tokens: Any, confidences: Any,
+) -> None:  # fmt: skip
+    """Per text, follow the mixture's most probable token (or likely draw, where the noise is known).
+
+    Up to `caps` times, to an end token, or until the product of the confidences falls below `floors`.
+    """
+    for request in range(len(caps)):
+        text, path = flat[starts[request] : starts[request + 1]], tokens[request]
+        index_text(text, 0, len(text), work)
+        survival = 1.0
+        for step in range(caps[request]):
+            match, copied = find_copy(text, path, step, work)
+            weight = copy_weights[match]
+            found, rest = enter_context(ngram, text, path, step, work)
+            best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
+            if noise.causal_scales[request] > 0.0 and best != NO_TOKEN:
+                key = noise_key(noise.seeds[request], noise.positions[request] + step)
+                scale, least = noise.causal_scales[request], confidence * LEAST_SHARE
+                best, confidence = _likely_draw(ngram, found, rest, copied, weight, least, scale, key, work)
+            leave_context(ngram, found, work)
+            survival *= confidence
+            if best == NO_TOKEN or survival < floors[request]:
+                break
+            path[step], confidences[request, step] = best, confidence
+            lengths[request] = step + 1
+            if contains(ends, len(ends), best):
+                break
+        clear_text(text, work)

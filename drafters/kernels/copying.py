@@ -1,0 +1,105 @@
+"""Copying from the request's own text: the longest earlier match of its end, and how far it is to be trusted."""
+
+from typing import Any
+
+import numpy as np
+
+from drafters.kernels.ngram import enter_context, leave_context
+from drafters.kernels.tokens import NO_TOKEN, token_at
+from transformer.compiled import compiled
+
+MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
+
+
+@compiled
+def index_text(text: Any, first: int, stop: int, work: Any) -> None:
+    """Chain the positions of equal tokens, so that a match is looked for only where its last token stands."""
+    for position in range(first, stop):
+        token = text[position]
+        if 0 <= token < len(work.last):
+            work.previous[position] = work.last[token]
+            work.last[token] = position
+
+
+@compiled
+def clear_text(text: Any, work: Any) -> None:
+    for position in range(len(text)):
+        if 0 <= text[position] < len(work.last):
+            work.last[text[position]] = NO_TOKEN
+
+
+@compiled
+def _match_length(text: Any, path: Any, position: int, end: int) -> int:
+    """How many tokens up to and including `position` equal those at the end."""
+    match = 0
+    while (
+        match < MAX_MATCH
+        and match <= position
+        and token_at(text, path, position - match) == token_at(text, path, end - 1 - match)
+    ):
+        match += 1
+    return match
+
+
+@compiled
+def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, np.int64]:
+    """Longest earlier match of the end of `text + path[:length]`: (match length, token after it), or (0, -1).
+
+    The most recent of equally long matches wins. A match may end, and its continuation lie, in the path itself.
+    """
+    end = len(text) + length
+    if end < 2:
+        return np.int64(0), np.int64(NO_TOKEN)
+    last_token = token_at(text, path, end - 1)
+    if not 0 <= last_token < len(work.last):
+        return np.int64(0), np.int64(NO_TOKEN)
+    best, best_position = 0, -1
+    for position in range(end - 2, len(text) - 1, -1):  # the path is short and not chained
+        match = _match_length(text, path, position, end)
+        if match > best:
+            best, best_position = match, position
+    position = work.last[last_token] if length > 0 else work.previous[len(text) - 1]
+    while position >= 0 and best < MAX_MATCH:
+        match = _match_length(text, path, position, end)
+        if match > best:
+            best, best_position = match, position
+        position = work.previous[position]
+    if best == 0:
+        return np.int64(0), np.int64(NO_TOKEN)
+    token = np.int64(token_at(text, path, best_position + 1))
+    if not 0 <= token < len(work.last):
+        return np.int64(0), np.int64(NO_TOKEN)
+    return np.int64(best), token
+
+
+@compiled
+def copy_weight(right: float, seen: float) -> float:
+    return min(right / seen, 0.995)  # never so sure that all else becomes impossible
+
+
+@compiled
+def learn_copying(
+    text: Any, first: int, ngram: Any, copy_weights: Any, work: Any, decay: float, right: Any, seen: Any
+) -> None:
+    """Predict `text[first:]` token by token, and move `right`, `seen` and `copy_weights` (each
+    [17], by match length) accordingly.
+
+    A right copy counts by its share of the mixture's probability (expectation maximisation): a token that the n-gram
+    model expects anyway says little about copying.
+    """
+    index_text(text, 0, first, work)
+    for position in range(first, len(text)):
+        before = text[:position]
+        match, copied = find_copy(before, before, 0, work)
+        if match > 0:
+            credit = 0.0
+            if copied == text[position]:
+                found, rest = enter_context(ngram, before, before, 0, work)
+                otherwise = work.sums[copied] + rest * ngram.unigram[copied]
+                leave_context(ngram, found, work)
+                credit = copy_weights[match] / (copy_weights[match] + (1.0 - copy_weights[match]) * otherwise)
+            right[match] = decay * right[match] + credit
+            seen[match] = decay * seen[match] + 1.0
+            copy_weights[match] = copy_weight(right[match], seen[match])
+        index_text(text, position, position + 1, work)
+    clear_text(text, work)

@@ -1,0 +1,188 @@
+"""What is worth drafting, and how much of a draft is worth verifying: the draft length of every policy (ADL).
+
+`fixed` and `paper` (Eqs. 9 to 11) say a length whatever it costs. `goodput` weighs what was learned while serving: how
+often tokens of a given confidence are accepted (`drafters.estimates`) against what passes cost (`drafters.costs`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
+from drafters.candidate import Candidate, RequestState
+from drafters.costs import CostCurve, StepCosts
+from drafters.estimates import TEMPERATURES, Calibration, DiffusionForecast, Floats
+from drafters.goodput import choose_lengths, choose_sources
+from drafters.length import PaperLengthOptions
+
+PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
+MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
+
+
+@dataclass(frozen=True, slots=True)
+class LengthOptions:
+    """How long drafts are where a request doesn't say."""
+
+    policy: PolicyName = "goodput"
+    max_draft_tokens: int = 32
+    fixed_length: int = 8  # tokens, of policy `fixed`
+    diffusion_length: int = 6  # most tokens of a diffusion draft under `goodput`
+    paper: PaperLengthOptions = field(default_factory=PaperLengthOptions)
+
+
+class DraftPlanner:
+    """Decides for a batch: before drafting whom a diffusion pass serves, after it what is verified. Learns from both.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, options: LengthOptions) -> None:
+        self._options = options
+        self._forecast = DiffusionForecast(options.max_draft_tokens)
+        self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
+        guess = {1: 3e-3, 64: 2e-2}
+        self._costs = StepCosts(CostCurve(guess), CostCurve(guess), CostCurve({1: 5e-4, 64: 4e-3}))
+        self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
+
+    def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
+        """Set the cost table at start-up: seconds of a pass by its rows, of the target and of the drafter."""
+        self._costs.verify, self._costs.plain = CostCurve(verify_seconds), CostCurve(verify_seconds)
+        if draft_seconds is not None:
+            self._costs.draft = CostCurve(draft_seconds)
+
+    def plan_diffusion(
+        self,
+        candidates: Sequence[Candidate],
+        base_rows: int,
+        longest: int,
+        pending_rows: Callable[[DraftRequest], int],
+    ) -> None:
+        """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens.
+
+        base_rows: of the verification pass without drafts. longest: tokens that the drafter can propose. pending_rows:
+        clean rows that it would have to run for a request before its masks.
+        """
+        adaptive = [candidate for candidate in candidates if candidate.policy == "goodput"]
+        for candidate in candidates:
+            if candidate.policy == "fixed":
+                candidate.diffusion_length = min(candidate.cap, self._options.fixed_length, longest)
+            elif candidate.policy == "paper":
+                candidate.diffusion_length = min(candidate.cap, candidate.state.paper.next_length, longest)
+        if not adaptive:
+            return
+        longest = min(longest, self._options.diffusion_length)
+        copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
+        diffused = np.empty_like(copied)
+        draft_rows = np.empty(len(adaptive))
+        for i, candidate in enumerate(adaptive):
+            promise = copied[i, min(candidate.cap, PROMISED_TOKENS)]
+            candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
+            factor = candidate.state.agreement.diffusion.factor
+            diffused[i] = self._forecast.accepted_by_length(where, factor, candidate.cap)
+            draft_rows[i] = min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) + min(candidate.cap, longest)
+        caps = np.array([candidate.cap for candidate in adaptive])
+        chosen = choose_sources(copied, diffused, caps, draft_rows, base_rows, self._costs)
+        for candidate, is_chosen in zip(adaptive, chosen.tolist(), strict=True):
+            if self._forecast.is_probe_due(candidate.forecast_class, is_chosen) or is_chosen:
+                candidate.diffusion_length = min(candidate.cap, longest)
+
+    def note_diffused(self, candidates: Sequence[Candidate]) -> None:
+        """Take in what a diffusion pass has brought, by the drafts' own confidence, for the next forecast."""
+        for candidate in candidates:
+            if candidate.policy == "goodput":
+                accepted = self._accepted_by_length(candidate, in_general=True)
+                self._forecast.observe(candidate.forecast_class, accepted, candidate.cap)
+
+    def cut(self, candidates: Sequence[Candidate], base_rows: int, spent_seconds: float) -> list[Draft]:
+        """Turn candidates into drafts of the length that is worth verifying.
+
+        spent_seconds: on drafting in this step, which no choice can bring back.
+        """
+        lengths = [0] * len(candidates)
+        adaptive = []
+        for i, candidate in enumerate(candidates):
+            if candidate.cap == 0:
+                continue
+            if candidate.policy == "goodput":
+                adaptive.append(i)
+                continue
+            wanted = self._options.fixed_length if candidate.policy == "fixed" else candidate.state.paper.next_length
+            lengths[i] = min(len(candidate.tokens), wanted, candidate.cap)
+            base_rows += lengths[i]
+        accepted = np.zeros((len(adaptive), self._options.max_draft_tokens + 1))
+        if adaptive:
+            caps = np.zeros(len(adaptive), dtype=np.int64)
+            for row, i in enumerate(adaptive):
+                candidate = candidates[i]
+                caps[row] = min(len(candidate.tokens), candidate.cap)
+                accepted[row] = self._accepted_by_length(candidate)
+            chosen = choose_lengths(accepted, caps, base_rows, spent_seconds, self._costs)
+            for row, length in enumerate(chosen.tolist()):
+                state = candidates[adaptive[row]].state
+                state.note(length > 0)
+                lengths[adaptive[row]] = length or self._probe(state.heat, int(caps[row]))
+            for heat in {candidates[i].state.heat for i in adaptive}:
+                has_draft = any(lengths[i] for i in adaptive if candidates[i].state.heat == heat)
+                self._idle_steps[heat] = 0 if has_draft else self._idle_steps[heat] + 1
+        return [self._draft(candidate, length) for candidate, length in zip(candidates, lengths, strict=True)]
+
+    def learn(self, state: RequestState, outcome: Outcome) -> None:
+        """Take in what became of one request's draft: acceptance by confidence and of the request."""
+        draft, agreement, num_accepted = outcome.draft, state.agreement, outcome.num_accepted
+        if not draft.tokens:
+            agreement.copy.forget()
+            agreement.diffusion.forget()
+            return
+        is_diffused = draft.source == "diffusion"
+        (agreement.diffusion if is_diffused else agreement.copy).observe(num_accepted, draft.expected_accepted)
+        searched = state.num_searched
+        self._path_calibration.observe(state.confidences[:searched], num_accepted, state.heat)
+        if num_accepted >= searched:
+            self._copy_calibration.observe(state.confidences[searched:], num_accepted - searched, state.heat)
+        if is_diffused:
+            state.paper.observe(draft.raw_length, num_accepted)
+
+    def learn_costs(self, step: StepRecord, overhead_seconds: float) -> None:
+        """Take in what the passes of one step cost. overhead_seconds: of the pipeline beside drafting and searching."""
+        if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
+            has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
+            curve = self._costs.verify if has_drafts else self._costs.plain
+            curve.observe(step.num_rows, step.seconds.verify)
+        self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
+        searches = sum(outcome.draft.source == "diffusion" for outcome in step.outcomes)
+        self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + overhead_seconds)
+
+    def _probe(self, heat: int, known: int) -> int:
+        """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""
+        if self._idle_steps[heat] < PROBE_INTERVAL or known == 0:
+            return 0
+        self._idle_steps[heat] = 0
+        return 1
+
+    def _accepted_by_length(self, candidate: Candidate, in_general: bool = False) -> Floats:
+        """`[1 + longest]` expected accepted tokens of the candidate's draft, by its length, in its request's light.
+
+        in_general: in no request's light.
+        """
+        agreement, heat, searched = candidate.state.agreement, candidate.state.heat, candidate.num_searched
+        factor = (agreement.copy if candidate.path is None else agreement.diffusion).factor
+        factor = 1.0 if in_general else factor
+        accepted = np.empty(self._options.max_draft_tokens + 1)
+        path, free = candidate.confidences[:searched], candidate.confidences[searched:]
+        survival = self._path_calibration.accumulate(path, heat, factor, accepted) if searched else 1.0
+        if len(free) or not searched:
+            self._copy_calibration.accumulate(free, heat, factor, accepted, searched, survival)
+        return accepted
+
+    def _draft(self, candidate: Candidate, length: int) -> Draft:
+        state, searched = candidate.state, min(candidate.num_searched, length)
+        state.confidences, state.num_searched = candidate.confidences[:length], searched
+        calibrated = np.concatenate(
+            [
+                self._path_calibration.estimate(state.confidences[:searched], state.heat),
+                self._copy_calibration.estimate(state.confidences[searched:], state.heat),
+            ]
+        )
+        return candidate.draft(length, calibrated)

@@ -1,0 +1,237 @@
+"""The fields that offer tools, and what they come to: what the template is given, and what the output may be."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from service.api.fields import RequestModel, parse_object, refuse
+from service.errors import InvalidRequestError
+from service.structured import WHITESPACE, StructureSpec
+from service.text.tool_calls import HERMES_TAGS, ToolCallParser, ToolCallStyle
+
+MAX_CALLS = 16  # of one answer where a call is required
+NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
+
+ToolName = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+def _check_parameters(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type", "object") != "object":
+        raise refuse('must be the schema of an object, with "object" as its type')
+    return value
+
+
+class FunctionDefinition(RequestModel):
+    name: ToolName = Field(description="Letters, digits, `_`, `.` and `-`.")
+    description: str | None = Field(None, description="What the function does, for the model.")
+    parameters: Annotated[dict[str, Any], BeforeValidator(_check_parameters)] | None = Field(
+        None, description="JSON schema of the arguments, an object; unset: there are none."
+    )
+    strict: bool | None = Field(
+        None, description="Not needed where a call is required, whose arguments always keep to their schema."
+    )
+
+
+class Tool(RequestModel):
+    """A function that the model may ask the client to call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def for_template(self) -> dict[str, Any]:
+        """In the shape and order that chat templates know."""
+        function = {"name": self.function.name, "description": self.function.description}
+        function["parameters"] = self.function.parameters  # type: ignore[assignment]
+        return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTool:
+    """`{"type": "function", "function": {"name": ...}}` as a tool choice."""
+
+    name: str
+
+
+def _check_tool_choice(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value in ("none", "auto", "required")):
+        return value
+    function = value.get("function") if isinstance(value, dict) and set(value) == {"type", "function"} else None
+    if (
+        isinstance(function, dict)
+        and value["type"] == "function"
+        and set(function) == {"name"}
+        and isinstance(function["name"], str)
+    ):
+        return NamedTool(function["name"])
+    raise refuse('must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
+
+
+ToolChoice = Annotated[
+    Any,
+    BeforeValidator(_check_tool_choice),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["none", "auto", "required", None]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string", "pattern": NAME_PATTERN}},
+                            "required": ["name"],
+                            "additionalProperties": False,
+                        },
+                    },
+                    "required": ["type", "function"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
+def _check_arguments(value: Any) -> Any:
+    if not isinstance(value, str) or (value.strip() and parse_object(value) is None):
+        raise refuse("must be the text of a JSON object")
+    return value
+
+
+class FunctionCall(RequestModel):
+    name: ToolName
+    arguments: Annotated[str, BeforeValidator(_check_arguments)] = Field(description="JSON, as the model wrote it.")
+    parsed_arguments: Any = Field(None, description="Not used; the openai client keeps it.")
+
+
+class ToolCall(RequestModel):
+    """A call that the assistant asked for earlier in the conversation."""
+
+    id: str = Field(min_length=1, max_length=256)
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = Field(None, description="Not used; clients keep it from streams.")
+
+    def for_template(self) -> dict[str, Any]:
+        """With the arguments as an object, as templates want them."""
+        function = {"name": self.function.name, "arguments": parse_object(self.function.arguments) or {}}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """How one request's tools are shown to the model, and how calls of them are found in its text."""
+
+    shown: list[dict[str, Any]]  # by the template
+    style: ToolCallStyle
+    callable_names: tuple[str, ...]
+    forced: StructureSpec | None  # a call is required
+    most_calls: int | None
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """What may be special tokens of the model, and is to be seen by the parser all the same."""
+        return HERMES_TAGS if self.style == "hermes" else ()
+
+    def name_tool(self, message: str) -> str:
+        """An error in the grammar of the calls, told of the tool whose schema it is in."""
+        found = re.match(r"tools: at (\d+)\(\d+\): (.*)", message)
+        index = (int(found[1]) - 4) // 2 if found else -1  # see `call_grammar`
+        if found is None or not 0 <= index < len(self.callable_names):
+            return message
+        return f"tools: the parameters of {self.callable_names[index]!r}: {found[2]}"
+
+    def parser(self, *, is_stream: bool) -> ToolCallParser:
+        return ToolCallParser(self.style, self.callable_names, eager=is_stream, most_calls=self.most_calls)
+
+
+def make_tool_plan(
+    tools: Sequence[Tool] | None,
+    choice: str | NamedTool | None,
+    *,
+    parallel: bool,
+    most_tools: int,
+    template_knows_tools: bool,
+    style: ToolCallStyle | None,
+) -> ToolPlan | None:
+    """None: no tools, or none that may be called. `style`: in which the model writes calls, if that is known.
+
+    Raises InvalidRequestError.
+    """
+    if not tools:
+        if choice in (None, "none"):
+            return None
+        raise _wrong("tool_choice", "only with tools")
+    if len(tools) > most_tools:
+        raise _wrong("tools", f"at most {most_tools}, got {len(tools)}")
+    names = [tool.function.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise _wrong(f"tools[{index}].function.name", f"{name!r} is the name of another tool, too")
+    if choice == "none":
+        return None
+    shown = [tool.for_template() for tool in tools]
+    if choice in (None, "auto"):
+        if not template_knows_tools:
+            raise _unsupported(
+                "this model's chat template shows it no tools, so it cannot choose one; require a call by tool_choice, "
+                'which works with every model, or send tool_choice "none"'
+            )
+        if style is None:
+            raise _unsupported(
+                "it is not known how this model writes calls, so none would be found in its text; require a call by "
+                "tool_choice, which works with every model"
+            )
+        return ToolPlan(shown, style, tuple(names), None, None if parallel else 1)
+    style = style or "llama3_json"
+    called = list(tools)
+    if isinstance(choice, NamedTool):
+        called = [tool for tool in tools if tool.function.name == choice.name]
+        if not called:
+            raise _wrong("tool_choice", f"there is no tool named {choice.name[:64]!r}")
+    is_one = isinstance(choice, NamedTool) or not parallel
+    grammar = call_grammar(called, style, most_calls=1 if is_one else MAX_CALLS)
+    callable_names = tuple(tool.function.name for tool in called)
+    return ToolPlan(shown, style, callable_names, StructureSpec("grammar", grammar), 1 if is_one else None)
+
+
+def call_grammar(tools: Sequence[Tool], style: ToolCallStyle, *, most_calls: int) -> str:
+    """A grammar, in Lark's notation, of one or more calls in the format that the model knows and the parser reads.
+
+    Each schema is compiled by itself, so that its references to `#` stay in it. Only names, which are plain, and JSON
+    come from the client.
+    """
+    begin, key, end, between = ("<tool_call>\n", "arguments", "\n</tool_call>", "\n")
+    if style == "llama3_json":
+        begin, key, end, between = "", "parameters", "", "; "
+    lines = [f"start: call ({_quote(between)} call){{0,{most_calls - 1}}}" if most_calls > 1 else "start: call"]
+    lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
+    for index, tool in enumerate(tools):
+        head = f'{begin}{{"name": "{tool.function.name}", "{key}": '
+        lines.append(f"call_{index}: {_quote(head)} arguments_{index} {_quote('}' + end)}")
+        lines.append(f"arguments_{index}: %json {json.dumps(_arguments_schema(tool))}")
+    return "\n".join(lines) + "\n"
+
+
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
+    parameters = tool.function.parameters
+    if parameters is None:
+        parameters = {"additionalProperties": False}
+    return {"type": "object", **parameters, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text)
+
+
+def _wrong(param: str, what: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param}: {what}.", param=param, code="invalid_value")
+
+
+def _unsupported(what: str) -> InvalidRequestError:
+    return InvalidRequestError(f"tools: {what}.", param="tools", code="unsupported_field")

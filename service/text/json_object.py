@@ -1,0 +1,70 @@
+"""Where a JSON object ends, in a text that comes in pieces."""
+
+import re
+
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]*')  # of a string
+_BETWEEN = re.compile(r"[ \t\r\n:,0-9+\-.eEtrufalsn]*")  # between strings and brackets
+_CLOSING = {"{": "}", "[": "]"}
+
+
+class JsonObjectScanner:
+    """Follows strings and brackets only; whether what stands between them is JSON is for a parser to say."""
+
+    def __init__(self) -> None:
+        self.position = 0  # of the next character to look at
+        self.is_broken = False  # what stands there cannot be part of an object
+        self._open: list[str] = []  # closing brackets that are due
+        self._is_in_string = False
+        self._is_escaped = False
+
+    def scan(self, text: str, begin: int) -> int:
+        """Where the object that begins at `begin` ends; -1 if it has not ended yet, or is broken.
+
+        To be called again with the same text and more of it.
+        """
+        position = max(self.position, begin)
+        while position < len(text) and not self.is_broken:
+            if self._is_escaped:
+                self._is_escaped = False
+                self.is_broken = text[position] < " "
+                position += not self.is_broken
+            elif self._is_in_string:
+                position = _end(_PLAIN, text, position)
+                if position < len(text):
+                    position = self._leave_string(text[position], position)
+            else:
+                position = _end(_BETWEEN, text, position) if self._open else position
+                if position < len(text):
+                    position = self._bracket(text[position], position)
+                    if not self._open and not self.is_broken:
+                        self.position = position
+                        return position
+        self.position = position
+        return -1
+
+    def _leave_string(self, character: str, position: int) -> int:
+        if character == '"':
+            self._is_in_string = False
+        elif character == "\\":
+            self._is_escaped = True
+        else:
+            self.is_broken = True  # a control character
+            return position
+        return position + 1
+
+    def _bracket(self, character: str, position: int) -> int:
+        if character in _CLOSING and (self._open or character == "{"):
+            self._open.append(_CLOSING[character])
+        elif character == '"' and self._open:
+            self._is_in_string = True
+        elif self._open and character == self._open[-1]:
+            self._open.pop()
+        else:
+            self.is_broken = True
+            return position
+        return position + 1
+
+
+def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
+    found = pattern.match(text, position)
+    return position if found is None else found.end()

@@ -1,0 +1,331 @@
+"""Tool calls out of a model's text as it comes, in the formats of two families of chat templates.
+
+`hermes` (Qwen2.5, Qwen3, Hermes): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, text before and between.
+`llama3_json` (Llama 3.1 and later): the whole text is `{"name": ..., "parameters": {...}}`, or several, `;` between.
+Both names of the arguments are understood in both. What is no call of a known tool is text, character by character.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Literal
+
+import pydantic_core
+
+from service.text.json_object import JsonObjectScanner
+
+ToolCallStyle = Literal["hermes", "llama3_json"]
+
+HERMES_TAGS = ("<tool_call>", "</tool_call>")
+PYTHON_TAG = "<|python_tag|>"  # Llama 3 may begin a call with it
+BLANKS = " \t\r\n"
+ARGUMENT_KEYS = ('"arguments"', '"parameters"')
+MAX_FAILURES = 64  # blocks that look like calls and are none: from there on all is text, so that the work stays linear
+
+
+def style_of_template(template: str) -> ToolCallStyle | None:
+    """In which format a model with this chat template writes calls; None if it is neither of the two."""
+    if "<tool_call>" in template and "arguments" in template:
+        return None if re.search("<function=|<arg_key>", template) else "hermes"  # Qwen3-Coder's, GLM's
+    return "llama3_json" if re.search(r'\{\\?"name\\?": function name, \\?"parameters\\?"', template) else None
+
+
+@dataclass(frozen=True, slots=True)
+class CallPart:
+    """Something new of one call: its name comes with the first part, its arguments are JSON text in pieces."""
+
+    index: int
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolText:
+    """What a piece of text adds to the message."""
+
+    content: str = ""
+    calls: tuple[CallPart, ...] = ()
+
+
+class State(Enum):
+    TEXT = auto()  # before, between and after calls
+    HEAD = auto()  # from a call's beginning to the one of its arguments
+    WHOLE = auto()  # a call that does not begin as usual: judged when it is complete
+    ARGUMENTS = auto()
+    AFTER = auto()  # from the end of the arguments to the end of the call
+    REST = auto()  # nothing that comes is a call
+
+
+class ToolCallParser:
+    """Splits a text into content and tool calls, however it is cut into pieces.
+
+    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped; a text without calls is its
+    content, unchanged.
+    """
+
+    def __init__(
+        self, style: ToolCallStyle, names: Collection[str], *, eager: bool, most_calls: int | None = None
+    ) -> None:
+        """eager: give arguments away while they are written; what turns out to be no JSON then stays a broken call,
+        which is content otherwise. names: of the tools that may be called. most_calls: further ones are dropped.
+        """
+        self._opening, self._closing = HERMES_TAGS if style == "hermes" else ("", "")
+        self._names = frozenset(names)
+        self._eager = eager
+        self._most_calls = most_calls
+        self._state = State.TEXT if style == "hermes" else State.HEAD
+        self._held = ""  # text that is not judged yet
+        self._blank = ""  # blanks that belong to the content if more of it follows
+        self._head = ""  # of the call that is being read: what is content if it is no call
+        self._scanner = JsonObjectScanner()
+        self._name, self._begin = "", 0  # of the call that is being read: its tool, and where its arguments begin
+        self._arguments: list[str] = []  # what was given away of them
+        self._num_started = 0
+        self._num_failures = 0
+        self._content: list[str] = []
+        self._calls: list[CallPart] = []
+        self.num_calls = 0  # complete ones
+
+    def push(self, piece: str) -> ToolText:
+        """What this piece completes."""
+        self._held += piece
+        self._run(is_end=False)
+        return self._take()
+
+    def finish(self) -> ToolText:
+        """What is left once the text has ended; an unfinished call is content, unless parts of it are given away."""
+        self._run(is_end=True)
+        if not self._num_started:
+            self._content.append(self._blank)
+        return self._take()
+
+    def _take(self) -> ToolText:
+        taken = ToolText("".join(self._content), tuple(self._calls))
+        self._content, self._calls = [], []
+        return taken
+
+    def _run(self, *, is_end: bool) -> None:
+        steps = {
+            State.TEXT: self._read_text,
+            State.HEAD: self._read_head,
+            State.WHOLE: self._read_whole,
+            State.ARGUMENTS: self._read_arguments,
+            State.AFTER: self._read_after,
+            State.REST: self._read_rest,
+        }
+        while steps[self._state](is_end):
+            pass
+
+    def _say(self, text: str) -> None:
+        text = self._blank + text
+        shown = text.rstrip(BLANKS)
+        self._blank = text[len(shown) :]
+        self._content.append(shown)
+
+    def _read_text(self, is_end: bool) -> bool:
+        begin = self._held.find(self._opening)
+        if begin >= 0:
+            self._say(self._held[:begin])
+            self._begin_call(self._opening, self._held[begin + len(self._opening) :])
+            return True
+        keep = 0 if is_end else _overlap(self._held, self._opening)
+        self._say(self._held[: len(self._held) - keep])
+        self._held = self._held[len(self._held) - keep :]
+        return False
+
+    def _begin_call(self, head: str, rest: str) -> None:
+        self._head, self._held, self._state = head, rest, State.HEAD
+
+    def _read_head(self, is_end: bool) -> bool:
+        found = _match_head(self._held, self._names, allow_tag=not self._opening)
+        if found is None and not is_end:
+            return False
+        self._scanner = JsonObjectScanner()
+        if not isinstance(found, tuple):
+            self._state = State.WHOLE
+            return True
+        self._state = State.ARGUMENTS
+        self._name, self._begin = found
+        if self._eager:
+            self._start_call(self._name)
+            self._held, self._begin = self._held[self._begin :], 0
+            self._arguments = []
+        return True
+
+    def _read_whole(self, is_end: bool) -> bool:
+        """A call that is given away as one, or not at all."""
+        begin = _skip_to_object(self._held, allow_tag=not self._opening)
+        if begin is None and not is_end:
+            return False
+        end = -1 if begin is None or begin < 0 else self._scanner.scan(self._held, begin)
+        if end < 0 and not self._scanner.is_broken and not is_end and begin is not None and begin >= 0:
+            return False
+        call = _parse_call(self._held[begin:end], self._names) if end >= 0 else None
+        if call is None:
+            self._fail()
+            return True
+        name, arguments = call
+        self._start_call(name)
+        self._give(arguments)
+        self._end_call(self._held[end:])
+        return True
+
+    def _fail(self) -> None:
+        """What looked like a call is none."""
+        self._num_failures += 1
+        self._say(self._head)
+        self._head = ""
+        self._state = State.TEXT if self._opening and self._num_failures < MAX_FAILURES else State.REST
+
+    def _start_call(self, name: str) -> None:
+        self._num_started += 1
+        self._blank = ""
+        if self._is_wanted:
+            self._calls.append(CallPart(self._num_started - 1, name))
+
+    def _give(self, arguments: str) -> None:
+        if arguments and self._is_wanted:
+            self._calls.append(CallPart(self._num_started - 1, None, arguments))
+
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether the call that was started last is one to tell of."""
+        return self._most_calls is None or self._num_started <= self._most_calls
+
+    def _read_arguments(self, is_end: bool) -> bool:
+        end = self._scanner.scan(self._held, self._begin)
+        if self._eager:
+            piece = self._held[: self._scanner.position]
+            self._give(piece)
+            self._arguments.append(piece)
+            self._held = self._held[len(piece) :]
+            self._scanner.position = 0
+        if end < 0 and not self._scanner.is_broken and not is_end:
+            return False
+        if self._eager:
+            is_complete = end >= 0 and _is_object("".join(self._arguments))
+            self._end_call(self._held, is_complete=is_complete)
+        elif end >= 0 and _is_object(arguments := self._held[self._begin : end]):
+            self._start_call(self._name)
+            self._give(arguments)
+            self._end_call(self._held[end:])
+        else:
+            self._fail()
+        return True
+
+    def _end_call(self, rest: str, *, is_complete: bool = True) -> None:
+        self.num_calls += is_complete and self._is_wanted
+        self._held, self._state = rest, State.AFTER
+
+    def _read_after(self, is_end: bool) -> bool:
+        return self._read_closing(is_end) if self._opening else self._read_separator(is_end)
+
+    def _read_closing(self, is_end: bool) -> bool:
+        """What stands between the arguments and the end tag says nothing; without an end tag it is content."""
+        close, begin = self._held.find(self._closing), self._held.find(self._opening)
+        if close >= 0 and (begin < 0 or close < begin):
+            self._held, self._state = self._held[close + len(self._closing) :], State.TEXT
+            return True
+        if begin < 0 and not is_end:
+            return False
+        between = self._held if begin < 0 else self._held[:begin]
+        if between.strip(BLANKS) not in ("", "}"):
+            self._say(between)
+        self._held, self._state = self._held[len(between) :], State.TEXT
+        return True
+
+    def _read_separator(self, is_end: bool) -> bool:
+        """A `}` that ends the call, then `;` before another call."""
+        rest = self._held.lstrip(BLANKS)
+        if rest.startswith("}"):
+            rest = rest[1:].lstrip(BLANKS)
+        if not rest and not is_end:
+            return False
+        if rest.startswith(";"):
+            self._begin_call(";", rest[1:])
+            return True
+        if rest:
+            self._say(self._held[len(self._held) - len(rest) :])
+        self._held, self._state = "", State.REST
+        return True
+
+    def _read_rest(self, is_end: bool) -> bool:
+        self._say(self._held)
+        self._held = ""
+        return False
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that begins `marker`."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if marker.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def _match_head(text: str, names: Collection[str], *, allow_tag: bool) -> tuple[str, int] | Literal[False] | None:
+    """The tool's name and where its arguments begin; False if the text does not begin so; None: more is needed."""
+    begin = _skip_to_object(text, allow_tag=allow_tag)
+    if begin is None or begin < 0:
+        return None if begin is None else False
+    position, name = begin + 1, ""
+    quoted = [f'"{name}"' for name in names]
+    for choices in (['"name"'], [":"], quoted, [","], ARGUMENT_KEYS, [":"], ["{"]):
+        found = _follow(text, position, choices)
+        if not isinstance(found, str):
+            return found
+        position = text.index(found, position) + len(found)
+        if choices is quoted:
+            name = found[1:-1]
+    return name, position - 1
+
+
+def _follow(text: str, position: int, choices: Sequence[str]) -> str | Literal[False] | None:
+    """Which of the choices stands there, after blanks; False for none of them, None if the text is too short."""
+    rest = text[position : position + 512].lstrip(BLANKS)
+    if not rest:
+        return None if len(text) < position + 512 else False
+    for choice in choices:
+        if rest.startswith(choice):
+            return choice
+    return None if any(choice.startswith(rest) for choice in choices) else False
+
+
+def _skip_to_object(text: str, *, allow_tag: bool) -> int | None:
+    """Where `{` stands after blanks and perhaps Llama's tag; -1 if something else does, None if nothing does yet."""
+    rest = text.lstrip(BLANKS)
+    if allow_tag:
+        if rest.startswith(PYTHON_TAG):
+            rest = rest[len(PYTHON_TAG) :].lstrip(BLANKS)
+        elif PYTHON_TAG.startswith(rest):
+            return None
+    if not rest:
+        return None
+    return len(text) - len(rest) if rest.startswith("{") else -1
+
+
+def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
+    """Name and arguments, as JSON, of a whole call with its keys in any order."""
+    content = _parse(text)
+    if not isinstance(content, dict) or content.get("name") not in names:
+        return None
+    key = "arguments" if "arguments" in content else "parameters"
+    arguments = content.get(key, {})
+    if isinstance(arguments, str) and _is_object(arguments):  # some models write the JSON as a text
+        return content["name"], arguments
+    if not isinstance(arguments, dict):
+        return None
+    return content["name"], pydantic_core.to_json(arguments).decode()
+
+
+def _is_object(text: str) -> bool:
+    return isinstance(_parse(text), dict)
+
+
+def _parse(text: str) -> Any:
+    """None for what is no JSON, or too deep."""
+    try:
+        return pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="none")
+    except ValueError:
+        return None

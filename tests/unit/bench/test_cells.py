@@ -1,0 +1,42 @@
+import pytest
+
+from service.bench.cells import CELLS, UnknownCellError, choose_cells, find_cell
+
+
+def test_a_cell_may_be_given_settings_of_its_own() -> None:
+    cell = find_cell("cps-fixed+refinement_steps=2+draft_part_confidence=0.5+copying=true")
+    plain = find_cell("cps-fixed")
+    assert cell.name == "cps-fixed+refinement_steps=2+draft_part_confidence=0.5+copying=true"
+    assert cell.overrides == {
+        **plain.overrides, "refinement_steps": 2, "draft_part_confidence": 0.5, "copying": True
+    }  # fmt: skip
+    assert (cell.drafter, cell.role) == (plain.drafter, plain.role)
+    assert "refinement_steps=2" in cell.meaning
+
+
+def test_plain_is_always_measured_first_and_each_cell_once() -> None:
+    names = [cell.name for cell in choose_cells(["default", "default+beam_width=1", "default", "plain"], False, True)]
+    assert names == ["plain", "default", "default+beam_width=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("fastest", "unknown cell 'fastest'"),
+        ("cps-fixed+speed=9", "speed: Extra inputs"),
+        ("cps-fixed+refinement_steps=0", "refinement_steps: Input should be greater"),
+        ("cps-fixed+refinement_steps", "refinement_steps: Input should be a valid integer"),
+        ("plain+max_draft_tokens=3", "takes no settings"),
+        ("prompt-lookup+beam_width=1", "takes no settings"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, complaint: str) -> None:
+    with pytest.raises(UnknownCellError, match=complaint):
+        find_cell(name)
+
+
+def test_cells_that_need_a_drafter_say_so() -> None:
+    with pytest.raises(UnknownCellError, match="needs a diffusion drafter"):
+        choose_cells(["cps-fixed+beam_width=1"], False, has_drafter=False)
+    assert all(cell.drafter == "none" for cell in choose_cells(None, True, has_drafter=False))
+    assert len(choose_cells(None, True, has_drafter=True)) == len(CELLS)

@@ -1,0 +1,142 @@
+"""Tool calls are found however the text is cut; what is no call stays text; nothing makes the parser fail."""
+
+import itertools
+import json
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.text.tool_calls import ToolCallParser, ToolCallStyle, style_of_template
+from tests.checkpoints import HERMES_TEMPLATE, LLAMA3_TEMPLATE
+
+NAMES = ("get", "get_weather")
+CALL = '{"name": "get_weather", "arguments": {"city": "Köln", "tags": ["</tool_call>", "\\"{"]}}'
+HERMES = f"<tool_call>\n{CALL}\n</tool_call>"
+PARTS = [
+    *("<tool_call>", "</tool_call>", "<tool", '{"name": "get", "arguments": ', '{"name":"get_weather", "parameters": '),
+    *('{"arguments": {"a": 1}, "name": "get"}', '{"name": "get"}', '{"name": "drop", "arguments": {}}', "{", "}"),
+    *('{"a": [1, {"b": "}"}]}', '{"a" 1}', '{"a": tru', "\\", "\n", " ", "; ", "<|python_tag|>", "text", "[", "]"),
+    *(HERMES, CALL, "\x00", "é", ":", ",", '"'),
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
+STYLES: st.SearchStrategy[ToolCallStyle] = st.sampled_from(["hermes", "llama3_json"])
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    bounds = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
+    return [text[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+def read(
+    style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
+) -> tuple[str, list[tuple[str, str]], int]:
+    """Content, calls, and how many of them are complete."""
+    parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
+    content, calls = "", []
+    for part in [*map(parser.push, pieces), parser.finish()]:
+        content += part.content
+        for call in part.calls:
+            if call.name is not None:
+                assert call.index == len(calls)
+                calls.append((call.name, ""))
+            name, arguments = calls[call.index]
+            assert call.index == len(calls) - 1
+            calls[call.index] = (name, arguments + call.arguments)
+    return content, calls, parser.num_calls
+
+
+@given(STYLES, TEXTS, st.lists(st.integers(0, 500), max_size=8), st.booleans(), st.sampled_from([None, 1]))
+def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
+    style: ToolCallStyle, text: str, places: list[int], eager: bool, most: int | None
+) -> None:
+    whole = read(style, [text], eager=eager, most=most)
+    assert read(style, cut(text, places), eager=eager, most=most) == whole
+    assert read(style, text, eager=eager, most=most) == whole
+
+
+@given(STYLES, TEXTS)
+@example("hermes", HERMES * 2)
+def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_content(
+    style: ToolCallStyle, text: str
+) -> None:
+    content, calls, num_complete = read(style, [text])
+    assert num_complete == len(calls)
+    for name, arguments in calls:
+        assert name in NAMES
+        assert isinstance(json.loads(arguments), dict)
+    if not calls:
+        assert content == text
+    eager = read(style, [text], eager=True)
+    if eager[2] == len(eager[1]):  # none of them broken
+        assert eager == (content, calls, num_complete)
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="<")), STYLES, st.dictionaries(st.text(), st.integers()))
+def test_what_stands_before_a_call_is_content(text: str, style: ToolCallStyle, arguments: dict[str, int]) -> None:
+    call = json.dumps({"name": "get", "arguments": arguments})
+    content, calls, _ = read("hermes", [f"{text}\n<tool_call>\n{call}\n</tool_call>"])
+    assert content == text.rstrip(" \t\r\n")
+    assert [(name, json.loads(written)) for name, written in calls] == [("get", arguments)]
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    parser = ToolCallParser("hermes", NAMES, eager=True)
+    told = [parser.push(piece) for piece in ("Let me ", "see.\n<tool", '_call>{"name": "get', '", "arguments": {"a')]
+    assert [part.content for part in told] == ["Let me", " see.", "", ""]
+    assert [(call.name, call.arguments) for call in told[-1].calls] == [("get", ""), (None, '{"a')]
+    assert [call.arguments for call in parser.push('": 1').calls] == ['": 1']
+    assert [call.arguments for call in parser.push("}}</tool_call>").calls] == ["}"]
+    assert parser.num_calls == 1
+
+
+# style, text, its content (None: all of it), its calls
+CASES: list[tuple[ToolCallStyle, str, str | None, list[tuple[str, str]]]] = [
+    ("hermes", HERMES, "", [("get_weather", '{"city": "Köln", "tags": ["</tool_call>", "\\"{"]}')]),
+    ("hermes", '<tool_call>{"name":"get","arguments":{}}', "", [("get", "{}")]),  # without its end
+    ("hermes", '<tool_call>{"name":"get","arguments":{}</tool_call>', "", [("get", "{}")]),  # without a brace
+    ("hermes", '<tool_call>{"name":"get","arguments":{}}</tool_call> Done. ', " Done.", [("get", "{}")]),
+    ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>', "", [("get", '{"a":1}')]),
+    ("hermes", '<tool_call>{"name":"get","arguments":"{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name":"get"}</tool_call>', "", [("get", "{}")]),
+    ("hermes", '<tool_call>{"name":"rm","arguments":{}}</tool_call>', None, []),  # no such tool
+    ("hermes", '<tool_call>{"name":"get","arguments":{"a":True}}</tool_call>', None, []),
+    ("hermes", '<tool_call>{"name":"get","arguments":{"a":1', None, []),
+    ("hermes", '<tool_call>{"name":"get","arguments":[]}</tool_call>', None, []),
+    ("hermes", "a < b <tool_call> \n", None, []),
+    (
+        "hermes",
+        f"<tool_call>oops {HERMES}",
+        "<tool_call>oops",
+        [("get_weather", '{"city": "Köln", "tags": ["</tool_call>", "\\"{"]}')],
+    ),
+    ("llama3_json", '{"name": "get", "parameters": {"a": 1}}', "", [("get", '{"a": 1}')]),
+    ("llama3_json", '<|python_tag|>{"name": "get", "parameters": {}}; {"name": "get"}', "", [("get", "{}")] * 2),
+    ("llama3_json", 'Use {"name": "get", "parameters": {}}', None, []),
+    ("llama3_json", '{"answer": 1}', None, []),
+]
+
+
+@pytest.mark.parametrize(("style", "text", "content", "calls"), CASES)
+def test_what_is_a_call_and_what_is_not(
+    style: ToolCallStyle, text: str, content: str | None, calls: list[tuple[str, str]]
+) -> None:
+    assert read(style, [text])[:2] == (text if content is None else content, calls)
+
+
+def test_further_calls_than_asked_for_are_dropped() -> None:
+    assert len(read("hermes", [HERMES * 3], most=1)[1]) == 1
+
+
+def test_hostile_texts_take_no_time_that_grows_with_their_square() -> None:
+    """By counting: beyond so many blocks that are none, nothing is looked at again."""
+    text = "<tool_call>{" * 50_000
+    assert read("hermes", [text]) == (text, [], 0)
+
+
+def test_the_format_is_known_by_the_template() -> None:
+    assert style_of_template(HERMES_TEMPLATE) == "hermes"
+    assert style_of_template(LLAMA3_TEMPLATE) == "llama3_json"
+    assert style_of_template("{% for tool in tools %}<tool_call>\n<function=name>arguments") is None
+    assert style_of_template("{{ messages }}") is None
