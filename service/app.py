@@ -57,7 +57,15 @@ def create_app(
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
 
-    app = FastAPI(title="DiffuSpec", version=VERSION, lifespan=lifespan, redirect_slashes=False, redoc_url=None)
+    app = FastAPI(
+        title="DiffuSpec",
+        version=VERSION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True, "defaultModelsExpandDepth": 0},
+        generate_unique_id_function=lambda route: route.name,
+    )
     app.state.serving = serving
     for module in (completions, chat, models, tokenization):
         app.include_router(module.router)

@@ -38,7 +38,7 @@ router = APIRouter(tags=["text"])
 @router.post(
     "/v1/chat/completions",
     summary="Answer a conversation",
-    responses=answers(ChatCompletion, 404, 408, 413, 415, 429, 503),
+    responses=answers(ChatCompletion, 404, 408, 413, 415, 429, 503, 504, stream=ChatCompletionChunk),
     openapi_extra=takes(ChatCompletionRequest),
 )
 async def create_chat_completion(request: Request) -> Response:

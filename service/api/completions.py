@@ -25,7 +25,7 @@ router = APIRouter(tags=["text"])
 @router.post(
     "/v1/completions",
     summary="Complete a text",
-    responses=answers(Completion, 404, 408, 413, 415, 429, 503),
+    responses=answers(Completion, 404, 408, 413, 415, 429, 503, 504, stream=Completion),
     openapi_extra=takes(CompletionRequest),
 )
 async def create_completion(request: Request) -> Response:

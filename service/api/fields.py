@@ -114,9 +114,10 @@ def _check_ids_field(value: list[int]) -> list[int]:
 
 
 def _refuse_set(value: Any) -> Any:
-    if value is not None and value != [] and value is not False:
-        raise refuse("is not supported by this server")
-    return None
+    is_empty = isinstance(value, str | list | dict) and not value
+    if value is None or value is False or is_empty:
+        return None
+    raise refuse("is not supported by this server")
 
 
 def _check_best_of(value: Any) -> Any:
@@ -175,5 +176,9 @@ Content = Annotated[
 TokenIds = Annotated[list[int], Field(min_length=1), AfterValidator(_check_ids_field), WithJsonSchema(_IDS_SCHEMA)]
 LogitBias = Annotated[dict[str, float], AfterValidator(_check_logit_bias)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
-Unsupported = Annotated[Any, BeforeValidator(_refuse_set), WithJsonSchema({"type": "null"})]
+Unsupported = Annotated[
+    Any,
+    BeforeValidator(_refuse_set),
+    WithJsonSchema({"enum": [None, False, "", [], {}], "description": "Not supported; may be sent empty."}),
+]
 BestOf = Annotated[Any, BeforeValidator(_check_best_of), WithJsonSchema({"enum": [1, None]})]

@@ -24,12 +24,14 @@ def _card(model: ServedModel) -> ModelCard:
 
 @router.get("/v1/models", summary="List the served model", responses=answers(ModelList, 503), response_model=None)
 async def list_models(request: Request) -> ModelList:
+    """A server has one model; its `id` is what requests name, or leave out."""
     serving: Serving = request.app.state.serving
     return {"object": "list", "data": [_card(serving.model(None))]}
 
 
+_ABOUT_ID = {"description": "The model's name; it may hold slashes.", "example": "diffuspec-python"}
 _ID: dict[str, Any] = {
-    "parameters": [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    "parameters": [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}, **_ABOUT_ID}]
 }
 
 
@@ -41,5 +43,6 @@ _ID: dict[str, Any] = {
     openapi_extra=_ID,
 )
 async def retrieve_model(request: Request) -> ModelCard:
+    """Name, context length, and who drafts for it."""
     serving: Serving = request.app.state.serving
     return _card(serving.model(request.path_params["model_id"]))

@@ -4,15 +4,33 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from service.api import schemas
 from service.api.auth import OPEN_PATHS
-from service.api.responses import ErrorBody
+from service.api.examples import ANSWERS, CHUNKS
+from service.api.responses import ChatCompletionChunk, ErrorBody
 
 DESCRIPTION = """OpenAI-compatible completions by lossless speculative decoding: a diffusion language model drafts, the
-target model verifies, and the text is the one that the target alone would have written."""
+target model verifies, and the text is the one that the target alone would have written.
+
+**Beyond OpenAI's API:** the field `speculative` steers how a request is drafted for; answers say in
+`metrics.speculative_decoding` how much was drafted and accepted; vLLM's sampling fields (`top_k`, `min_p`,
+`structured_outputs`, ...) and its `/tokenize` and `/detokenize` are known.
+
+**Errors** have one shape, `{"error": {"message", "type", "param", "code"}}`. An unknown field is an error.
+`Retry-After` says when a refused request is worth another try.
+
+**Streams** are server-sent events, each `data: ` and a chunk as JSON; the last is `data: [DONE]`. An error after the
+first chunk comes as an event in the shape of errors.
+"""
+TAGS = [
+    {"name": "text", "description": "Completions of texts and conversations."},
+    {"name": "models", "description": "What is served."},
+    {"name": "tokens", "description": "From text to token ids and back."},
+    {"name": "operations", "description": "For probes, Prometheus and whoever runs the server."},
+]
 REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.CompletionRequest,
     schemas.ChatCompletionRequest,
@@ -20,16 +38,79 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.DetokenizeRequest,
 )
 REFERENCE = "#/components/schemas/{model}"
-MEANINGS = {
-    400: "A field is wrong; `param` names it.",
-    401: "The API key is missing or wrong.",
-    404: "There is no such model.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    415: "The body is not sent as JSON.",
-    429: "The queue is full; `Retry-After` says when to come again.",
-    503: "Not ready: loading, draining, hung or dead.",
+# Status: what it means, and an error's type, code, field and message, as they may be.
+ERRORS: dict[int, tuple[str, str, str, str | None, str]] = {
+    400: (
+        "A field is wrong; `param` names it.",
+        *("invalid_request_error", "invalid_value", "top_p"),
+        "top_p: input should be less than or equal to 1.",
+    ),
+    401: (
+        "The API key is missing or wrong.",
+        *("authentication_error", "invalid_api_key", None),
+        "Send one of this server's API keys, not expired, as Authorization: Bearer KEY.",
+    ),
+    404: (
+        "There is no such model.",
+        *("not_found_error", "model_not_found", "model"),
+        "There is no model 'gpt' here; this server has 'diffuspec-python'.",
+    ),
+    408: (
+        "The body did not arrive in time.",
+        *("invalid_request_error", "body_timeout", None),
+        "The body did not arrive within 30 seconds.",
+    ),
+    413: (
+        "The body is too large.",
+        *("invalid_request_error", "body_too_large", None),
+        "The body is larger than the 1048576 bytes that this server takes.",
+    ),
+    415: (
+        "The body is not sent as JSON.",
+        *("invalid_request_error", "unsupported_media_type", None),
+        "Send the body as JSON with the header Content-Type: application/json.",
+    ),
+    429: (
+        "The queue is full, or the key's limit is reached; `Retry-After` says when to come again.",
+        *("rate_limit_error", "queue_full", None),
+        "256 sequences are waiting already.",
+    ),
+    500: (
+        "The server failed on this request.",
+        *("internal_error", "internal_error", None),
+        "The server failed on this request; its log says why.",
+    ),
+    503: (
+        "Not ready: loading, draining, hung or dead.",
+        *("service_unavailable_error", "not_ready", None),
+        "The server is loading: reading the target.",
+    ),
+    504: (
+        "The request took longer than its `timeout`, or than the server allows.",
+        *("timeout_error", "request_timeout", None),
+        "The request did not end within 10 seconds.",
+    ),
 }
+HEADERS: dict[str, dict[str, Any]] = {
+    "x-request-id": {
+        "description": "The request's own `X-Request-Id` if that is short and plain, else a new one; the log has it.",
+        "schema": {"type": "string"},
+    },
+    "openai-processing-ms": {
+        "description": "Milliseconds until the answer began.",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "x-queue-time-ms": {
+        "description": "Milliseconds that the request waited in the queue.",
+        "schema": {"type": "integer", "minimum": 0},
+    },
+    "Retry-After": {
+        "description": "Seconds after which another try is worth it.",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "WWW-Authenticate": {"description": "Always `Bearer`.", "schema": {"type": "string"}},
+}
+EVERY_ANSWER = ("x-request-id", "openai-processing-ms")
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
@@ -38,13 +119,51 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def answers(model: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers; 400 comes with every route that takes a body, which 415 tells."""
-    codes = {*statuses, 400} if 415 in statuses else set(statuses)
-    errors: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorBody, "description": MEANINGS[code]} for code in sorted(codes)
+def answers(model: Any, *statuses: int, stream: Any = None) -> dict[int | str, dict[str, Any]]:
+    """What a route answers; `stream` is the chunk of its streams, if it has any.
+
+    500 may come from every route, and 400 comes with every route that takes a body, which 415 tells.
+    """
+    codes = {500, *statuses, 400} if 415 in statuses else {500, *statuses}
+    content: dict[str, Any] = {"application/json": {"examples": _example(model.__name__)}}
+    if stream is not None:
+        events = [*CHUNKS[stream.__name__], "[DONE]"]
+        content["text/event-stream"] = {
+            "schema": {
+                "type": "string",
+                "description": f"With `stream`: events, each `data: ` and a {stream.__name__} as JSON; then `[DONE]`.",
+            },
+            "example": "".join(f"data: {event}\n\n" for event in events),
+        }
+    headers = _headers(*EVERY_ANSWER, *(["x-queue-time-ms"] if stream is not None else []))
+    done = {"model": model, "description": "Done.", "headers": headers, "content": content}
+    return {200: done, **{code: {"model": ErrorBody, **_error(code)} for code in sorted(codes)}}
+
+
+def _error(status: int) -> dict[str, Any]:
+    names = {401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}.get(status, [])
+    return {
+        "description": ERRORS[status][0],
+        "headers": _headers(*EVERY_ANSWER, *names),
+        "content": {"application/json": {"examples": _example(f"error_{status}")}},
     }
-    return {200: {"model": model, "description": "Done."}, **errors}
+
+
+def _example(name: str) -> dict[str, Any]:
+    """By reference: FastAPI drops every null from what a route says of its answers."""
+    return {name: {"$ref": f"#/components/examples/{name}"}}
+
+
+def _examples() -> dict[str, Any]:
+    errors = {
+        f"error_{status}": {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        for status, (_, kind, code, param, message) in ERRORS.items()
+    }
+    return {name: {"value": value} for name, value in {**ANSWERS, **errors}.items()}
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 def install_openapi(app: FastAPI, *, is_secured: bool) -> None:
@@ -59,17 +178,35 @@ def install_openapi(app: FastAPI, *, is_secured: bool) -> None:
 
 
 def _describe(app: FastAPI, *, is_secured: bool) -> dict[str, Any]:
-    document = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-    _, definitions = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REFERENCE)
-    document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=DESCRIPTION,
+        routes=app.routes,
+        tags=TAGS,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    components = document.setdefault("components", {})
+    components["headers"] = HEADERS
+    components["examples"] = _examples()
+    _, requests = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REFERENCE)
+    chunk = TypeAdapter(ChatCompletionChunk).json_schema(ref_template=REFERENCE)  # no route answers one by itself
+    chunk_parts = chunk.pop("$defs")
+    known = components.setdefault("schemas", {})
+    components["schemas"] = {ChatCompletionChunk.__name__: chunk, **chunk_parts, **known, **requests["$defs"]}
     if is_secured:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer", "description": "One of the server's API keys."}
+        }
         for path, methods in document["paths"].items():
             if path not in OPEN_PATHS:
                 for operation in methods.values():
                     operation["security"] = [{"key": []}]
-                    operation["responses"]["401"] = {
-                        "description": MEANINGS[401],
-                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
-                    }
+                    operation["responses"]["401"] = _refused(401)
     return document
+
+
+def _refused(status: int) -> dict[str, Any]:
+    response = _error(status)
+    response["content"]["application/json"]["schema"] = {"$ref": REFERENCE.format(model=ErrorBody.__name__)}
+    return response

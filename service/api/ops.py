@@ -51,10 +51,12 @@ async def startup(request: Request) -> Startup:
     response_class=Response,
 )
 async def metrics(request: Request) -> Response:
+    """Under vLLM's names where vLLM has one, else `diffuspec_...`."""
     serving: Serving = request.app.state.serving
     return Response(generate_latest(serving.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 @router.get("/version", summary="Version of this server", responses=answers(Version), response_model=None)
 async def show_version() -> Version:
+    """Of the service, not of the model."""
     return {"version": VERSION}

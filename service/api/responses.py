@@ -1,228 +1,320 @@
 """What clients are answered. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
 
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict  # pydantic needs this one on Python 3.11
 
 
+def about(description: str) -> Any:
+    """What OpenAPI says of a field."""
+    return Field(description=description)
+
+
 class ErrorDetail(TypedDict):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    """An error, as OpenAI has it."""
+
+    message: Annotated[str, about("What was given, what is allowed, and what to do.")]
+    type: Annotated[str, about("The kind of error, such as `invalid_request_error`.")]
+    param: Annotated[str | None, about("The field that is wrong; null if the error is no field's.")]
+    code: Annotated[str | None, about("The error as a word for programs, such as `queue_full`.")]
 
 
 class ErrorBody(TypedDict):
-    error: ErrorDetail
+    """What every refused or failed request is answered with."""
+
+    error: Annotated[ErrorDetail, about("What went wrong. In a stream that has begun it comes as an event of its own.")]
 
 
 class PromptTokensDetails(TypedDict):
-    cached_tokens: int
+    """More about the prompts' tokens."""
+
+    cached_tokens: Annotated[int, about("Prompt tokens whose keys and values were there already.")]
 
 
 class Usage(TypedDict):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: NotRequired[PromptTokensDetails]
+    """Tokens counted."""
+
+    prompt_tokens: Annotated[int, about("Tokens of the prompts.")]
+    completion_tokens: Annotated[int, about("Tokens generated, over all choices.")]
+    total_tokens: Annotated[int, about("Both together.")]
+    prompt_tokens_details: NotRequired[Annotated[PromptTokensDetails, about("More about the prompts.")]]
 
 
 class SpeculativeDecoding(TypedDict):
-    num_spec_steps: int
-    num_spec_tokens: int
-    num_draft_tokens: int
-    num_accepted_draft_tokens: int
-    mean_acceptance_length: float
-    draft_acceptance_rate: float
-    acceptance_histogram: list[int]
+    """What was drafted and accepted, under vLLM's names."""
+
+    num_spec_steps: Annotated[int, about("Decoding steps that verified a draft.")]
+    num_spec_tokens: Annotated[int, about("Longest draft that a step may have.")]
+    num_draft_tokens: Annotated[int, about("Tokens drafted.")]
+    num_accepted_draft_tokens: Annotated[int, about("Drafted tokens that are part of the text.")]
+    mean_acceptance_length: Annotated[
+        float, about("Tokens per verified draft: the accepted ones and the target's own one after them.")
+    ]
+    draft_acceptance_rate: Annotated[float, about("Accepted tokens per drafted token, from 0 to 1.")]
+    acceptance_histogram: Annotated[list[int], about("How many steps accepted 0, 1, 2, ... drafted tokens.")]
 
 
 class Metrics(TypedDict):
-    speculative_decoding: SpeculativeDecoding
+    """An extension of OpenAI's API, the same as vLLM's."""
+
+    speculative_decoding: Annotated[SpeculativeDecoding, about("What was drafted and accepted, over all choices.")]
 
 
 class TracedToken(TypedDict):
-    token_id: int
-    text: str
-    kind: str  # drafted, recovered or bonus
+    """A token and where it came from."""
+
+    token_id: Annotated[int, about("The token.")]
+    text: Annotated[str, about("Its text.")]
+    kind: Annotated[
+        str,
+        about("`drafted`, or the target's own: `recovered` in place of a rejected one, `bonus` after the draft."),
+    ]
 
 
 class TraceStep(TypedDict):
-    source: str  # none, copy or diffusion
-    tokens: list[TracedToken]
-    rejected: list[int]  # drafted tokens that were not kept
-    cut: NotRequired[list[TracedToken]]  # kept by the step, then cut off by a stop text; the statistics count them
+    """One decoding step."""
+
+    source: Annotated[str, about("Who drafted: `none`, `copy` or `diffusion`.")]
+    tokens: Annotated[list[TracedToken], about("The tokens that the step added to the text.")]
+    rejected: Annotated[list[int], about("Drafted tokens that were not kept.")]
+    cut: NotRequired[
+        Annotated[
+            list[TracedToken],
+            about("Tokens that the step kept and a stop text then cut off; the statistics count them."),
+        ]
+    ]
 
 
 class LegacyLogprobs(TypedDict):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    """Log probabilities of a completion."""
+
+    tokens: Annotated[list[str], about("Each token's text; `bytes:\\x..` for one that is no whole text.")]
+    token_logprobs: Annotated[
+        list[float | None], about("Natural logarithm of each token's probability; null for a prompt's first token.")
+    ]
+    top_logprobs: Annotated[
+        list[dict[str, float] | None], about("For each token the most probable ones, by their texts.")
+    ]
+    text_offset: Annotated[list[int], about("Where each token begins in the text, in characters.")]
 
 
 class ChoiceEnding(TypedDict):
     """What choices of both endpoints have in common."""
 
-    finish_reason: str | None
-    stop_reason: int | str | None
-    token_ids: NotRequired[list[int]]
-    trace: NotRequired[list[TraceStep]]
+    finish_reason: Annotated[str | None, about("`stop`, `length` or `tool_calls`; null while the choice goes on.")]
+    stop_reason: Annotated[
+        int | str | None, about("The stop text, or the stop token's id, that ended the choice; else null.")
+    ]
+    token_ids: NotRequired[Annotated[list[int], about("The choice's tokens; with `return_token_ids`.")]]
+    trace: NotRequired[
+        Annotated[list[TraceStep], about("What each decoding step drafted and kept; with `speculative.trace`.")]
+    ]
 
 
 class CompletionChoice(ChoiceEnding):
-    index: int
-    text: str
-    logprobs: LegacyLogprobs | None
-    prompt_token_ids: NotRequired[list[int]]
+    """One text."""
+
+    index: Annotated[int, about("Number of the choice; prompt i has the choices from i * n on.")]
+    text: Annotated[str, about("The text, or in a stream what is new of it.")]
+    logprobs: Annotated[LegacyLogprobs | None, about("Log probabilities; null unless asked for.")]
+    prompt_token_ids: NotRequired[Annotated[list[int], about("The prompt's tokens; with `return_token_ids`.")]]
 
 
 class AnswerHead(TypedDict):
-    id: str
-    object: str
-    created: int
-    model: str
+    """How every answer begins."""
+
+    id: Annotated[str, about("Name of this answer.")]
+    object: Annotated[str, about("The kind of answer.")]
+    created: Annotated[int, about("When the request came, in Unix seconds.")]
+    model: Annotated[str, about("Name of the model.")]
 
 
 class Completion(AnswerHead):
     """Answer of POST /v1/completions, whole or as one chunk of a stream."""
 
-    choices: list[CompletionChoice]
-    usage: NotRequired[Usage | None]
-    metrics: NotRequired[Metrics]
+    choices: Annotated[list[CompletionChoice], about("The texts; empty in a stream's chunk with the usage.")]
+    usage: NotRequired[
+        Annotated[Usage | None, about("Tokens counted; in a stream null, or with `include_usage` on the last chunk.")]
+    ]
+    metrics: NotRequired[
+        Annotated[Metrics, about("What was drafted and accepted; in a stream on the chunk with the usage.")]
+    ]
 
 
 class TopLogprob(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
+    """A token and its log probability."""
+
+    token: Annotated[str, about("The token's text.")]
+    logprob: Annotated[float, about("Natural logarithm of its probability.")]
+    bytes: Annotated[list[int], about("Its bytes.")]
 
 
 class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
+    """A token of the text and what might have stood there."""
+
+    top_logprobs: Annotated[list[TopLogprob], about("The most probable tokens in its place.")]
 
 
 class ChatLogprobs(TypedDict):
-    content: list[TokenLogprob]
-    refusal: None
+    """Log probabilities of a chat."""
+
+    content: Annotated[list[TokenLogprob], about("One entry for each token.")]
+    refusal: Annotated[None, about("Always null.")]
 
 
 class CalledFunction(TypedDict):
-    name: str
-    arguments: str  # JSON
+    """A function and its arguments."""
+
+    name: Annotated[str, about("Name of the function.")]
+    arguments: Annotated[str, about("Its arguments, as JSON text.")]
 
 
 class ToolCallBody(TypedDict):
-    id: str
-    type: str
-    function: CalledFunction
+    """A call that the model asks for."""
+
+    id: Annotated[str, about("Name of this call, for the message that answers it.")]
+    type: Annotated[str, about("Always `function`.")]
+    function: Annotated[CalledFunction, about("The function to call, and with what.")]
 
 
 class CalledFunctionDelta(TypedDict, total=False):
-    name: str
-    arguments: str
+    """Part of a function and its arguments."""
+
+    name: Annotated[str, about("Name of the function.")]
+    arguments: Annotated[str, about("What is new of the arguments' JSON text.")]
 
 
 class ToolCallDelta(TypedDict):
     """Part of a call: the first has id, type and name, and the arguments come in pieces."""
 
-    index: int
-    id: NotRequired[str]
-    type: NotRequired[str]
-    function: CalledFunctionDelta
+    index: Annotated[int, about("Number of the call in the message.")]
+    id: NotRequired[Annotated[str, about("Name of this call; on its first part.")]]
+    type: NotRequired[Annotated[str, about("Always `function`; on the first part.")]]
+    function: Annotated[CalledFunctionDelta, about("What is new of the function to call.")]
 
 
 class ChatMessageBody(TypedDict):
-    role: str
-    content: str | None
-    refusal: None
-    tool_calls: NotRequired[list[ToolCallBody]]
+    """The assistant's message."""
+
+    role: Annotated[str, about("Always `assistant`.")]
+    content: Annotated[str | None, about("The text; null if there are only calls.")]
+    refusal: Annotated[None, about("Always null.")]
+    tool_calls: NotRequired[Annotated[list[ToolCallBody], about("Functions that the model asks to be called.")]]
 
 
 class ChatDelta(TypedDict, total=False):
-    role: str
-    content: str | None
-    tool_calls: list[ToolCallDelta]
+    """Part of the assistant's message."""
+
+    role: Annotated[str, about("Always `assistant`; on the first chunk of a choice.")]
+    content: Annotated[str | None, about("What is new of the text.")]
+    tool_calls: Annotated[list[ToolCallDelta], about("What is new of the calls.")]
 
 
 class ChatChoiceBase(ChoiceEnding):
-    index: int
-    logprobs: ChatLogprobs | None
+    """What choices of chats have in common."""
+
+    index: Annotated[int, about("Number of the choice.")]
+    logprobs: Annotated[ChatLogprobs | None, about("Log probabilities; null unless asked for.")]
 
 
 class ChatChoice(ChatChoiceBase):
-    message: ChatMessageBody
+    """One answer."""
+
+    message: Annotated[ChatMessageBody, about("The assistant's message.")]
 
 
 class ChatChunkChoice(ChatChoiceBase):
-    delta: ChatDelta
+    """Part of one answer."""
+
+    delta: Annotated[ChatDelta, about("What is new of the assistant's message.")]
 
 
 class ChatCompletion(AnswerHead):
     """Answer of POST /v1/chat/completions."""
 
-    choices: list[ChatChoice]
-    usage: Usage
-    metrics: Metrics
-    prompt_token_ids: NotRequired[list[int]]
+    choices: Annotated[list[ChatChoice], about("The answers.")]
+    usage: Annotated[Usage, about("Tokens counted.")]
+    metrics: Annotated[Metrics, about("What was drafted and accepted.")]
+    prompt_token_ids: NotRequired[Annotated[list[int], about("The prompt's tokens; with `return_token_ids`.")]]
 
 
 class ChatCompletionChunk(AnswerHead):
     """One chunk of a streamed POST /v1/chat/completions."""
 
-    choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
-    metrics: NotRequired[Metrics]
-    prompt_token_ids: NotRequired[list[int]]
+    choices: Annotated[list[ChatChunkChoice], about("What is new; empty in the chunk with the usage.")]
+    usage: NotRequired[
+        Annotated[Usage | None, about("Null, or with `include_usage` on the last chunk the tokens counted.")]
+    ]
+    metrics: NotRequired[Annotated[Metrics, about("What was drafted and accepted; on the chunk with the usage.")]]
+    prompt_token_ids: NotRequired[
+        Annotated[list[int], about("The prompt's tokens, on the first chunk; with `return_token_ids`.")]
+    ]
 
 
 class ModelCard(TypedDict):
-    id: str
-    object: str
-    created: int
-    owned_by: str
-    max_model_len: int
-    drafter: str
+    """A model."""
+
+    id: Annotated[str, about("Name of the model, for the field `model` of requests.")]
+    object: Annotated[str, about("Always `model`.")]
+    created: Annotated[int, about("When it was loaded, in Unix seconds.")]
+    owned_by: Annotated[str, about("Always `diffuspec`.")]
+    max_model_len: Annotated[int, about("Most tokens of prompt and output together.")]
+    drafter: Annotated[str, about("Who drafts for it.")]
 
 
 class ModelList(TypedDict):
-    object: str
-    data: list[ModelCard]
+    """All models."""
+
+    object: Annotated[str, about("Always `list`.")]
+    data: Annotated[list[ModelCard], about("The served model.")]
 
 
 class Tokenized(TypedDict):
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: NotRequired[list[str]]
+    """Answer of POST /tokenize."""
+
+    count: Annotated[int, about("How many tokens.")]
+    max_model_len: Annotated[int, about("Most tokens of prompt and output together.")]
+    tokens: Annotated[list[int], about("The tokens' ids.")]
+    token_strs: NotRequired[Annotated[list[str], about("Each token's text; with `return_token_strs`.")]]
 
 
 class Detokenized(TypedDict):
-    prompt: str
+    """Answer of POST /detokenize."""
+
+    prompt: Annotated[str, about("The text.")]
 
 
 class TokenizerInfo(TypedDict):
-    type: str
-    size: int
-    vocabulary_size: int
-    max_model_len: int
-    special_tokens: dict[str, Any]
-    bos_token: str | None
-    eos_token: str | None
-    pad_token: str | None
-    chat_template: str | None
+    """Answer of GET /tokenizer_info."""
+
+    type: Annotated[str, about("The kind of tokenizer, such as `BPE`.")]
+    size: Annotated[int, about("Ids that the tokenizer knows.")]
+    vocabulary_size: Annotated[int, about("Width of the model's logits; ids below it may be sent.")]
+    max_model_len: Annotated[int, about("Most tokens of prompt and output together.")]
+    special_tokens: Annotated[dict[str, Any], about("Special tokens by their roles.")]
+    bos_token: Annotated[str | None, about("Begins a text; null if there is none.")]
+    eos_token: Annotated[str | None, about("Ends a text; null if there is none.")]
+    pad_token: Annotated[str | None, about("Fills up a batch; null if there is none.")]
+    chat_template: Annotated[str | None, about("Jinja template of conversations; null if the model has none.")]
 
 
 class Health(TypedDict):
-    status: str
+    """Answer of the probes."""
+
+    status: Annotated[str, about("`ok` or `ready`.")]
 
 
 class Startup(TypedDict):
-    phase: str
-    progress: float
-    detail: str
-    seconds: float
+    """Answer of GET /startup."""
+
+    phase: Annotated[str, about("`loading`, `ready`, `draining`, `hung` or `dead`.")]
+    progress: Annotated[float, about("From 0 to 1.")]
+    detail: Annotated[str, about("What is being done.")]
+    seconds: Annotated[float, about("Since the process began to serve.")]
 
 
 class Version(TypedDict):
-    version: str
+    """Answer of GET /version."""
+
+    version: Annotated[str, about("Version of this server.")]

@@ -26,11 +26,15 @@ from service.api.tools import Tool, ToolCall, ToolChoice
 
 
 class StreamOptions(RequestModel):
+    """What a stream tells beside the text."""
+
     include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
     continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
 
 
 class SpeculativeField(RequestModel):
+    """How this request is drafted for, an extension of OpenAI's API; what is unset is as the service is set."""
+
     enabled: bool | None = Field(None, description="False: plain decoding for this request. The text is the same.")
     max_draft_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens drafted in one step.")
     policy: PolicyName | None = Field(None, description="Who decides the draft length; unset: the service's policy.")
@@ -94,7 +98,9 @@ class CompletionRequest(GenerationFields):
 class ChatMessage(RequestModel):
     """A message; its fields beside role and content are the assistant's, but for name and tool_call_id."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="Who says it; `developer` is the newer name of `system`."
+    )
     tool_calls: list[ToolCall] | None = Field(None, description="What an assistant asked to be called.")
     tool_call_id: str | None = Field(
         None, validate_default=True, max_length=256, description="With the role `tool`: the call that this answers."
@@ -104,7 +110,7 @@ class ChatMessage(RequestModel):
     )
     reasoning_content: str | None = Field(None, description="An assistant's; given to the template as it is.")
     reasoning: str | None = Field(None, description="The newer name of `reasoning_content`.")
-    name: str | None = Field(None, max_length=256)
+    name: str | None = Field(None, max_length=256, description="Who says it, for templates that know names.")
     refusal: Unsupported = None
     annotations: Unsupported = None
     audio: Unsupported = None
@@ -183,9 +189,9 @@ class TokenizeRequest(RequestModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "import os\n"}]})
 
-    model: str | None = Field(None, max_length=256)
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    model: str | None = Field(None, max_length=256, description="Name from /v1/models; unset: the one there is.")
+    prompt: str | None = Field(None, description="A text; either this or `messages`.")
+    messages: list[ChatMessage] | None = Field(None, min_length=1, description="A conversation.")
     tools: list[Tool] | None = Field(None, description="For messages: what the chat template is to show.")
     add_special_tokens: bool | None = Field(None, description="Default: true for a text, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="For messages; default true.")
@@ -197,5 +203,5 @@ class DetokenizeRequest(RequestModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [300, 301]}]})
 
-    model: str | None = Field(None, max_length=256)
-    tokens: list[int]
+    model: str | None = Field(None, max_length=256, description="Name from /v1/models; unset: the one there is.")
+    tokens: list[int] = Field(description="Token ids.")

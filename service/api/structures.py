@@ -15,6 +15,8 @@ Schema = dict[str, Any]
 
 
 class JsonSchemaFormat(RequestModel):
+    """A JSON schema, as OpenAI's API wraps it."""
+
     name: str | None = Field(None, max_length=128, description="Not used.")
     description: str | None = Field(None, description="Not used.")
     json_schema: Schema = Field(alias="schema", description="The JSON schema that the output keeps to.")
@@ -24,7 +26,7 @@ class JsonSchemaFormat(RequestModel):
 class ResponseFormat(RequestModel):
     """OpenAI's way to ask for JSON."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema"] = Field(description="What the output is.")
     json_schema: JsonSchemaFormat | None = Field(None, description="With `json_schema` as type.")
 
     @model_validator(mode="after")

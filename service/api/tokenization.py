@@ -22,6 +22,7 @@ router = APIRouter(tags=["tokens"])
     response_model=None,
 )
 async def tokenize(request: Request) -> Tokenized:
+    """What a prompt, or a conversation by the model's chat template, is to the model."""
     call = await receive(request, TokenizeRequest)
     fields, model = call.fields, call.model
     if (fields.prompt is None) == (fields.messages is None):
@@ -53,6 +54,7 @@ async def tokenize(request: Request) -> Tokenized:
     response_model=None,
 )
 async def detokenize(request: Request) -> Detokenized:
+    """The text of tokens, special ones included."""
     call = await receive(request, DetokenizeRequest)
     fields, model = call.fields, call.model
     if any(token < 0 for token in fields.tokens):
@@ -65,6 +67,7 @@ async def detokenize(request: Request) -> Detokenized:
     "/tokenizer_info", summary="Describe the tokenizer", responses=answers(TokenizerInfo, 503), response_model=None
 )
 async def tokenizer_info(request: Request) -> TokenizerInfo:
+    """Its kind and sizes, special tokens and chat template."""
     serving: Serving = request.app.state.serving
     model = serving.model(None)
     special_tokens = model.tokenizer.special_tokens

@@ -26,6 +26,8 @@ def _check_parameters(value: Any) -> Any:
 
 
 class FunctionDefinition(RequestModel):
+    """A function, by its name and the schema of its arguments."""
+
     name: ToolName = Field(description="Letters, digits, `_`, `.` and `-`.")
     description: str | None = Field(None, description="What the function does, for the model.")
     parameters: Annotated[dict[str, Any], BeforeValidator(_check_parameters)] | None = Field(
@@ -39,8 +41,8 @@ class FunctionDefinition(RequestModel):
 class Tool(RequestModel):
     """A function that the model may ask the client to call."""
 
-    type: Literal["function"]
-    function: FunctionDefinition
+    type: Literal["function"] = Field(description="There are only functions.")
+    function: FunctionDefinition = Field(description="The function.")
 
     def for_template(self) -> dict[str, Any]:
         """In the shape and order that chat templates know."""
@@ -104,7 +106,9 @@ def _check_arguments(value: Any) -> Any:
 
 
 class FunctionCall(RequestModel):
-    name: ToolName
+    """A function and the arguments that it was to be called with."""
+
+    name: ToolName = Field(description="The function's name.")
     arguments: Annotated[str, BeforeValidator(_check_arguments)] = Field(description="JSON, as the model wrote it.")
     parsed_arguments: Any = Field(None, description="Not used; the openai client keeps it.")
 
@@ -112,9 +116,11 @@ class FunctionCall(RequestModel):
 class ToolCall(RequestModel):
     """A call that the assistant asked for earlier in the conversation."""
 
-    id: str = Field(min_length=1, max_length=256)
-    type: Literal["function"]
-    function: FunctionCall
+    id: str = Field(
+        min_length=1, max_length=256, description="The call's name; the message that answers it has it, too."
+    )
+    type: Literal["function"] = Field(description="There are only functions.")
+    function: FunctionCall = Field(description="What was to be called.")
     index: int | None = Field(None, description="Not used; clients keep it from streams.")
 
     def for_template(self) -> dict[str, Any]:
