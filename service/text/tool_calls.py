@@ -80,6 +80,7 @@ class ToolCallParser:
         self._head = ""  # of the call that is being read: what is content if it is no call
         self._scanner = JsonObjectScanner()
         self._name, self._begin = "", 0  # of the call that is being read: its tool, and where its arguments begin
+        self._is_given = False  # whether its arguments are given away while they come
         self._arguments: list[str] = []  # what was given away of them
         self._num_started = 0
         self._num_failures = 0
@@ -147,7 +148,8 @@ class ToolCallParser:
             return True
         self._state = State.ARGUMENTS
         self._name, self._begin = found
-        if self._eager:
+        self._is_given = self._eager and (self._most_calls is None or self._num_started < self._most_calls)
+        if self._is_given:
             self._start_call(self._name)
             self._held, self._begin = self._held[self._begin :], 0
             self._arguments = []
@@ -195,7 +197,7 @@ class ToolCallParser:
 
     def _read_arguments(self, is_end: bool) -> bool:
         end = self._scanner.scan(self._held, self._begin)
-        if self._eager:
+        if self._is_given:
             piece = self._held[: self._scanner.position]
             self._give(piece)
             self._arguments.append(piece)
@@ -203,7 +205,7 @@ class ToolCallParser:
             self._scanner.position = 0
         if end < 0 and not self._scanner.is_broken and not is_end:
             return False
-        if self._eager:
+        if self._is_given:
             is_complete = end >= 0 and _is_object("".join(self._arguments))
             self._end_call(self._held, is_complete=is_complete)
         elif end >= 0 and _is_object(arguments := self._held[self._begin : end]):
