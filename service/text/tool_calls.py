@@ -160,8 +160,11 @@ class ToolCallParser:
         begin = _skip_to_object(self._held, allow_tag=not self._opening)
         if begin is None and not is_end:
             return False
-        end = -1 if begin is None or begin < 0 else self._scanner.scan(self._held, begin)
-        if end < 0 and not self._scanner.is_broken and not is_end and begin is not None and begin >= 0:
+        if begin is None or begin < 0:
+            self._fail()
+            return True
+        end = self._scanner.scan(self._held, begin)
+        if end < 0 and not self._scanner.is_broken and not is_end:
             return False
         call = _parse_call(self._held[begin:end], self._names) if end >= 0 else None
         if call is None:
@@ -310,15 +313,15 @@ def _skip_to_object(text: str, *, allow_tag: bool) -> int | None:
 def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
     """Name and arguments, as JSON, of a whole call with its keys in any order."""
     content = _parse(text)
-    if not isinstance(content, dict) or content.get("name") not in names:
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
-    key = "arguments" if "arguments" in content else "parameters"
-    arguments = content.get(key, {})
+    arguments = content["arguments"] if "arguments" in content else content.get("parameters")
     if isinstance(arguments, str) and _is_object(arguments):  # some models write the JSON as a text
-        return content["name"], arguments
-    if not isinstance(arguments, dict):
+        return name, arguments
+    if arguments is not None and not isinstance(arguments, dict):
         return None
-    return content["name"], pydantic_core.to_json(arguments).decode()
+    return name, pydantic_core.to_json(arguments or {}).decode()
 
 
 def _is_object(text: str) -> bool:

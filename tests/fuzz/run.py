@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["service"]):
     import service.text.tool_calls  # noqa: F401
 
 
-def main(name: str, action: str) -> None:
+def main(name: str, action: str, *given: str) -> None:
     target = importlib.import_module(f"tests.fuzz.{name}")
     kept, found = ROOT / "tests" / "fuzz" / "corpus" / name, ROOT / "reports" / "fuzz" / name
     for folder in (kept, found):
@@ -29,12 +29,15 @@ def main(name: str, action: str) -> None:
             (found / f"seed-{number}").write_bytes(seed)
     target.check(b"")  # loads what is loaded once, outside of what is measured
     options = [f"-artifact_prefix={found.parent}/{name}-", "-timeout=20", "-rss_limit_mb=4096", "-verbosity=1"]
-    if action == "keep":
+    command = f"{sys.executable} -m tests.fuzz.run {name} given"  # by which libFuzzer calls itself for a merge
+    if action == "given":
+        options = list(given)
+    elif action == "keep":
         options += ["-merge=1", "-max_len=512", str(kept), str(found)]
     else:
         options += [f"-max_total_time={action}", "-max_len=4096", "-print_final_stats=1", str(found), str(kept)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    atheris.Setup([sys.argv[0], *options], target.check)
+    atheris.Setup([command, *options], target.check)
     atheris.Fuzz()
 
 

@@ -16,6 +16,7 @@ WORDS = (
     '"name"',
     '"arguments"',
     '"get"',
+    '["get"]',
     "<|python_tag|>",
     *'{}[]":,; \n\\',
     "tru",
