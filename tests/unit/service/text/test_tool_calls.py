@@ -100,6 +100,8 @@ CASES: list[tuple[ToolCallStyle, str, str | None, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>', "", [("get", '{"a":1}')]),
     ("hermes", '<tool_call>{"name":"get","arguments":"{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name":"get"}</tool_call>', "", [("get", "{}")]),
+    ("hermes", '<tool_call>{"parameters":null,"name":"get"}</tool_call>', "", [("get", "{}")]),
+    ("hermes", '<tool_call>{"name":["get"],"arguments":{}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name":"rm","arguments":{}}</tool_call>', None, []),  # no such tool
     ("hermes", '<tool_call>{"name":"get","arguments":{"a":True}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name":"get","arguments":{"a":1', None, []),
