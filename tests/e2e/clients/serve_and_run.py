@@ -43,7 +43,11 @@ CLIENTS = {
     "lm_eval": Client(limit_seconds=600, second_server=["--drafter", "none"]),
     "aiperf": Client(limit_seconds=600),
     "guidellm": Client(limit_seconds=600),
-    "schemathesis": Client(limit_seconds=1800),
+    "schemathesis": Client(
+        limit_seconds=1800,
+        second_server=[],
+        second_settings={"DIFFUSPEC_MODEL__CONTEXT_LENGTH": "128", "DIFFUSPEC_LIMITS__MAX_CHOICES": "2"},
+    ),
 }
 
 
