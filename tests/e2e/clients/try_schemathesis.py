@@ -2,8 +2,8 @@
 
 Requests made from the API's own description, right ones and wrong ones: no 5xx, no answer and no event of a stream that
 the description does not know, and nothing accepted that it calls wrong. The server at SMALL_URL has a short context and
-allows few choices: a chat without `max_tokens` goes on to the end of the context, as it does elsewhere, and a request for
-16 such choices takes a laptop a minute.
+allows few choices: a chat without `max_tokens` goes on to the end of the context, as it does elsewhere, and a request
+for 16 such choices takes a laptop a minute.
 """
 
 import subprocess
