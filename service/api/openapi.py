@@ -127,17 +127,32 @@ def answers(model: Any, *statuses: int, stream: Any = None) -> dict[int | str, d
     codes = {500, *statuses, 400} if 415 in statuses else {500, *statuses}
     content: dict[str, Any] = {"application/json": {"examples": _example(model.__name__)}}
     if stream is not None:
-        events = [*CHUNKS[stream.__name__], "[DONE]"]
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": f"With `stream`: events, each `data: ` and a {stream.__name__} as JSON; then `[DONE]`.",
-            },
-            "example": "".join(f"data: {event}\n\n" for event in events),
-        }
+        content["text/event-stream"] = {"schema": _event(stream), "example": {"data": CHUNKS[stream.__name__][0]}}
     headers = _headers(*EVERY_ANSWER, *(["x-queue-time-ms"] if stream is not None else []))
     done = {"model": model, "description": "Done.", "headers": headers, "content": content}
     return {200: done, **{code: {"model": ErrorBody, **_error(code)} for code in sorted(codes)}}
+
+
+def _event(chunk: Any) -> dict[str, Any]:
+    """One event of a stream: OpenAPI before 3.2 has no other way to describe a stream."""
+    chunk_or_error = [{"$ref": REFERENCE.format(model=model.__name__)} for model in (chunk, ErrorBody)]
+    return {
+        "type": "object",
+        "description": "With `stream`, one event: a chunk or an error as JSON; the last one is `[DONE]`.",
+        "required": ["data"],
+        "properties": {
+            "data": {
+                "anyOf": [
+                    {"const": "[DONE]"},
+                    {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": {"anyOf": chunk_or_error},
+                    },
+                ]
+            }
+        },
+    }
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -208,6 +208,13 @@ def test_nonsense_is_refused(http: httpx.Client, content: bytes) -> None:
         error_of(answer)
 
 
+@pytest.mark.parametrize("empty", [None, False, "", [], {}])
+def test_an_unsupported_field_may_be_sent_empty(http: httpx.Client, empty: Any) -> None:
+    answer = http.post("/v1/completions", json={"prompt": "x", "suffix": empty})
+    assert answer.status_code == 200, answer.text
+    assert refused(http, {"prompt": "x", "suffix": 0})["param"] == "suffix"
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -1,8 +1,8 @@
 """Clients that we did not write, unchanged, against servers on the bundled pair: `python serve_and_run.py [NAME ...]`.
 
-Each NAME is a script `try_NAME.py` that runs in its own environment, `.venv-clients-NAME`, because the clients' pins clash
-with the service's and with each other's; `make test-clients` makes them. A script gets the URL of a server, and some the
-URL of a second one. Ends with status 1 if a script failed or did not end in time.
+Each NAME is a script `try_NAME.py` that runs in its own environment, `.venv-clients-NAME`, because the clients' pins
+clash with the service's and with each other's; `make test-clients` makes them. A script gets the URL of a server, and
+some the URL of a second one. Ends with status 1 if a script failed or did not end in time.
 """
 
 import os
@@ -43,7 +43,11 @@ CLIENTS = {
     "lm_eval": Client(limit_seconds=600, second_server=["--drafter", "none"]),
     "aiperf": Client(limit_seconds=600),
     "guidellm": Client(limit_seconds=600),
-    "schemathesis": Client(limit_seconds=1800),
+    "schemathesis": Client(
+        limit_seconds=1800,
+        second_server=[],
+        second_settings={"DIFFUSPEC_MODEL__CONTEXT_LENGTH": "128", "DIFFUSPEC_LIMITS__MAX_CHOICES": "2"},
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """aiperf against completions and chats, streamed: `python try_aiperf.py URL`.
 
-Its speculative-decoding table must be filled: it reads `metrics.speculative_decoding` of each response, which a stream has
-on its chunk with the usage.
+Its speculative-decoding table must be filled: it reads `metrics.speculative_decoding` of each response, which a stream
+has on its chunk with the usage.
 """
 
 import json

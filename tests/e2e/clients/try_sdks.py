@@ -1,10 +1,11 @@
 """openai, litellm and langchain-openai: `python try_sdks.py URL STARTING_URL`.
 
-The server at STARTING_URL has just been started and answers 503 while it loads; afterwards it runs one sequence and lets
-one wait, so that a few requests at once are answered with 429.
+The server at STARTING_URL has just been started and answers 503 while it loads; afterwards it runs one sequence and
+lets one wait, so that a few requests at once are answered with 429.
 """
 
 import asyncio
+import json
 import os
 import sys
 import time
@@ -20,10 +21,11 @@ MODEL = "diffuspec-python"
 SEEDED = {"max_tokens": 24, "temperature": 0.7, "seed": 11}
 MESSAGES = [{"role": "user", "content": "read a file"}]
 LOADING_SECONDS = 120
+COLOURS = ["red", "green"]
 SCHEMA = {
     "title": "answer",
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "green"]}},
+    "properties": {"colour": {"enum": COLOURS}},
     "required": ["colour"],
     "additionalProperties": False,
 }
@@ -43,6 +45,15 @@ class Seen:
 
     async def note_async(self, response: httpx.Response) -> None:
         self.note(response)
+
+
+def failure_of(client: openai.OpenAI, **body: object) -> openai.OpenAIError:
+    """The error that a completion ends with."""
+    try:
+        answer = client.completions.create(**{"model": MODEL, "prompt": PROMPT, **body})
+    except openai.OpenAIError as error:
+        return error
+    raise AssertionError(f"{body} was answered: {answer}")
 
 
 def check_retries_while_loading(url: str, starting_url: str) -> None:
@@ -122,12 +133,9 @@ def check_openai(url: str, starting_url: str) -> None:
     assert PROMPT + "".join(texts) == plain.choices[0].text
     assert usage.completion_tokens == 24
     for body, error in (({"temperature": 9}, openai.BadRequestError), ({"model": "other"}, openai.NotFoundError)):
-        try:
-            client.completions.create(**{"model": MODEL, "prompt": PROMPT, **body})
-        except error as refusal:
-            assert refusal.param == next(iter(body)), refusal
-        else:
-            raise AssertionError(f"{body} was not refused")
+        refusal = failure_of(client, **body)
+        assert isinstance(refusal, error), refusal
+        assert refusal.param == next(iter(body)), refusal
 
 
 def check_openai_async(url: str, starting_url: str) -> None:
@@ -152,24 +160,15 @@ def check_openai_async(url: str, starting_url: str) -> None:
 def check_timeouts(url: str, starting_url: str) -> None:
     """The client's own limit, and the server's `timeout` field, which openai knows as status 504."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    try:
-        client.with_options(timeout=0.001).completions.create(model=MODEL, prompt=PROMPT)
-    except openai.APITimeoutError:
-        pass
-    else:
-        raise AssertionError("the client's timeout did not end the request")
-    try:
-        client.completions.create(
-            model=MODEL, prompt=PROMPT, max_tokens=900, extra_body={"timeout": 0.01, "ignore_eos": True}
-        )
-    except openai.InternalServerError as error:
-        assert (error.status_code, error.code) == (504, "request_timeout"), error
-    else:
-        raise AssertionError("the server's timeout did not end the request")
+    failure = failure_of(client.with_options(timeout=0.001))
+    assert isinstance(failure, openai.APITimeoutError), failure
+    failure = failure_of(client, max_tokens=900, extra_body={"timeout": 0.01, "ignore_eos": True})
+    assert isinstance(failure, openai.InternalServerError), failure
+    assert (failure.status_code, failure.code) == (504, "request_timeout"), failure
 
 
 def check_litellm(url: str, starting_url: str) -> None:
-    """Text and chat, whole and streamed, JSON by schema, and its own error for a context that is too long."""
+    """Text and chat, whole and streamed, JSON by schema, a tool, and its own error for a context that is too long."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches prices
     import litellm
 
@@ -189,6 +188,17 @@ def check_litellm(url: str, starting_url: str) -> None:
         **options,
     )
     assert "colour" in answer.choices[0].message.content
+    answer = litellm.completion(
+        model=f"openai/{MODEL}",
+        messages=MESSAGES,
+        max_tokens=60,
+        tools=[{"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}],
+        tool_choice={"type": "function", "function": {"name": "paint"}},
+        **options,
+    )
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.name == "paint"
+    assert json.loads(call.function.arguments)["colour"] in COLOURS
     try:
         litellm.completion(model=f"openai/{MODEL}", messages=[{"role": "user", "content": "x = 1\n" * 4000}], **options)
     except litellm.BadRequestError:
@@ -197,7 +207,7 @@ def check_litellm(url: str, starting_url: str) -> None:
 
 
 def check_langchain(url: str, starting_url: str) -> None:
-    """Invoke, stream, batch, and structured output by a schema."""
+    """Invoke, stream, batch, and structured output by a schema and by a tool."""
     from langchain_openai import ChatOpenAI, OpenAI
 
     options = {"base_url": f"{url}/v1", "api_key": "none", "model": MODEL, "max_retries": 0}
@@ -205,8 +215,9 @@ def check_langchain(url: str, starting_url: str) -> None:
     whole = chat.invoke("read a file").content
     assert "".join(str(chunk.content) for chunk in chat.stream("read a file")) == whole
     assert [answer.content for answer in chat.batch(["read a file"] * 3)] == [whole] * 3
-    structured = ChatOpenAI(**options, max_tokens=60).with_structured_output(SCHEMA, method="json_schema")
-    assert structured.invoke("which?")["colour"] in ("red", "green")
+    for method in ("json_schema", "function_calling"):
+        structured = ChatOpenAI(**options, max_tokens=60).with_structured_output(SCHEMA, method=method)
+        assert structured.invoke("which?")["colour"] in COLOURS
     assert OpenAI(**options, max_tokens=8, temperature=0).invoke(PROMPT)
 
 
