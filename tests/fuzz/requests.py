@@ -55,14 +55,23 @@ def running() -> tuple[asyncio.AbstractEventLoop, FastAPI]:
     def play(request: GenerationRequest) -> list[TokenDelta]:
         return deltas(TEXT, sizes=[3, 9, 1, 30], finish_reason="stop")
 
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    write_tokenizer(folder, HERMES_TEMPLATE)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
     engine = ScriptedEngine(play, context_length=2048)
-    app = scripted_app(engine, folder, load_settings(overrides={"model.served_model_name": "tiny"}))
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(app.state.serving.start())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tokenizer(folder, HERMES_TEMPLATE)
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        app = scripted_app(engine, folder, load_settings(overrides={"model.served_model_name": "tiny"}))
+        loop.run_until_complete(app.state.serving.start())
     return loop, app
+
+
+def close() -> None:
+    """End the server."""
+    loop, app = running()
+    loop.run_until_complete(app.state.serving.stop())
+    loop.close()
+    running.cache_clear()
 
 
 CONFIG = {

@@ -18,6 +18,8 @@ def test_nothing_that_was_ever_found_fails_again(name: str) -> None:
     assert kept
     for file in kept:
         target.check(file.read_bytes())
+    if hasattr(target, "close"):
+        target.close()
 
 
 def test_the_corpus_stays_small() -> None:

@@ -56,7 +56,7 @@ def check(data: bytes) -> None:
     while not reader.is_empty:
         number = reader.byte()
         words.append(WORDS[number] if number < len(WORDS) else chr(number))
-    text = "".join(words)[:500]
+    text = "".join(words)[:300]
     whole = read(style, [text], eager=eager, most=most)
     assert read(style, cut(text, ByteReader(places)), eager=eager, most=most) == whole
     assert read(style, list(text), eager=eager, most=most) == whole
