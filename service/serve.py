@@ -15,7 +15,8 @@ from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
 from service.preflight import check_models
-from service.settings import ServerSettings, Settings
+from service.setting_groups import ServerSettings
+from service.settings import Settings
 from service.unread import cutting_off_after
 from service.wiring import build_engine, build_metrics
 from transformer.config import CheckpointError
