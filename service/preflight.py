@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from service.folders import FolderFacts, find_mismatch, read_folder
-from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
+from service.settings import Settings
 from transformer.config import CheckpointError
 
 

@@ -15,7 +15,9 @@ from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
 from service.preflight import check_models
-from service.settings import ServerSettings, Settings
+from service.setting_groups import ServerSettings
+from service.settings import Settings
+from service.unread import cutting_off_after
 from service.wiring import build_engine, build_metrics
 from transformer.config import CheckpointError
 
@@ -38,7 +40,7 @@ def serve(settings: Settings, output: TextIO) -> int:
         print(f"diffuspec: cannot load the model: {error}", file=output)
         return 1
     try:
-        listener = listen(settings.server)
+        listener = _listen(settings.server.host, settings.server.port)
     except OSError as error:
         address = f"{settings.server.host}:{settings.server.port}"
         print(f"diffuspec: cannot listen on {address}: {error.strerror or error}; try another --port.", file=output)
@@ -62,17 +64,12 @@ def _tls_problem(server: ServerSettings) -> str:
     return ""
 
 
-def listen(server: ServerSettings) -> socket.socket:
-    """The listening socket, with options that every connection inherits. Raises OSError."""
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    listener = socket.create_server((server.host, server.port), family=family, backlog=1024)
-    # asyncio sets it only on sockets that name their protocol, and without it a streamed chunk may wait 40 ms for an
-    # acknowledgement.
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=1024)
+    # Inherited by every connection; asyncio sets it only on sockets that name their protocol, and without it a streamed
+    # chunk may wait 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # A client that never reads acknowledges every probe of its full window: without this it is kept forever. The
-        # kernel starts anew whenever the client takes anything, so that slow readers are safe.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(round(1000 * server.unread_seconds), 1))
     return listener
 
 
@@ -89,7 +86,7 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         timeout_keep_alive=settings.server.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         server_header=False,
-        http="h11",  # its bound on the head of a request is the one that is set here
+        http=cutting_off_after(settings.server.unread_seconds),  # with h11's bound on the head of a request
         h11_max_incomplete_event_size=settings.server.max_header_bytes,
         limit_concurrency=settings.server.max_connections,
         ssl_certfile=settings.server.tls_certificate,

@@ -22,7 +22,8 @@ from service.engine.scheduler import SchedulerLimits
 from service.folders import find_mismatch, read_folder
 from service.metrics import ServiceMetrics
 from service.preflight import wants_drafter
-from service.settings import NO_DRAFTER, Settings
+from service.setting_groups import NO_DRAFTER
+from service.settings import Settings
 from service.text.tokenizer import TextTokenizer
 from transformer.config import CheckpointError, TransformerConfig
 from verifiers.base import Verifier

@@ -6,7 +6,7 @@ Every stage goes on where it was stopped and leaves finished work alone; delete 
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,20 @@ class Pair:
         return continuations.joined(
             corpus_rows(model, self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
         )
+
+
+def rehearsal(work: Path, models: Path) -> Pair:
+    """Every stage as it is, with a few steps of little data: minutes, to see that all of it runs on this machine."""
+    continuations = ContinuationRecipe(shards=1, rows=8)
+    return Pair(
+        work,
+        models,
+        target_recipe=TargetRecipe(start_steps=6, steps=4, batch_tokens=1024),
+        start_continuation_recipe=continuations,
+        continuation_recipe=continuations,
+        drafter_recipe=DrafterRecipe(start_steps=4, steps=6, more_steps=4, compiled=False),
+        evaluation_prompts=3,
+    )
 
 
 def run_target(pair: Pair) -> None:
@@ -143,9 +157,18 @@ def main() -> None:
     parser.add_argument(
         "--train-on", action="store_true", help="stage 'drafter': train the finished drafter on, and replace it"
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="a few steps of each stage; needs --work and --models folders of its own",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.rehearse and arguments.models == MODELS:
+        parser.error("--rehearse would write over the bundled pair: name another folder with --models")
     pair = Pair(arguments.work, arguments.models, train_on=arguments.train_on)
+    if arguments.rehearse:
+        pair = replace(rehearsal(arguments.work, arguments.models), train_on=arguments.train_on)
     for name, run in STAGES.items():
         if arguments.stage in (name, "all"):
             print(f"stage {name}", flush=True)

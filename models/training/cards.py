@@ -23,7 +23,7 @@ def replace_figures(card: str, figures: str) -> str:
 
 
 def write_cards(models: Path, figures: Mapping[str, Any]) -> None:
-    """Update the cards of the target, the drafter and the n-gram model in `models`."""
+    """Update the cards of the target, the drafter and the n-gram model in `models`; a folder without one gets one."""
     parts = {
         "target": _target(figures),
         "drafter": _drafter(figures),
@@ -34,7 +34,8 @@ def write_cards(models: Path, figures: Mapping[str, Any]) -> None:
     }
     for name, text in parts.items():
         card = models / name / "README.md"
-        card.write_text(replace_figures(card.read_text(), text))
+        written = card.read_text() if card.exists() else f"# {name}\n\n{START}\n{END}\n"
+        card.write_text(replace_figures(written, text))
 
 
 def _target(figures: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from service.api.schemas import GenerationFields
 from service.api.serving import ServedModel, Serving
 from service.errors import InvalidRequestError, TooManyRequestsError
 from service.keys import Key
-from service.settings import LimitSettings
+from service.setting_groups import LimitSettings
 from service.structured import Structure, StructureError, StructureSpec
 
 Fields = TypeVar("Fields", bound=RequestModel)

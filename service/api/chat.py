@@ -79,12 +79,13 @@ async def render(
 ) -> str:
     """The prompt, by the checkpoint's template; long conversations in another thread. Raises InvalidRequestError."""
     plain = [_for_template(message) for message in messages]
-    is_long = sum(len(message["content"] or "") for message in plain) > LONG_TEXT_CHARACTERS
+    is_long = len(plain) > 64 or sum(len(message["content"] or "") for message in plain) > LONG_TEXT_CHARACTERS
+    is_long |= bool(tools) or any("tool_calls" in message for message in plain)
     render_chat = functools.partial(
         model.tokenizer.render_chat, plain, tools=tools, add_generation_prompt=add_generation_prompt
     )
     try:
-        if is_long or len(plain) > 64 or len(tools) > 16:
+        if is_long:
             return await asyncio.to_thread(render_chat)
         return render_chat()
     except ChatTemplateError as error:
@@ -203,12 +204,12 @@ class ChatWriter:
         answer = self.envelope()
         if self.about.fields.return_token_ids and not self._begun:
             answer["prompt_token_ids"] = list(self.about.generation.plan.prompts[0].tokens)
-        delta: ChatDelta = {"content": piece.text}
+        delta: ChatDelta = {"content": piece.text} if piece.text or self.tools is None else {}
         if calls:
-            delta = {"tool_calls": calls} if not piece.text else {"content": piece.text, "tool_calls": calls}
+            delta["tool_calls"] = calls
         if index not in self._begun:
             self._begun.add(index)
-            delta = {"role": "assistant", "content": piece.text or ("" if not calls else None), **delta}
+            delta = {"role": "assistant", "content": piece.text or (None if calls else ""), **delta}
         answer["choices"] = [{"delta": delta, **self._choice(index, piece)}]
         return answer
 

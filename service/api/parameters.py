@@ -8,7 +8,7 @@ from service.api.schemas import GenerationFields, SpeculativeField
 from service.api.serving import ServedModel
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.errors import InvalidRequestError
-from service.settings import LimitSettings
+from service.setting_groups import LimitSettings
 from service.structured import Structure
 from verifiers.base import SamplingRules
 

@@ -15,7 +15,8 @@ from drafters.pipeline import DraftPipeline
 from drafters.planner import LengthOptions
 from service.bench.records import Role
 from service.engine.drafting import Drafting
-from service.settings import Settings, SpeculationSettings
+from service.setting_groups import SpeculationSettings
+from service.settings import Settings
 from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer

@@ -15,7 +15,8 @@ from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from service.folders import find_mismatch, read_folder
-from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
+from service.settings import Settings
 from service.text.tokenizer import TextTokenizer
 from service.wiring import build_tokenizer
 from transformer.config import CheckpointError

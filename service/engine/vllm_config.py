@@ -16,7 +16,8 @@ from service.engine.vllm_memory import (
     host_memory,
     plan_memory,
 )
-from service.settings import NO_DRAFTER, PROMPT_LOOKUP, Settings
+from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
+from service.settings import Settings
 from transformer.config import CheckpointError, TransformerConfig
 
 MOST_DEFAULT_CONTEXT = 8192

@@ -80,6 +80,7 @@ class ToolCallParser:
         self._head = ""  # of the call that is being read: what is content if it is no call
         self._scanner = JsonObjectScanner()
         self._name, self._begin = "", 0  # of the call that is being read: its tool, and where its arguments begin
+        self._is_given = False  # whether its arguments are given away while they come
         self._arguments: list[str] = []  # what was given away of them
         self._num_started = 0
         self._num_failures = 0
@@ -147,7 +148,8 @@ class ToolCallParser:
             return True
         self._state = State.ARGUMENTS
         self._name, self._begin = found
-        if self._eager:
+        self._is_given = self._eager and (self._most_calls is None or self._num_started < self._most_calls)
+        if self._is_given:
             self._start_call(self._name)
             self._held, self._begin = self._held[self._begin :], 0
             self._arguments = []
@@ -158,8 +160,11 @@ class ToolCallParser:
         begin = _skip_to_object(self._held, allow_tag=not self._opening)
         if begin is None and not is_end:
             return False
-        end = -1 if begin is None or begin < 0 else self._scanner.scan(self._held, begin)
-        if end < 0 and not self._scanner.is_broken and not is_end and begin is not None and begin >= 0:
+        if begin is None or begin < 0:
+            self._fail()
+            return True
+        end = self._scanner.scan(self._held, begin)
+        if end < 0 and not self._scanner.is_broken and not is_end:
             return False
         call = _parse_call(self._held[begin:end], self._names) if end >= 0 else None
         if call is None:
@@ -195,7 +200,7 @@ class ToolCallParser:
 
     def _read_arguments(self, is_end: bool) -> bool:
         end = self._scanner.scan(self._held, self._begin)
-        if self._eager:
+        if self._is_given:
             piece = self._held[: self._scanner.position]
             self._give(piece)
             self._arguments.append(piece)
@@ -203,7 +208,7 @@ class ToolCallParser:
             self._scanner.position = 0
         if end < 0 and not self._scanner.is_broken and not is_end:
             return False
-        if self._eager:
+        if self._is_given:
             is_complete = end >= 0 and _is_object("".join(self._arguments))
             self._end_call(self._held, is_complete=is_complete)
         elif end >= 0 and _is_object(arguments := self._held[self._begin : end]):
@@ -308,15 +313,15 @@ def _skip_to_object(text: str, *, allow_tag: bool) -> int | None:
 def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
     """Name and arguments, as JSON, of a whole call with its keys in any order."""
     content = _parse(text)
-    if not isinstance(content, dict) or content.get("name") not in names:
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
-    key = "arguments" if "arguments" in content else "parameters"
-    arguments = content.get(key, {})
+    arguments = content["arguments"] if "arguments" in content else content.get("parameters")
     if isinstance(arguments, str) and _is_object(arguments):  # some models write the JSON as a text
-        return content["name"], arguments
-    if not isinstance(arguments, dict):
+        return name, arguments
+    if arguments is not None and not isinstance(arguments, dict):
         return None
-    return content["name"], pydantic_core.to_json(arguments).decode()
+    return name, pydantic_core.to_json(arguments or {}).decode()
 
 
 def _is_object(text: str) -> bool:

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from service.serve import _tls_problem
-from service.settings import ServerSettings, SettingsError, load_settings
+from service.setting_groups import ServerSettings
+from service.settings import SettingsError, load_settings
 
 DATA = Path(__file__).parent / "data"  # a certificate for localhost that nobody trusts, with its key
 ROOT = Path(__file__).resolve().parents[2]

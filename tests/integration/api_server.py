@@ -17,6 +17,7 @@ from service.app import create_app
 from service.engine.base import Engine
 from service.settings import Settings, load_settings
 from service.text.tokenizer import TextTokenizer
+from service.unread import cutting_off_after
 from service.wiring import build_engine, build_metrics, build_tokenizer
 
 
@@ -33,10 +34,11 @@ def url_of(server: uvicorn.Server) -> str:
 
 @contextmanager
 def running(
-    app: FastAPI, listener: socket.socket | None = None, *, wait_until_ready: bool = True
+    app: FastAPI, listener: socket.socket | None = None, unread_seconds: float = 60.0, *, wait_until_ready: bool = True
 ) -> Iterator[uvicorn.Server]:
     """Yield the server of `app`, on `listener` or a free port."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    http = cutting_off_after(unread_seconds)
+    config = uvicorn.Config(app, port=0, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     sockets = None if listener is None else [listener]
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)

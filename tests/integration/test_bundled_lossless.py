@@ -18,7 +18,8 @@ from service.bench.loading import Loaded, load
 from service.bench.prompts import cut_prompts, held_out_texts
 from service.engine.base import GenerationRequest, SpeculationOptions
 from service.engine.scheduler import SchedulerLimits
-from service.settings import BUNDLED_MODELS, load_settings
+from service.setting_groups import BUNDLED_MODELS
+from service.settings import load_settings
 from tests.near_ties import NearTies
 from tests.unit.engine.driver import Driver
 from verifiers.base import SamplingRules

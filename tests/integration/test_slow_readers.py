@@ -1,6 +1,5 @@
 """Clients that read slowly, or not at all: what they are sent is bounded, and they are not waited for forever."""
 
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -11,9 +10,8 @@ import pytest
 import uvicorn
 
 from service.engine.base import GenerationRequest, TokenDelta
-from service.serve import listen
-from service.settings import load_settings
 from tests.integration.api_server import running, scripted_app, url_of, wait_for
+from tests.integration.raw_client import begin
 from tests.integration.scripted_engine import ScriptedEngine, Step, deltas
 
 HIGH_WATER = 64 << 10  # of asyncio's transports: beyond it whoever writes has to wait
@@ -22,25 +20,16 @@ LONGEST_FRAME = 4096
 
 @contextmanager
 def serving(engine: ScriptedEngine, target: Path, unread_seconds: float) -> Iterator[uvicorn.Server]:
-    settings = load_settings(overrides={"server.port": 0, "server.unread_seconds": unread_seconds})
-    with listen(settings.server) as listener:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # or the kernel would buffer megabytes
-        with running(scripted_app(engine, target, settings), listener) as server:
+        with running(scripted_app(engine, target), listener, unread_seconds) as server:
             yield server
 
 
 @contextmanager
 def streaming(server: uvicorn.Server) -> Iterator[socket.socket]:
     """A connection on which a stream has begun, with little room for what is not read."""
-    host, port = url_of(server).removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 500})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)  # as on a network, not the loopback's 64 KiB
-        client.settimeout(10)
-        client.connect((host, int(port)))
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    with begin(url_of(server), {"prompt": "x", "stream": True, "max_tokens": 500}, room=16384) as client:
         assert client.recv(12) == b"HTTP/1.1 200"
         yield client
 

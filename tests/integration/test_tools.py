@@ -197,7 +197,7 @@ def told(completion: Any) -> list[Any]:
     return [
         (
             choice.finish_reason,
-            choice.message.content or None,
+            choice.message.content,
             [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or ()],
         )
         for choice in completion.choices
@@ -257,7 +257,7 @@ def test_what_is_no_call_is_content(qwen_target: Path, text: str, finish_reason:
         body = {"messages": [USER], "tools": [CLOCK], "stream": True, "max_tokens": 300}
         streamed = httpx.post(url + CHAT, json=body).text
     frames = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-    assert "".join(frame["choices"][0]["delta"]["content"] for frame in frames) == text
+    assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == text
 
 
 def test_the_format_is_the_templates_or_the_settings(tmp_path: Path) -> None:

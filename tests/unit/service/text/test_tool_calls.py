@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.text.tool_calls import ToolCallParser, ToolCallStyle, style_of_template
+from service.text.tool_calls import MAX_FAILURES, ToolCallParser, ToolCallStyle, style_of_template
 from tests.checkpoints import HERMES_TEMPLATE, LLAMA3_TEMPLATE
 
 NAMES = ("get", "get_weather")
@@ -100,6 +100,8 @@ CASES: list[tuple[ToolCallStyle, str, str | None, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>', "", [("get", '{"a":1}')]),
     ("hermes", '<tool_call>{"name":"get","arguments":"{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
     ("hermes", '<tool_call>{"name":"get"}</tool_call>', "", [("get", "{}")]),
+    ("hermes", '<tool_call>{"parameters":null,"name":"get"}</tool_call>', "", [("get", "{}")]),
+    ("hermes", '<tool_call>{"name":["get"],"arguments":{}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name":"rm","arguments":{}}</tool_call>', None, []),  # no such tool
     ("hermes", '<tool_call>{"name":"get","arguments":{"a":True}}</tool_call>', None, []),
     ("hermes", '<tool_call>{"name":"get","arguments":{"a":1', None, []),
@@ -129,10 +131,11 @@ def test_further_calls_than_asked_for_are_dropped() -> None:
     assert len(read("hermes", [HERMES * 3], most=1)[1]) == 1
 
 
-def test_hostile_texts_take_no_time_that_grows_with_their_square() -> None:
-    """By counting: beyond so many blocks that are none, nothing is looked at again."""
-    text = "<tool_call>{" * 50_000
-    assert read("hermes", [text]) == (text, [], 0)
+def test_behind_too_many_blocks_that_are_no_calls_nothing_is_looked_at_again() -> None:
+    """Or a model could be made to write a text whose reading takes time that grows with its square."""
+    block = "<tool_call>{"
+    assert len(read("hermes", [block * (MAX_FAILURES - 1) + HERMES])[1]) == 1
+    assert read("hermes", [block * MAX_FAILURES + HERMES]) == (block * MAX_FAILURES + HERMES, [], 0)
 
 
 def test_the_format_is_known_by_the_template() -> None:

@@ -1,0 +1,71 @@
+"""Tool calls are the same however the text is cut; those told as a whole are JSON; what is no call is content."""
+
+import json
+
+from service.text.tool_calls import ToolCallParser, ToolCallStyle
+from tests.fuzz.reader import ByteReader, cut
+
+NAMES = ("get", "get_weather")
+WORDS = (
+    "<tool_call>",
+    "</tool_call>",
+    '{"name": "get", "arguments": ',
+    '{"name":"get_weather","parameters":',
+    '{"arguments": {"a": 1}, "name": "get"}',
+    '{"a": [1, "}"]}',
+    '"name"',
+    '"arguments"',
+    '"get"',
+    '["get"]',
+    "<|python_tag|>",
+    *'{}[]":,; \n\\',
+    "tru",
+    "e",
+    "1",
+    "\x00",
+    "é",
+)
+SEEDS = [
+    bytes([0, 0, 3, 5, 9, 60, 0, 2, 5, 11, 1]),
+    bytes([1, 1, 4, 5, 9, 60, 7, 2, 5, 11, 16, 3, 5, 11]),
+    bytes([2, 2, 1, 30, 0, 4, 1, 0, 10, 6, 14, 8, 15, 7, 14, 10, 11, 11, 1]),
+]
+
+
+def read(style: ToolCallStyle, pieces: list[str], *, eager: bool, most: int | None) -> tuple[str, list[list[str]], int]:
+    """Content, calls, and how many of them are complete."""
+    parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
+    content, calls = "", list[list[str]]()
+    for part in [*map(parser.push, pieces), parser.finish()]:
+        content += part.content
+        for call in part.calls:
+            if call.name is not None:
+                assert call.index == len(calls)
+                calls.append([call.name, ""])
+            assert call.index == len(calls) - 1
+            calls[call.index][1] += call.arguments
+    return content, calls, parser.num_calls
+
+
+def check(data: bytes) -> None:
+    reader = ByteReader(data)
+    style: ToolCallStyle = reader.pick(("hermes", "llama3_json"))
+    eager, most = reader.flag(), reader.pick((None, 1))
+    places = reader.take(reader.byte() % 12)
+    words = []
+    while not reader.is_empty:
+        number = reader.byte()
+        words.append(WORDS[number] if number < len(WORDS) else chr(number))
+    text = "".join(words)[:300]
+    whole = read(style, [text], eager=eager, most=most)
+    assert read(style, cut(text, ByteReader(places)), eager=eager, most=most) == whole
+    assert read(style, list(text), eager=eager, most=most) == whole
+    content, calls, num_complete = read(style, [text], eager=False, most=most)
+    assert num_complete == len(calls)
+    for name, arguments in calls:
+        assert name in NAMES
+        assert isinstance(json.loads(arguments), dict)
+    if not calls:
+        assert content == text
+    if eager and whole[2] == len(whole[1]):
+        assert whole == (content, calls, num_complete)
