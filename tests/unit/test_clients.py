@@ -1,4 +1,4 @@
-"""The clients that `make test-clients` tries: each has its script and its pins, and the documentation their versions."""
+"""The clients of `make test-clients`: each has its script and its pins, and the documentation has their versions."""
 
 import re
 from pathlib import Path

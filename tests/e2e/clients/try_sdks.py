@@ -19,6 +19,7 @@ import openai
 PROMPT = "def read_lines(path):\n"
 MODEL = "diffuspec-python"
 SEEDED = {"max_tokens": 24, "temperature": 0.7, "seed": 11}
+STRUCTURED = {"max_tokens": 200, "seed": 11}  # the bundled model likes white space between the parts of JSON
 MESSAGES = [{"role": "user", "content": "read a file"}]
 LOADING_SECONDS = 120
 COLOURS = ["red", "green"]
@@ -183,7 +184,7 @@ def check_litellm(url: str, starting_url: str) -> None:
     answer = litellm.completion(
         model=f"openai/{MODEL}",
         messages=MESSAGES,
-        max_tokens=60,
+        **STRUCTURED,
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
         **options,
     )
@@ -191,7 +192,7 @@ def check_litellm(url: str, starting_url: str) -> None:
     answer = litellm.completion(
         model=f"openai/{MODEL}",
         messages=MESSAGES,
-        max_tokens=60,
+        **STRUCTURED,
         tools=[{"type": "function", "function": {"name": "paint", "parameters": SCHEMA}}],
         tool_choice={"type": "function", "function": {"name": "paint"}},
         **options,
@@ -216,7 +217,7 @@ def check_langchain(url: str, starting_url: str) -> None:
     assert "".join(str(chunk.content) for chunk in chat.stream("read a file")) == whole
     assert [answer.content for answer in chat.batch(["read a file"] * 3)] == [whole] * 3
     for method in ("json_schema", "function_calling"):
-        structured = ChatOpenAI(**options, max_tokens=60).with_structured_output(SCHEMA, method=method)
+        structured = ChatOpenAI(**options, **STRUCTURED).with_structured_output(SCHEMA, method=method)
         assert structured.invoke("which?")["colour"] in COLOURS
     assert OpenAI(**options, max_tokens=8, temperature=0).invoke(PROMPT)
 
