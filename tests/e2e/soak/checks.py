@@ -64,7 +64,7 @@ def unreconciled(seen: Sequence[Seen], server: Server, counts_by_service: bool) 
         ("vllm:request_success_total", "sequences"),
     ):
         total, by_log = server.metric(counter), sum(line.get(field, 0) for line in lines.values())
-        if total != by_log if counts_by_service else total < by_log:
+        if counts_by_service and total != by_log:
             yield f"{counter}: {total:g}, by the log {by_log}"
     for name in GAUGES:
         if server.metric(name) != 0:
