@@ -120,6 +120,8 @@ class VllmEngine:
         watch = self._watch
         running = min(watch.num_running, len(self._live))
         counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage, self._drafter_up)
+        if self._llm is None and self._is_stopping:  # being shut down, which takes seconds and is no death
+            return EngineStatus("draining", "the server is shutting down", *counts)
         if self._llm is None or self._llm.errored:
             return EngineStatus("dead", "vLLM's engine has died", *counts)
         seconds = self._live.seconds_without_progress

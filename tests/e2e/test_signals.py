@@ -28,23 +28,24 @@ class Process:
     url: str
     process: "subprocess.Popen[bytes]"
     log: Path
+    http: httpx.Client  # shared: one client a request would be slow to start
     streams: list[str] = field(default_factory=list)  # what ended streams had to say
 
     def stream(self, body: dict[str, Any]) -> str:
-        with httpx.stream("POST", self.url + "/v1/completions", json=body | {"stream": True}, timeout=60) as answer:
+        with self.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
             assert answer.status_code == 200, answer.read()
             text = "".join(answer.iter_text())
         self.streams.append(text)
         return text
 
     def text(self, body: dict[str, Any]) -> str:
-        answer = httpx.post(self.url + "/v1/completions", json=body, timeout=60)
+        answer = self.http.post("/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         text: str = answer.json()["choices"][0]["text"]
         return text
 
     def num_running(self) -> int:
-        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        lines = self.http.get("/metrics").text.splitlines()
         line = next(line for line in lines if line.startswith("vllm:num_requests_running{"))
         return int(float(line.split()[-1]))
 
@@ -77,7 +78,8 @@ def serve(
         url = f"http://127.0.0.1:{port}"
         if ready:
             wait_until_ready(url, process)
-        yield Process(url, process, log)
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield Process(url, process, log, http)
     finally:
         process.kill()
         process.wait()

@@ -1,5 +1,7 @@
 """Whatever a drafter does, the engine lives, and the text is that of plain decoding."""
 
+import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,30 @@ def test_the_pause_grows_while_the_drafter_fails_and_ends_with_success() -> None
     broken.is_broken = True
     guard.propose(*arguments)
     assert guard._resumes_at - now[0] == 1
+
+
+async def test_a_shutdown_that_takes_its_time_is_no_death(tiny_folders: tuple[Path, Path]) -> None:
+    """The server ends with status 1 when its engine dies, and 0 after a signal."""
+    from service.engine.vllm import VllmEngine
+    from service.engine.vllm_watch import StepWatch
+    from tests.vllm.conftest import settings_for
+
+    class Closing:
+        errored = False
+
+        def shutdown(self) -> None:
+            time.sleep(0.3)
+
+    target, drafter = tiny_folders
+    engine = VllmEngine(settings_for(**{"model.target": str(target), "model.drafter": str(drafter)}), ())
+    engine._llm, engine._watch, engine._is_ready = Closing(), StepWatch(lambda: None), True
+    assert engine.status().phase == "ready"
+    stopping = asyncio.create_task(engine.stop(0))
+    phases = set()
+    while not stopping.done():
+        await asyncio.sleep(0.01)
+        phases.add(engine.status().phase)
+    assert phases == {"draining"}
 
 
 def test_what_does_not_fit_is_refused_with_the_three_numbers(tiny_folders: tuple[Path, Path]) -> None:

@@ -21,6 +21,7 @@ from tests.integration.api_server import wait_for
 PORT = 8157
 START_SECONDS = 420
 MAX_RUNNING, MAX_WAITING = 8, 24
+HANG_SECONDS = 15  # far more than a step of the tiny model takes on a busy machine
 BODY = {"prompt": "def f(x):\n    return f(x) + ", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
@@ -32,6 +33,7 @@ class Server:
             "DIFFUSPEC_VLLM__PIPELINE": "tests.vllm.pipelines:make_failing",
             "DIFFUSPEC_SCHEDULER__MAX_RUNNING": str(MAX_RUNNING),
             "DIFFUSPEC_SCHEDULER__MAX_WAITING": str(MAX_WAITING),
+            "DIFFUSPEC_SCHEDULER__HANG_SECONDS": str(HANG_SECONDS),
         }
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         self.url = f"http://127.0.0.1:{PORT}"
@@ -185,6 +187,26 @@ def test_what_the_queue_cannot_hold_is_told_when_to_come_back(server: Server) ->
         assert int(answer.headers["retry-after"]) >= 1
     wait_for(lambda: server.metric("vllm:num_requests_running") == 0, 60)
     assert server.text() == expected
+
+
+def test_a_stopped_worker_shows_as_hung_until_it_goes_on(server: Server) -> None:
+    expected = server.text()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.text)
+        wait_for(lambda: server.metric("vllm:num_requests_running") >= 1, 60)
+        pids = server.worker_pids()
+        assert pids
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            wait_for(lambda: httpx.get(server.url + "/ready").status_code == 503, HANG_SECONDS + 30)
+            assert httpx.get(server.url + "/health").json()["error"]["code"] == "engine_hung"
+            assert not waiting.done()
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        assert waiting.result() == expected
+    wait_for(lambda: httpx.get(server.url + "/ready").status_code == 200, 30)
 
 
 def test_a_killed_worker_ends_the_server_with_an_error_after_answering(server: Server) -> None:
