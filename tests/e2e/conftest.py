@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180  # a bound, not a claim: numba may have to compile first, on a busy machine
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> None:
     """Return when the server accepts requests; fail the test if it ends or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended before it was ready"
         try:
@@ -27,7 +27,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    pytest.fail(f"the server was not ready within {START_SECONDS} s")
+    pytest.fail(f"the server was not ready within {seconds:g} s")
 
 
 @dataclass(frozen=True)

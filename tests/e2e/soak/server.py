@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import ROOT, wait_until_ready
 
-MEBIBYTE = 1 << 20
+START_SECONDS = 600  # vLLM starts two processes that import it, and numba may have to compile
 
 
 @dataclass
@@ -68,7 +68,7 @@ def server(module: str, log: Path, *arguments: str, **environment: str) -> Itera
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until_ready(url, process)
+        wait_until_ready(url, process, START_SECONDS)
         yield Server(url, process, log)
     finally:
         process.send_signal(signal.SIGCONT)
