@@ -33,7 +33,8 @@ def main(name: str, action: str, *given: str) -> None:
     if action == "given":
         options = list(given)
     elif action == "keep":
-        options += ["-merge=1", "-max_len=512", str(kept), str(found)]
+        # edges alone: counting how often each is taken would keep ten times as many
+        options += ["-merge=1", "-use_counters=0", "-max_len=512", str(kept), str(found)]
     else:
         options += [f"-max_total_time={action}", "-max_len=4096", "-print_final_stats=1", str(found), str(kept)]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -223,7 +223,7 @@ def test_chosen_calls_are_found_whole_and_streamed(qwen_target: Path) -> None:
 def test_the_stream_holds_back_a_tag_and_names_a_call_before_its_arguments(qwen_target: Path) -> None:
     with scripted(qwen_target, SAYS) as url:
         body = {"messages": [USER], "tools": [WEATHER, CLOCK], "stream": True, "max_tokens": 300}
-        text = httpx.post(url + CHAT, json=body).text
+        text = httpx.post(url + CHAT, json=body, timeout=120).text
     frames = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     choices = [frame["choices"][0] for frame in frames]
     assert choices[0]["delta"] == {"role": "assistant", "content": "I wil"}
@@ -255,7 +255,7 @@ def test_what_is_no_call_is_content(qwen_target: Path, text: str, finish_reason:
             {"role": "assistant", "content": text, "refusal": None},
         )
         body = {"messages": [USER], "tools": [CLOCK], "stream": True, "max_tokens": 300}
-        streamed = httpx.post(url + CHAT, json=body).text
+        streamed = httpx.post(url + CHAT, json=body, timeout=120).text
     frames = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == text
 
@@ -270,7 +270,7 @@ def test_the_format_is_the_templates_or_the_settings(tmp_path: Path) -> None:
     with scripted(tmp_path, says, **{"model.tool_call_parser": "hermes"}) as url:
         assert post(url, CHAT, messages=[USER], tools=[CLOCK], max_tokens=9)["choices"][0]["message"]["content"] == says
     with scripted(tmp_path, says, **{"model.tool_call_parser": "none"}) as url:
-        answer = httpx.post(url + CHAT, json={"messages": [USER], "tools": [CLOCK]})
+        answer = httpx.post(url + CHAT, json={"messages": [USER], "tools": [CLOCK]}, timeout=120)
         assert (answer.status_code, error_of(answer)["param"]) == (400, "tools")
 
 
@@ -332,7 +332,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.fixture(scope="module")
 def http(qwen_target: Path) -> Iterator[httpx.Client]:
-    with scripted(qwen_target, "text") as url, httpx.Client(base_url=url, timeout=30) as http:
+    with scripted(qwen_target, "text") as url, httpx.Client(base_url=url, timeout=120) as http:
         yield http
 
 
@@ -345,7 +345,7 @@ def test_a_wrong_field_of_tools_is_named(http: httpx.Client, body: dict[str, Any
 
 def test_a_choice_among_tools_that_the_template_does_not_show_is_refused(tiny_target: Path) -> None:
     with scripted(tiny_target, "text", **{"model.tool_call_parser": "hermes"}) as url:
-        answer = httpx.post(url + CHAT, json={"messages": [USER], "tools": [CLOCK]})
+        answer = httpx.post(url + CHAT, json={"messages": [USER], "tools": [CLOCK]}, timeout=120)
         assert (answer.status_code, error_of(answer)["param"]) == (400, "tools")
         assert "template" in error_of(answer)["message"]
         assert post(url, CHAT, messages=[USER], tools=[CLOCK], tool_choice="none", max_tokens=4)["choices"]
