@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -15,6 +16,7 @@ from service import VERSION
 from service.api import chat, completions, models, ops, tokenization
 from service.api.auth import KeyMiddleware
 from service.api.body import ClientDisconnectedError
+from service.api.crowd import CrowdMiddleware
 from service.api.middleware import RequestMiddleware
 from service.api.openapi import install_openapi
 from service.api.respond import JsonResponse
@@ -36,11 +38,13 @@ def create_app(
     metrics: ServiceMetrics,
     *,
     on_failure: Callable[[Exception], None] = lambda error: None,
+    num_connections: Callable[[], int] = lambda: 1,
     draw_seed: Callable[[], int] = lambda: random.SystemRandom().getrandbits(64),
     clock: Callable[[], float] = time.perf_counter,
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
     """Build the application. It answers at once and loads in the background; `on_failure` hears if that fails.
+    num_connections: open ones, which only who runs the application knows.
 
     `app.state.serving` is the way in for whoever runs it: status, draining. Raises SettingsError for unusable keys.
     """
@@ -57,7 +61,7 @@ def create_app(
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs needs nothing from the network
         title="DiffuSpec",
         version=VERSION,
         lifespan=lifespan,
@@ -71,6 +75,7 @@ def create_app(
         app.include_router(module.router)
     app.include_router(ops.router)
     app.add_middleware(KeyMiddleware, serving=serving)
+    app.add_middleware(CrowdMiddleware, num_connections=num_connections, most=settings.server.max_connections)
     app.add_middleware(RequestMiddleware, clock=clock, observe=metrics.observe_response)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)

@@ -76,7 +76,14 @@ def _listen(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, listener: socket.socket, output: TextIO) -> int:
     metrics = build_metrics(settings)
     engine, load_tokenizer = build_engine(settings, metrics)
-    app = create_app(settings, engine, load_tokenizer, metrics, on_failure=lambda error: server.end())
+    app = create_app(
+        settings,
+        engine,
+        load_tokenizer,
+        metrics,
+        on_failure=lambda error: server.end(),
+        num_connections=lambda: len(server.server_state.connections),
+    )
     serving: Serving = app.state.serving
     config = uvicorn.Config(
         app,
@@ -88,7 +95,6 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         server_header=False,
         http=cutting_off_after(settings.server.unread_seconds),  # with h11's bound on the head of a request
         h11_max_incomplete_event_size=settings.server.max_header_bytes,
-        limit_concurrency=settings.server.max_connections,
         ssl_certfile=settings.server.tls_certificate,
         ssl_keyfile=settings.server.tls_key,
     )

@@ -38,7 +38,7 @@ class ServerSettings(SettingsGroup):
     )
     max_header_bytes: int = Field(default=32768, ge=1024, description="Longest head of a request, in bytes.")
     max_connections: int = Field(
-        default=1024, ge=1, description="Most connections and requests at the same time; beyond it clients get 503."
+        default=1024, ge=1, description="Most open connections; beyond it requests get 503, but for probes and metrics."
     )
     tls_certificate: Path | None = Field(
         default=None, description="File with the certificate chain (PEM), to serve HTTPS. Needs `tls_key`."
