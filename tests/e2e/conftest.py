@@ -48,18 +48,18 @@ def bundled_server(server: Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log, port = tmp_path_factory.mktemp("server") / "log", find_unused_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service.cli", "serve", "--port", str(unused_port)],
+            [sys.executable, "-m", "service.cli", "serve", "--port", str(port)],
             cwd=ROOT,
             stdout=output,
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
-            url = f"http://127.0.0.1:{unused_port}"
+            url = f"http://127.0.0.1:{port}"
             wait_until_ready(url, process)
             yield Server(url, process.pid)
         finally:
@@ -67,8 +67,13 @@ def server(unused_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             assert process.wait(timeout=60) == 0, log.read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def unused_port() -> int:
+    """Another one for each test: the session's own server keeps its port."""
+    return find_unused_port()
+
+
+def find_unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
