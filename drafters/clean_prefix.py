@@ -56,6 +56,10 @@ class CleanPrefixes:
         self._free = list(reversed(range(num_slots)))
         self._of_request: dict[str, CleanPrefix] = {}
 
+    def __len__(self) -> int:
+        """Requests that have a slot."""
+        return len(self._of_request)
+
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
         """Clean rows that a pass for this request, now of `num_tokens` tokens, would have to run before its masks."""
         prefix = self._of_request.get(request_id)

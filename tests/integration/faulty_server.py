@@ -109,7 +109,7 @@ class FaultyServer:
             "slots": slots.num_slots - slots.num_free,
             "streams": list(self.engine._streams),
             "pipeline": list(self.pipeline._states),
-            "drafter": list(diffusion._cached),  # type: ignore[attr-defined]
+            "drafter": len(diffusion._prefixes),  # type: ignore[attr-defined]
             "key": self.server.config.app.state.serving.key_ring.keys[0].num_sequences,  # type: ignore[union-attr]
             "running": self.metric("vllm:num_requests_running"),
             "waiting": self.metric("vllm:num_requests_waiting"),
