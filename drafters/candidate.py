@@ -26,8 +26,12 @@ class RequestState:
     num_learned: int = 0  # committed tokens that the causal model has learned from
     confidences: Floats = field(default_factory=lambda: np.empty(0))  # raw ones, of the draft that is being verified
     num_searched: int = 0  # its tokens that the path search chose; the free draft chose the others
+    rival: tuple[int, ...] = ()  # the free draft that it was preferred to
+    expected_gain: float = 0.0  # accepted tokens over that one's
+    forecast_class: tuple[int, int] = (0, 0)
     idle_steps: int = 0  # in a row for which `goodput` drafted nothing
     rest_steps: int = 0  # still to come in which it isn't looked at
+    waited_steps: int = 0  # looked at without a diffusion pass, since the last one
 
     def note(self, is_drafted: bool) -> None:
         """After a step under `goodput`: rest ever longer while nothing is worth drafting."""
@@ -50,6 +54,9 @@ class Candidate:
     diffusion_length: int = 0  # tokens to ask of a diffusion pass; 0: no pass
     forecast_class: tuple[int, int] = (0, 0)
     path: Path | None = None  # what the search found; `tokens` begin with it
+    free_tokens: tuple[int, ...] = ()  # the free draft, where a path has taken its place
+    free_confidences: Floats = field(default_factory=lambda: np.empty(0))
+    gains: Floats | None = None  # [1 + longest] expected accepted tokens over the free draft's, by length
 
     @property
     def num_searched(self) -> int:
@@ -57,7 +64,12 @@ class Candidate:
 
     def take_path(self, path: Path) -> None:
         """Draft what the search has found instead of the free draft."""
+        self.free_tokens, self.free_confidences = self.tokens, self.confidences
         self.path, self.tokens, self.confidences = path, path.tokens, path.confidences
+
+    def drop_path(self) -> None:
+        """Draft freely after all."""
+        self.path, self.tokens, self.confidences = None, self.free_tokens, self.free_confidences
 
     def extend(self, tokens: tuple[int, ...], confidences: Floats) -> None:
         """Draft these after what there is."""

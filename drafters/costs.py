@@ -12,6 +12,7 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -27,14 +28,28 @@ def seconds_at(rows: float, knots: Floats, seconds: Floats) -> float:
     return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
 
 
+@dataclass(slots=True)
+class Level:
+    """How slow the machine is just now, against when it was measured."""
+
+    value: float = 1.0
+
+
 class CostCurve:
     """Seconds of a pass as a function of its rows: piecewise linear between `KNOTS`, never falling.
 
     The curve's shape (relative cost by rows) moves slowly, since a single noisy step must not bend it; its level moves
-    quickly, since a busier machine slows every pass alike.
+    quickly, since a busier machine slows every pass alike: curves may share it, so that they stay comparable although
+    each is corrected by its own passes alone.
     """
 
-    def __init__(self, measured: Mapping[int, float], shape_rate: float = 0.02, level_rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        measured: Mapping[int, float],
+        level: Level | None = None,
+        shape_rate: float = 0.02,
+        level_rate: float = 0.1,
+    ) -> None:
         """Start from `measured` seconds by rows (at least one entry); the rest is filled in along straight lines."""
         rows = sorted(measured)
         shape = np.interp(KNOTS, rows, [measured[r] for r in rows])
@@ -44,24 +59,28 @@ class CostCurve:
                 shape[i] = measured[rows[-1]] + slope * (knot - rows[-1])
         self._shape: NDArray[np.float64] = shape
         self._shape_rate, self._level_rate = shape_rate, level_rate
-        self._level = 1.0
-        self.seconds: NDArray[np.float64] = np.maximum.accumulate(shape)  # [len(KNOTS)]
+        self._level = level or Level()
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """By knot: [len(KNOTS)]."""
+        seconds: NDArray[np.float64] = np.maximum.accumulate(self._shape * self._level.value)
+        return seconds
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
         return float(seconds_at(float(rows), KNOT_ROWS, self.seconds))
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Pull the curve towards one measured pass; an outlier (a descheduled process) counts as twice the estimate."""
+        """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates."""
         expected = self.at(rows)
         if expected <= 0.0 or seconds <= 0.0:
             return
-        error = min(seconds / expected, 2.0) - 1.0
-        self._level *= 1.0 + self._level_rate * error
+        error = min(seconds / expected, MOST_OUTLIER) - 1.0
+        self._level.value *= 1.0 + self._level_rate * error
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
         self._shape[i] *= 1.0 + self._shape_rate * share * error
-        self.seconds = np.maximum.accumulate(self._shape * self._level)
 
 
 def _segment(rows: float) -> tuple[int, float]:
@@ -70,17 +89,21 @@ def _segment(rows: float) -> tuple[int, float]:
     return i, max((rows - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1]), 0.0)
 
 
-@dataclass(slots=True)
 class StepCosts:
     """Everything the policy knows about seconds."""
 
-    verify: CostCurve  # of a pass with drafts: requests of unequal rows, which costs more than their number says
-    plain: CostCurve  # of a pass without any
-    draft: CostCurve
-    search_seconds: float = 1e-4  # per request
-    overhead_seconds: float = 2e-4  # of a step, whatever it drafts
+    def __init__(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> None:
+        """From seconds of a pass by its rows, of the target and of the drafter."""
+        self.level = Level()
+        self.verify = CostCurve(verify_seconds, self.level)  # with drafts: unequal rows cost more
+        self.plain = CostCurve(verify_seconds, self.level)  # of a pass without any
+        self.draft = CostCurve(draft_seconds, self.level)
+        self.search_seconds = 1e-4  # per request
+        self.overhead_seconds = 2e-4  # of a step, whatever it drafts
 
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
+        """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""
         if searches:
-            self.search_seconds += rate * (search / searches - self.search_seconds)
-        self.overhead_seconds += rate * (overhead - self.overhead_seconds)
+            seconds = min(search / searches, MOST_OUTLIER * self.search_seconds)
+            self.search_seconds += rate * (seconds - self.search_seconds)
+        self.overhead_seconds += rate * (min(overhead, MOST_OUTLIER * self.overhead_seconds) - self.overhead_seconds)

@@ -11,8 +11,6 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 PRIOR_STRENGTH = 8.0  # observations that a prior counts for: estimates start as means and become moving averages
-FIRST_PROBE_INTERVAL = 32  # steps of requests of one class
-LAST_PROBE_INTERVAL = 2048
 TEMPERATURES = (0.0, 0.6, 0.9)  # upper edges of the classes; the last class is everything hotter
 
 
@@ -84,85 +82,80 @@ def _accumulate_accepted(
 
 @dataclass(slots=True)
 class Agreement:
-    """How one request's acceptance compares with the service's estimates, shrunk towards 1 and forgetting."""
+    """How acceptance (of a request, of a kind of draft) compares with its estimates; shrunk towards 1, forgetting."""
 
     accepted: float = 0.0
     expected: float = 0.0
+    memory: float = 0.93  # per step
     PRIOR = 6.0  # tokens
-    MEMORY = 0.93  # per step
 
     @property
     def factor(self) -> float:
         return (self.accepted + self.PRIOR) / (self.expected + self.PRIOR)
 
     def observe(self, accepted: float, expected: float) -> None:
-        self.accepted = self.MEMORY * self.accepted + accepted
-        self.expected = self.MEMORY * self.expected + expected
+        self.accepted = self.memory * self.accepted + accepted
+        self.expected = self.memory * self.expected + expected
 
     def forget(self) -> None:
         """A step without a draft: drift back to the prior, so that a request can come back from no drafts."""
-        self.accepted *= self.MEMORY
-        self.expected *= self.MEMORY
+        self.accepted *= self.memory
+        self.expected *= self.memory
 
 
 class DiffusionForecast:
-    """What a diffusion pass would bring, known before paying for it.
+    """What a diffusion pass would add to the free draft, known before paying for it.
 
-    The mean survival by position of past drafts with a diffusion pass, kept apart by the request's temperature and by
-    how much the free draft promised at that step: where the text is being copied, the pass adds nothing.
+    The mean of what past passes added, by draft length, kept apart by the request's temperature and by how much the
+    free draft promised at that step: where the text is being copied, a pass adds nothing.
     """
 
     PROMISES = (0.4, 0.9, 1.8, 4.0)  # expected accepted tokens of the free draft, upper edges
 
     def __init__(self, longest: int, prior: float = 0.6, rate: float = 0.04) -> None:
-        """longest: tokens of a draft. prior: acceptance of each token, given that all before it are accepted."""
+        """longest: tokens of a draft. prior: acceptance of each token of a path, given that all before it are accepted.
+
+        Before anything is known, a path is taken to be of that kind, and the free draft to be what it promises.
+        """
         shape = (len(TEMPERATURES) + 1, len(self.PROMISES) + 1)
-        self._survival: Floats = np.tile(prior ** np.arange(1, longest + 1), (*shape, 1))
-        self._since_probe = np.zeros(shape, dtype=np.int64)
-        self._probe_interval = np.full(shape, FIRST_PROBE_INTERVAL, dtype=np.int64)
+        accepted = np.concatenate([[0.0], np.cumsum(prior ** np.arange(1, longest + 1))])
+        promised = np.array([0.0, *self.PROMISES])[:, None]
+        self._gains: Floats = np.tile(np.maximum(accepted - promised, 0.0), (shape[0], 1, 1))  # [..., 1 + longest]
         self._seen = np.full(shape, PRIOR_STRENGTH)
         self._rate = rate
+        self._kept = [[Agreement(memory=0.98) for _ in range(shape[1])] for _ in range(shape[0])]
 
     def classes(self, heat: int, promise: float) -> tuple[int, int]:
         """heat: from `temperature_class`. promise: expected accepted tokens of the free draft."""
         return heat, bisect_left(self.PROMISES, promise)
 
-    def accepted_by_length(self, where: tuple[int, int], factor: float, cap: int) -> Floats:
-        """`[1 + longest]` expected accepted tokens of a draft of 0, 1, ... tokens; no more after `cap` of them.
+    def gains(self, where: tuple[int, int]) -> Floats:
+        """`[1 + longest]` more expected accepted tokens than the free draft's, by the draft's length."""
+        gains: Floats = self._gains[where] * self._kept[where[0]][where[1]].factor
+        return gains
 
-        factor: of the request, on what such drafts usually bring.
-        """
-        accepted = np.zeros(self._survival.shape[-1] + 1)
-        np.cumsum(np.minimum(self._survival[where][:cap] * factor, 0.99), out=accepted[1 : cap + 1])
-        accepted[cap + 1 :] = accepted[cap]
-        return accepted
+    def verify(self, where: tuple[int, int], gained: float, expected: float) -> None:
+        """Take in what a draft has really gained: what is expected of the better of two drafts is too much."""
+        self._kept[where[0]][where[1]].observe(gained, expected)
 
-    def observe(self, where: tuple[int, int], accepted: Floats, cap: int) -> None:
-        """Take in the expected accepted tokens `[1 + longest]` of a draft, before it was cut to the length worth it.
+    def observe(self, where: tuple[int, int], gains: Floats, cap: int) -> None:
+        """Take in what a pass has added, by length, before the draft was cut to the length worth it.
 
         cap: most tokens it might have had; nothing is said of those beyond.
         """
         self._seen[where] += 1.0
-        stored = self._survival[where][:cap]
-        stored += max(self._rate, 1.0 / self._seen[where]) * (np.diff(accepted)[:cap] - stored)
-
-    def is_probe_due(self, where: tuple[int, int], chosen: bool) -> bool:
-        """Whether a pass should be tried although it was not chosen; tried ever more rarely while it stays unchosen."""
-        if chosen:
-            self._since_probe[where] = 0
-            self._probe_interval[where] = FIRST_PROBE_INTERVAL
-            return False
-        self._since_probe[where] += 1
-        if self._since_probe[where] < self._probe_interval[where]:
-            return False
-        self._since_probe[where] = 0
-        self._probe_interval[where] = min(2 * self._probe_interval[where], LAST_PROBE_INTERVAL)
-        return True
+        stored = self._gains[where][: cap + 1]
+        stored += max(self._rate, 1.0 / self._seen[where]) * (gains[: cap + 1] - stored)
 
 
 @dataclass(slots=True)
 class RequestAgreement:
-    """How well each source of drafts has done for one request."""
+    """How well each source of drafts has done for one request, and how its diffusion passes compare with the forecast.
+
+    The last is apart because confidences tell of it: where a text has become easy, drafts are surer and longer than the
+    forecast says, and as right as they say themselves.
+    """
 
     copy: Agreement = field(default_factory=Agreement)
     diffusion: Agreement = field(default_factory=Agreement)
+    forecast: Agreement = field(default_factory=Agreement)

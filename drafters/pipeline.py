@@ -56,7 +56,7 @@ class DraftPipeline:
         self._paused_steps, self._failures = 0, 0
         self.num_failures = 0  # of the diffusion drafter, in all
         self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
-        self.last_diffusion_rows = 0
+        self.last_diffusion_rows = self._last_searches = 0
         self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
 
     @property
@@ -71,7 +71,7 @@ class DraftPipeline:
         """
         started = self._clock()
         self.last_draft_seconds = self.last_search_seconds = 0.0
-        self.last_diffusion_rows = 0
+        self.last_diffusion_rows = self._last_searches = 0
         candidates = [self._candidate(request) for request in requests]
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
         base_rows = len(requests) + num_prefill_rows
@@ -93,7 +93,7 @@ class DraftPipeline:
             self._planner.learn(state, outcome)
             if outcome.draft.source == "diffusion" and outcome.draft.tokens and self._diffusion is not None:
                 self._diffusion.note(outcome.request_id, outcome.num_accepted)
-        self._planner.learn_costs(step, self._last_overhead_seconds)
+        self._planner.learn_costs(step, self._last_searches, self._last_overhead_seconds)
 
     def release(self, request_id: str) -> None:
         """Forget a request; harmless if it is unknown."""
@@ -179,8 +179,8 @@ class DraftPipeline:
         self._draft_on([candidate for candidate in candidates if candidate.path])
         self.last_draft_seconds = drafted - started
         self.last_search_seconds = self._clock() - drafted
-        self.last_diffusion_rows = rows
-        self._planner.note_diffused(candidates)
+        self.last_diffusion_rows, self._last_searches = rows, len(candidates)
+        self._planner.settle(candidates)
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""

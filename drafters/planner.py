@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.candidate import Candidate, RequestState
-from drafters.costs import CostCurve, StepCosts
+from drafters.costs import StepCosts
 from drafters.estimates import TEMPERATURES, Calibration, DiffusionForecast, Floats
 from drafters.goodput import choose_lengths, choose_sources
 from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+EXPLORATION = 0.01  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
+GUESSED_DRAFT_SECONDS = {1: 5e-4, 64: 4e-3}  # by rows, until they are measured
 PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
 
 
@@ -42,15 +45,13 @@ class DraftPlanner:
         self._options = options
         self._forecast = DiffusionForecast(options.max_draft_tokens)
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
-        guess = {1: 3e-3, 64: 2e-2}
-        self._costs = StepCosts(CostCurve(guess), CostCurve(guess), CostCurve({1: 5e-4, 64: 4e-3}))
+        self._costs = StepCosts({1: 3e-3, 64: 2e-2}, GUESSED_DRAFT_SECONDS)  # until they are measured
+        self._exploration_seconds = 0.0  # saved up
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
 
     def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
         """Set the cost table at start-up: seconds of a pass by its rows, of the target and of the drafter."""
-        self._costs.verify, self._costs.plain = CostCurve(verify_seconds), CostCurve(verify_seconds)
-        if draft_seconds is not None:
-            self._costs.draft = CostCurve(draft_seconds)
+        self._costs = StepCosts(verify_seconds, draft_seconds or GUESSED_DRAFT_SECONDS)
 
     def plan_diffusion(
         self,
@@ -79,21 +80,51 @@ class DraftPlanner:
         for i, candidate in enumerate(adaptive):
             promise = copied[i, min(candidate.cap, PROMISED_TOKENS)]
             candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
-            factor = candidate.state.agreement.diffusion.factor
-            diffused[i] = self._forecast.accepted_by_length(where, factor, candidate.cap)
+            diffused[i] = copied[i] + candidate.state.agreement.forecast.factor * self._forecast.gains(where)
             draft_rows[i] = min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) + min(candidate.cap, longest)
         caps = np.array([candidate.cap for candidate in adaptive])
         chosen = choose_sources(copied, diffused, caps, draft_rows, base_rows, self._costs)
-        for candidate, is_chosen in zip(adaptive, chosen.tolist(), strict=True):
-            if self._forecast.is_probe_due(candidate.forecast_class, is_chosen) or is_chosen:
+        explored = self._explore(adaptive, chosen, draft_rows, base_rows, longest)
+        for i, (candidate, is_chosen) in enumerate(zip(adaptive, chosen.tolist(), strict=True)):
+            if is_chosen or i == explored:
                 candidate.diffusion_length = min(candidate.cap, longest)
+            candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
 
-    def note_diffused(self, candidates: Sequence[Candidate]) -> None:
-        """Take in what a diffusion pass has brought, by the drafts' own confidence, for the next forecast."""
+    def _explore(
+        self, adaptive: Sequence[Candidate], chosen: NDArray[np.bool_], draft_rows: Floats, base_rows: int, longest: int
+    ) -> int | None:
+        """Which candidate has a diffusion pass although it does not seem worth it; None while that costs too much.
+
+        The one that has waited longest. What it costs is taken from the share of all time that exploration may have.
+        """
+        waiting = np.flatnonzero(~chosen)
+        if len(waiting) == 0:
+            return None
+        index = max(waiting.tolist(), key=lambda i: adaptive[i].state.waited_steps)
+        costs, rows = self._costs, float(draft_rows[chosen].sum())
+        seconds = costs.draft.at(rows + draft_rows[index]) - costs.draft.at(rows) + costs.search_seconds
+        seconds += costs.verify.at(base_rows + min(adaptive[index].cap, longest)) - costs.plain.at(base_rows)
+        self._exploration_seconds = min(self._exploration_seconds, 2 * seconds)
+        if self._exploration_seconds < seconds:
+            return None
+        self._exploration_seconds -= seconds
+        return index
+
+    def settle(self, candidates: Sequence[Candidate]) -> None:
+        """After a diffusion pass: keep the better of path and free draft, and learn what the pass has added."""
         for candidate in candidates:
-            if candidate.policy == "goodput":
-                accepted = self._accepted_by_length(candidate, in_general=True)
-                self._forecast.observe(candidate.forecast_class, accepted, candidate.cap)
+            if candidate.policy != "goodput":
+                continue
+            state, cap, where = candidate.state, candidate.cap, candidate.forecast_class
+            free = self._expected(candidate.free_confidences, 0, state.heat, state.agreement.copy.factor)
+            found = self._accepted_by_length(candidate)
+            is_better = found[cap] > free[cap]
+            candidate.gains = found - free
+            forecast = float(self._forecast.gains(where)[cap])
+            self._forecast.observe(where, found - free if is_better else np.zeros_like(free), cap)
+            state.agreement.forecast.observe(float(max(found[cap] - free[cap], 0.0)), forecast)
+            if candidate.path is not None and not is_better:
+                candidate.drop_path()
 
     def cut(self, candidates: Sequence[Candidate], base_rows: int, spent_seconds: float) -> list[Draft]:
         """Turn candidates into drafts of the length that is worth verifying.
@@ -143,15 +174,22 @@ class DraftPlanner:
             self._copy_calibration.observe(state.confidences[searched:], num_accepted - searched, state.heat)
         if is_diffused:
             state.paper.observe(draft.raw_length, num_accepted)
+            rival = num_common(draft.tokens[:num_accepted], state.rival)
+            self._forecast.verify(state.forecast_class, num_accepted - rival, state.expected_gain)
 
-    def learn_costs(self, step: StepRecord, overhead_seconds: float) -> None:
-        """Take in what the passes of one step cost. overhead_seconds: of the pipeline beside drafting and searching."""
+    def learn_costs(self, step: StepRecord, searches: int, overhead_seconds: float) -> None:
+        """Take in what the passes of one step cost.
+
+        searches: requests that took part in its path search. overhead_seconds: of the pipeline beside drafting and
+        searching.
+        """
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
             curve = self._costs.verify if has_drafts else self._costs.plain
             curve.observe(step.num_rows, step.seconds.verify)
         self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
-        searches = sum(outcome.draft.source == "diffusion" for outcome in step.outcomes)
+        seconds = step.seconds
+        self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)
         self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + overhead_seconds)
 
     def _probe(self, heat: int, known: int) -> int:
@@ -161,24 +199,27 @@ class DraftPlanner:
         self._idle_steps[heat] = 0
         return 1
 
-    def _accepted_by_length(self, candidate: Candidate, in_general: bool = False) -> Floats:
-        """`[1 + longest]` expected accepted tokens of the candidate's draft, by its length, in its request's light.
-
-        in_general: in no request's light.
-        """
-        agreement, heat, searched = candidate.state.agreement, candidate.state.heat, candidate.num_searched
+    def _accepted_by_length(self, candidate: Candidate) -> Floats:
+        """`[1 + longest]` expected accepted tokens of the candidate's draft, by its length, in its request's light."""
+        agreement = candidate.state.agreement
         factor = (agreement.copy if candidate.path is None else agreement.diffusion).factor
-        factor = 1.0 if in_general else factor
+        return self._expected(candidate.confidences, candidate.num_searched, candidate.state.heat, factor)
+
+    def _expected(self, confidences: Floats, num_searched: int, heat: int, factor: float) -> Floats:
+        """The same of any draft whose first `num_searched` tokens the path search chose."""
         accepted = np.empty(self._options.max_draft_tokens + 1)
-        path, free = candidate.confidences[:searched], candidate.confidences[searched:]
-        survival = self._path_calibration.accumulate(path, heat, factor, accepted) if searched else 1.0
-        if len(free) or not searched:
-            self._copy_calibration.accumulate(free, heat, factor, accepted, searched, survival)
+        path, free = confidences[:num_searched], confidences[num_searched:]
+        survival = self._path_calibration.accumulate(path, heat, factor, accepted) if num_searched else 1.0
+        if len(free) or not num_searched:
+            self._copy_calibration.accumulate(free, heat, factor, accepted, num_searched, survival)
         return accepted
 
     def _draft(self, candidate: Candidate, length: int) -> Draft:
         state, searched = candidate.state, min(candidate.num_searched, length)
         state.confidences, state.num_searched = candidate.confidences[:length], searched
+        if candidate.path is not None and candidate.gains is not None:
+            state.rival, state.forecast_class = candidate.free_tokens, candidate.forecast_class
+            state.expected_gain = max(float(candidate.gains[length]), 0.0)
         calibrated = np.concatenate(
             [
                 self._path_calibration.estimate(state.confidences[:searched], state.heat),
@@ -186,3 +227,11 @@ class DraftPlanner:
             ]
         )
         return candidate.draft(length, calibrated)
+
+
+def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two drafts begin with in common."""
+    for count, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return count
+    return min(len(left), len(right))

@@ -38,37 +38,46 @@ def test_agreement_returns_to_the_prior_without_drafts() -> None:
     assert agreement.factor == pytest.approx(1.0, abs=0.02)
 
 
-def test_a_class_that_loses_is_probed_ever_more_rarely() -> None:
-    forecast = DiffusionForecast(longest=4)
-    where = forecast.classes(0, 0.1)
-    probes = [step for step in range(20_000) if forecast.is_probe_due(where, chosen=False)]
-    gaps = np.diff(probes)
-    assert 4 < len(probes) < 30
-    assert (gaps[1:] >= gaps[:-1]).all()
-
-
-def test_the_forecast_is_the_mean_of_what_such_drafts_promised() -> None:
+def test_the_forecast_is_the_mean_of_what_such_passes_added() -> None:
     forecast = DiffusionForecast(longest=4)
     one, other = forecast.classes(0, 0.1), forecast.classes(2, 0.1)
-    before = forecast.accepted_by_length(other, 1.0, 4).tolist()
+    before = forecast.gains(other).tolist()
     for _ in range(300):
         forecast.observe(one, np.array([0.0, 0.8, 1.2, 1.2, 1.2]), 4)
         forecast.observe(one, np.array([0.0, 0.4, 0.4, 0.4, 0.4]), 4)
-    assert forecast.accepted_by_length(one, 1.0, 4) == pytest.approx([0.0, 0.6, 0.8, 0.8, 0.8], abs=0.05)
-    assert forecast.accepted_by_length(one, 1.0, 1) == pytest.approx([0.0, 0.6, 0.6, 0.6, 0.6], abs=0.05)
-    assert forecast.accepted_by_length(one, 0.5, 4)[4] == pytest.approx(0.4, abs=0.05)
-    assert forecast.accepted_by_length(other, 1.0, 4).tolist() == before
+    assert forecast.gains(one) == pytest.approx([0.0, 0.6, 0.8, 0.8, 0.8], abs=0.05)
+    assert forecast.gains(other).tolist() == before
+
+
+def test_before_anything_is_known_a_pass_adds_the_less_the_more_the_free_draft_promises() -> None:
+    forecast = DiffusionForecast(longest=8)
+    gains = [forecast.gains(forecast.classes(0, promise))[8] for promise in (0.1, 0.6, 1.2, 3.0, 9.0)]
+    assert gains[0] > 1.0
+    assert gains == sorted(gains, reverse=True)
+    assert gains[-1] == 0.0
 
 
 def test_requests_that_may_draft_little_say_nothing_of_longer_drafts() -> None:
     forecast = DiffusionForecast(longest=4)
     where = forecast.classes(0, 0.1)
-    before = np.diff(forecast.accepted_by_length(where, 1.0, 4))
+    before = forecast.gains(where)
     for _ in range(100):
         forecast.observe(where, np.array([0.0, 0.9, 0.9, 0.9, 0.9]), 1)
-    after = np.diff(forecast.accepted_by_length(where, 1.0, 4))
-    assert after[0] == pytest.approx(0.9, abs=0.02)
-    assert after[1:] == pytest.approx(before[1:])
+    after = forecast.gains(where)
+    assert after[1] == pytest.approx(0.9, abs=0.02)
+    assert after[2:] == pytest.approx(before[2:])
+
+
+def test_gains_that_do_not_come_true_are_expected_no_more() -> None:
+    forecast = DiffusionForecast(longest=4)
+    where = forecast.classes(0, 0.1)
+    before = forecast.gains(where)[4]
+    for _ in range(100):
+        forecast.verify(where, gained=0.2, expected=0.8)
+    assert forecast.gains(where)[4] == pytest.approx(before / 3, rel=0.4)
+    for _ in range(100):
+        forecast.verify(where, gained=0.8, expected=0.8)
+    assert forecast.gains(where)[4] == pytest.approx(before, rel=0.1)
 
 
 def test_accepted_tokens_add_up_over_two_sources() -> None:

@@ -13,13 +13,9 @@ LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
 
 
 def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> StepCosts:
-    return StepCosts(
-        CostCurve(verify),
-        CostCurve(verify),
-        CostCurve(draft or {1: 1e-5, 64: 1e-4}),
-        search_seconds=0.0,
-        overhead_seconds=0.0,
-    )
+    table = StepCosts(verify, draft or {1: 1e-5, 64: 1e-4})
+    table.search_seconds = table.overhead_seconds = 0.0
+    return table
 
 
 def expected_accepted(rates: np.ndarray) -> np.ndarray:
@@ -119,3 +115,25 @@ def test_cost_curve_shrugs_off_an_outlier() -> None:
     before = curve.at(1)
     curve.observe(1, 5.0)
     assert curve.at(1) < 1.2 * before
+
+
+def test_a_slower_machine_is_slower_at_every_kind_of_pass() -> None:
+    """Otherwise a curve whose passes never come would keep the seconds of another time."""
+    table = costs({1: 1e-3, 64: 10e-3})
+    ratio = table.plain.at(1) / table.verify.at(8)
+    for _ in range(200):
+        table.verify.observe(8, 2 * table.verify.at(8) if _ < 3 else table.verify.at(8))
+    assert table.plain.at(1) > 1.2e-3
+    assert table.plain.at(1) / table.verify.at(8) == pytest.approx(ratio, rel=0.1)
+
+
+def test_the_first_search_of_all_does_not_set_the_price_of_searching() -> None:
+    table = StepCosts({1: 1e-3}, {1: 1e-3})
+    before = table.search_seconds, table.overhead_seconds
+    table.observe_overheads(1, 0.5, 0.5)  # compiled code is read from disk, pages are touched
+    assert table.search_seconds < 1.2 * before[0]
+    assert table.overhead_seconds < 1.2 * before[1]
+    for _ in range(300):
+        table.observe_overheads(2, 6e-4, 1e-3)
+    assert table.search_seconds == pytest.approx(3e-4, rel=0.05)
+    assert table.overhead_seconds == pytest.approx(1e-3, rel=0.05)

@@ -1,0 +1,90 @@
+"""What is worth drafting: exploration within its share, and the better of two drafts."""
+
+import numpy as np
+
+from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
+from drafters.candidate import Candidate, RequestState
+from drafters.length import PaperLength, PaperLengthOptions
+from drafters.path_search import Path
+from drafters.planner import EXPLORATION, DraftPlanner, LengthOptions, num_common
+
+STEP = 1e-3  # seconds
+DEAR_DRAFTS = {1: 4e-3, 64: 8e-3}  # no pass is ever worth it
+
+
+def planner() -> DraftPlanner:
+    made = DraftPlanner(LengthOptions(max_draft_tokens=8))
+    made.calibrate({1: STEP, 64: 4 * STEP}, DEAR_DRAFTS)
+    return made
+
+
+def candidate(name: str, state: RequestState | None = None) -> Candidate:
+    request = DraftRequest(name, np.arange(20, dtype=np.int32), 8)
+    return Candidate(request, state or RequestState(PaperLength(PaperLengthOptions()), heat=0), "goodput", cap=8)
+
+
+def step(names: list[str], seconds: float = STEP) -> StepRecord:
+    return StepRecord(
+        outcomes=tuple(Outcome(name, Draft(), 0) for name in names),
+        seconds=PhaseSeconds(draft=0.0, search=0.0, verify=seconds, commit=0.0),
+        num_rows=len(names),
+        num_prefill_rows=0,
+        num_diffusion_rows=0,
+    )
+
+
+def path(tokens: tuple[int, ...], confidence: float) -> Path:
+    known = np.full(len(tokens), confidence)
+    return Path(tokens, known, known, known, 0.0, 0.0, len(tokens), 1.0)
+
+
+def test_exploring_takes_its_share_of_the_time_and_everybody_in_turn() -> None:
+    plan = planner()
+    names = ["a", "b", "c"]
+    states = {name: RequestState(PaperLength(PaperLengthOptions()), heat=0) for name in names}
+    passes = dict.fromkeys(names, 0)
+    steps = 20_000
+    for _ in range(steps):
+        candidates = [candidate(name, states[name]) for name in names]
+        plan.plan_diffusion(candidates, len(names), 6, lambda request: 2)
+        explored = [c for c in candidates if c.diffusion_length]
+        assert len(explored) <= 1
+        for one in explored:
+            passes[one.request.request_id] += 1
+        plan.learn_costs(step(names), 0, 0.0)
+    least = DEAR_DRAFTS[1]  # what a pass costs at the least
+    assert 0.3 * EXPLORATION < sum(passes.values()) * least / (steps * STEP) <= EXPLORATION
+    assert max(passes.values()) - min(passes.values()) <= 1
+
+
+def test_a_path_that_promises_less_than_the_free_draft_is_dropped() -> None:
+    plan = planner()
+    one = candidate("a")
+    one.tokens, one.confidences = (1, 2, 3), np.full(3, 0.9)
+    one.take_path(path((7, 8), 0.3))
+    plan.settle([one])
+    assert one.path is None
+    assert one.tokens == (1, 2, 3)
+
+
+def test_a_path_that_promises_more_is_kept_and_what_it_gains_is_told_by_the_text() -> None:
+    plan = planner()
+    one = candidate("a")
+    one.tokens, one.confidences = (1, 2, 3), np.full(3, 0.2)
+    where = one.forecast_class
+    one.take_path(path((1, 5, 6), 0.95))
+    plan.settle([one])
+    assert one.tokens == (1, 5, 6)
+    draft = plan._draft(one, 3)
+    assert draft.source == "diffusion"
+    before = plan._forecast.gains(where).copy()
+    for _ in range(30):  # the free draft would have been as right: only its first token is
+        plan.learn(one.state, Outcome("a", draft, num_accepted=1))
+    assert (plan._forecast.gains(where)[1:] < 0.3 * before[1:]).all()
+
+
+def test_what_two_drafts_have_in_common() -> None:
+    assert num_common((1, 2, 3), (1, 2, 4)) == 2
+    assert num_common((1, 2), (1, 2, 4)) == 2
+    assert num_common((), (1,)) == 0
+    assert num_common((3,), (1,)) == 0
