@@ -60,12 +60,12 @@ class CostCurve:
         self._shape: NDArray[np.float64] = shape
         self._shape_rate, self._level_rate = shape_rate, level_rate
         self._level = level or Level()
+        self._rising: NDArray[np.float64] = np.maximum.accumulate(shape)
 
     @property
     def seconds(self) -> NDArray[np.float64]:
         """By knot: [len(KNOTS)]."""
-        seconds: NDArray[np.float64] = np.maximum.accumulate(self._shape * self._level.value)
-        return seconds
+        return self._rising * self._level.value
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
@@ -81,6 +81,7 @@ class CostCurve:
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
         self._shape[i] *= 1.0 + self._shape_rate * share * error
+        self._rising = np.maximum.accumulate(self._shape)
 
 
 def _segment(rows: float) -> tuple[int, float]:

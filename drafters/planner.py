@@ -19,6 +19,7 @@ from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+LEAST_GAIN = 0.1  # accepted tokens: no pass is worth less, so that nothing need be weighed
 EXPLORATION = 0.01  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
 GUESSED_DRAFT_SECONDS = {1: 5e-4, 64: 4e-3}  # by rows, until they are measured
 PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
@@ -46,7 +47,7 @@ class DraftPlanner:
         self._forecast = DiffusionForecast(options.max_draft_tokens)
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
         self._costs = StepCosts({1: 3e-3, 64: 2e-2}, GUESSED_DRAFT_SECONDS)  # until they are measured
-        self._exploration_seconds = 0.0  # saved up
+        self._exploration_seconds = self._exploration_price = 0.0  # saved up; what the last one asked for cost
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
 
     def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
@@ -75,15 +76,18 @@ class DraftPlanner:
             return
         longest = min(longest, self._options.diffusion_length)
         copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
-        diffused = np.empty_like(copied)
+        gains = np.empty_like(copied)
         draft_rows = np.empty(len(adaptive))
         for i, candidate in enumerate(adaptive):
             promise = copied[i, min(candidate.cap, PROMISED_TOKENS)]
             candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
-            diffused[i] = copied[i] + candidate.state.agreement.forecast.factor * self._forecast.gains(where)
+            gains[i] = candidate.state.agreement.forecast.factor * self._forecast.gains(where)
             draft_rows[i] = min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) + min(candidate.cap, longest)
         caps = np.array([candidate.cap for candidate in adaptive])
-        chosen = choose_sources(copied, diffused, caps, draft_rows, base_rows, self._costs)
+        if gains.max() < LEAST_GAIN:
+            chosen = np.zeros(len(adaptive), np.bool_)
+        else:
+            chosen = choose_sources(copied, copied + gains, caps, draft_rows, base_rows, self._costs)
         explored = self._explore(adaptive, chosen, draft_rows, base_rows, longest)
         for i, (candidate, is_chosen) in enumerate(zip(adaptive, chosen.tolist(), strict=True)):
             if is_chosen or i == explored:
@@ -97,13 +101,14 @@ class DraftPlanner:
 
         The one that has waited longest. What it costs is taken from the share of all time that exploration may have.
         """
-        waiting = np.flatnonzero(~chosen)
-        if len(waiting) == 0:
+        if self._exploration_seconds < self._exploration_price or chosen.all():
             return None
+        waiting = np.flatnonzero(~chosen)
         index = max(waiting.tolist(), key=lambda i: adaptive[i].state.waited_steps)
         costs, rows = self._costs, float(draft_rows[chosen].sum())
         seconds = costs.draft.at(rows + draft_rows[index]) - costs.draft.at(rows) + costs.search_seconds
         seconds += costs.verify.at(base_rows + min(adaptive[index].cap, longest)) - costs.plain.at(base_rows)
+        self._exploration_price = seconds
         self._exploration_seconds = min(self._exploration_seconds, 2 * seconds)
         if self._exploration_seconds < seconds:
             return None
