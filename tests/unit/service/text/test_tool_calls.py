@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import time
 from collections.abc import Iterable
 
 import pytest
@@ -136,6 +137,51 @@ def test_behind_too_many_blocks_that_are_no_calls_nothing_is_looked_at_again() -
     block = "<tool_call>{"
     assert len(read("hermes", [block * (MAX_FAILURES - 1) + HERMES])[1]) == 1
     assert read("hermes", [block * MAX_FAILURES + HERMES]) == (block * MAX_FAILURES + HERMES, [], 0)
+
+
+# style, what stands before a run of blanks, and after it
+RUNS: list[tuple[ToolCallStyle, str, str]] = [
+    ("hermes", "text", "text"),
+    ("hermes", "<tool_call>", CALL),
+    ("hermes", '<tool_call>{"name"', ': "get"}'),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {', "}}"),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {}', "}</tool_call>"),
+    ("hermes", '<tool_call>{"arguments": {', '}, "name": "get"}'),
+    ("llama3_json", "", '{"name": "get"}'),
+    ("llama3_json", "<|python_tag|>", '{"name": "get"}'),
+    ("llama3_json", '{"name": "get", "parameters": {}', "}"),
+    ("llama3_json", '{"name": "get", "parameters": {}};', '{"name": "get"}'),
+    ("llama3_json", "text", "text"),
+]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("style", "before", "after"), RUNS)
+def test_the_time_to_read_blanks_grows_with_their_number_not_with_its_square(
+    style: ToolCallStyle, before: str, after: str, eager: bool
+) -> None:
+    def seconds(num_pieces: int) -> float:
+        begin = time.process_time()
+        read(style, [before, *["  \n "] * num_pieces, after], eager=eager)
+        return time.process_time() - begin
+
+    # the ratio of two sizes: 12 by rights, 144 if every blank is looked at again with every piece
+    few = min(seconds(2_000) for _ in range(3))
+    many = min(seconds(24_000) for _ in range(2))
+    assert many < 4 * 12 * few
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("style", "before", "after"), RUNS)
+@pytest.mark.parametrize("num_blanks", [1, 505, 506, 507, 510, 511, 512, 513, 5000])
+def test_a_call_is_one_however_long_its_gaps_are(
+    style: ToolCallStyle, before: str, after: str, eager: bool, num_blanks: int
+) -> None:
+    text = before + " " * num_blanks + after
+    content, calls, num_complete = read(style, [text], eager=eager)
+    near = read(style, [before + " " + after], eager=eager)
+    assert ([name for name, _ in calls], num_complete) == ([name for name, _ in near[1]], near[2])
+    assert read(style, text, eager=eager) == (content, calls, num_complete)
 
 
 def test_the_format_is_known_by_the_template() -> None:
