@@ -225,6 +225,12 @@ class ToolCallParser:
             self._calls.append(CallPart(self._num_started - 1, None, arguments))
 
     @property
+    def has_only_whole_calls(self) -> bool:
+        """Whether there are calls, and none of them is broken or cut."""
+        num_told = self._num_started if self._most_calls is None else min(self._num_started, self._most_calls)
+        return 0 < num_told == self.num_calls
+
+    @property
     def _is_wanted(self) -> bool:
         """Whether the call that was started last is one to tell of."""
         return self._most_calls is None or self._num_started <= self._most_calls
