@@ -76,7 +76,7 @@ class ToolCallParser:
         self._eager = eager
         self._most_calls = most_calls
         self._state = State.TEXT if style == "hermes" else State.HEAD
-        # What is looked at with every piece is short, or blanks without end would take time that grows with their square.
+        # What is looked at with every piece is short, or endless blanks would take time that grows with their square.
         self._held = ""  # text that is not judged yet
         self._blanks: list[str] = []  # belong to the content if more of it follows
         # Of the call that is being read:
