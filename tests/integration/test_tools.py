@@ -352,6 +352,24 @@ def test_a_wrong_field_of_tools_is_named(http: httpx.Client, body: dict[str, Any
     assert error_of(answer)["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [USER], "tools": [CLOCK, CLOCK]}, "tools[1].function.name"),
+        ({"messages": [USER], "tools": [changed(name=f"f{index}") for index in range(129)]}, "tools"),
+        ({"messages": [USER] * 5000}, "messages"),
+        ({"prompt": "x", "tools": [CLOCK]}, "tools"),
+    ],
+    ids=["names", "tools", "messages", "prompt"],
+)
+def test_what_a_chat_refuses_is_refused_where_its_tokens_are_counted(
+    http: httpx.Client, body: dict[str, Any], param: str
+) -> None:
+    answer = http.post("/tokenize", json=body)
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)["param"] == param
+
+
 def test_a_choice_among_tools_that_the_template_does_not_show_is_refused(tiny_target: Path) -> None:
     with scripted(tiny_target, "text", **{"model.tool_call_parser": "hermes"}) as url:
         answer = httpx.post(url + CHAT, json={"messages": [USER], "tools": [CLOCK]}, timeout=120)
