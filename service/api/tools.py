@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from service.api.fields import RequestModel, parse_object, refuse
+from service.api.fields import RequestModel, refuse
 from service.errors import InvalidRequestError
 from service.structured import WHITESPACE, StructureSpec
+from service.text.json_object import parse_object
 from service.text.tool_calls import HERMES_TAGS, ToolCallParser, ToolCallStyle
 
 MAX_CALLS = 16  # of one answer where a call is required

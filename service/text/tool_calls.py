@@ -9,11 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import Literal
 
-import pydantic_core
-
-from service.text.json_object import JsonObjectScanner
+from service.text.json_object import JsonObjectScanner, parse_object, written_values
 
 ToolCallStyle = Literal["hermes", "llama3_json"]
 
@@ -242,7 +240,7 @@ class ToolCallParser:
         if not has_ended and not self._scanner.is_broken and not is_end:
             return False
         arguments = "".join(self._object)
-        is_complete = has_ended and _is_object(arguments)
+        is_complete = has_ended and parse_object(arguments) is not None
         if not self._is_given and not is_complete:
             self._fail()
             return True
@@ -340,26 +338,15 @@ def _follow(text: str, position: int, choices: Sequence[str]) -> str | Literal[F
 
 
 def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
-    """Name and arguments, as JSON, of a whole call with its keys in any order."""
-    content = _parse(text)
-    name = content.get("name") if isinstance(content, dict) else None
-    if not isinstance(name, str) or name not in names:
+    """Name and arguments of a whole call with its keys in any order; the arguments as the model wrote them."""
+    content = parse_object(text)
+    name = None if content is None else content.get("name")
+    if content is None or not isinstance(name, str) or name not in names:
         return None
-    arguments = content["arguments"] if "arguments" in content else content.get("parameters")
-    if isinstance(arguments, str) and _is_object(arguments):  # some models write the JSON as a text
+    key = "arguments" if "arguments" in content else "parameters"
+    arguments = content.get(key)
+    if isinstance(arguments, str) and parse_object(arguments) is not None:  # some models write the JSON as a text
         return name, arguments
-    if arguments is not None and not isinstance(arguments, dict):
-        return None
-    return name, pydantic_core.to_json(arguments or {}).decode()
-
-
-def _is_object(text: str) -> bool:
-    return isinstance(_parse(text), dict)
-
-
-def _parse(text: str) -> Any:
-    """None for what is no JSON, or too deep."""
-    try:
-        return pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="none")
-    except ValueError:
-        return None
+    if arguments is None:
+        return name, "{}"
+    return (name, written_values(text)[key]) if isinstance(arguments, dict) else None

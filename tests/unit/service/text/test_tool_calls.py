@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -19,7 +20,7 @@ PARTS = [
     *("<tool_call>", "</tool_call>", "<tool", '{"name": "get", "arguments": ', '{"name":"get_weather", "parameters": '),
     *('{"arguments": {"a": 1}, "name": "get"}', '{"name": "get"}', '{"name": "drop", "arguments": {}}', "{", "}"),
     *('{"a": [1, {"b": "}"}]}', '{"a" 1}', '{"a": tru', "\\", "\n", " ", "; ", "<|python_tag|>", "text", "[", "]"),
-    *(HERMES, CALL, "\x00", "é", ":", ",", '"'),
+    *(HERMES, CALL, "\x00", "é", ":", ",", '"', "1e999", "-0.10"),
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 STYLES: st.SearchStrategy[ToolCallStyle] = st.sampled_from(["hermes", "llama3_json"])
@@ -57,8 +58,14 @@ def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
     assert read(style, text, eager=eager, most=most) == whole
 
 
+def refuse(constant: str) -> Any:
+    """Infinity and NaN, which Python takes for JSON."""
+    raise AssertionError(f"{constant} is no JSON")
+
+
 @given(STYLES, TEXTS)
 @example("hermes", HERMES * 2)
+@example("hermes", '<tool_call>{"arguments":{"a":1e999},"name":"get"}</tool_call>')
 def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_content(
     style: ToolCallStyle, text: str
 ) -> None:
@@ -66,7 +73,7 @@ def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_con
     assert num_complete == len(calls)
     for name, arguments in calls:
         assert name in NAMES
-        assert isinstance(json.loads(arguments), dict)
+        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
     if not calls:
         assert content == text
     eager = read(style, [text], eager=True)
@@ -100,6 +107,14 @@ CASES: list[tuple[ToolCallStyle, str, str | None, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name":"get","arguments":{}}</tool_call> Done. ', " Done.", [("get", "{}")]),
     ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>', "", [("get", '{"a":1}')]),
     ("hermes", '<tool_call>{"name":"get","arguments":"{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"arguments":{"a":1e999},"name":"get"}</tool_call>', "", [("get", '{"a":1e999}')]),
+    (
+        "hermes",
+        '<tool_call>{ "arguments" : {"x": 0} , "n" : [1, {}],"arguments":{ "a" : 1.10,\t"b":12345678901234567890.10 } ,'
+        ' "name":"get"} </tool_call>',
+        "",
+        [("get", '{ "a" : 1.10,\t"b":12345678901234567890.10 }')],
+    ),
     ("hermes", '<tool_call>{"name":"get"}</tool_call>', "", [("get", "{}")]),
     ("hermes", '<tool_call>{"parameters":null,"name":"get"}</tool_call>', "", [("get", "{}")]),
     ("hermes", '<tool_call>{"name":["get"],"arguments":{}}</tool_call>', None, []),
