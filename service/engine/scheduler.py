@@ -88,10 +88,10 @@ class Scheduler:
         queue = [*self.waiting, *arriving]
         room = self._max_waiting + self._max_running - len(self.running)  # those that can start at once don't wait
         if len(queue) >= room:
-            raise QueueFullError(
-                f"{len(queue)} requests are waiting already: try again later",
-                self._admissions.seconds_until(len(queue)),
-            )
+            full = f"{len(queue)} requests are waiting already"
+            if not queue:
+                full = f"{len(self.running)} requests are running already, and none may wait"
+            raise QueueFullError(f"{full}: try again later", self._admissions.seconds_until(len(queue)))
         tenant = decoding.request.tenant
         num_own = sum(other.request.tenant == tenant for other in queue) if tenant else 0
         if num_own >= max(room // 2, 1):

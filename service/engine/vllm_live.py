@@ -55,6 +55,17 @@ class LiveRequests:
         """Tokens of each request that waits, if the first `num_places` run: vLLM tells nobody which ones do."""
         return list(islice(self._tokens.values(), num_places, None))
 
+    def what_is_full(self, num_places: int, max_waiting: int, max_waiting_tokens: int | None) -> str:
+        """Why one more cannot come: the bound that is reached, for people; empty if there is room."""
+        waiting = self.waiting_tokens(num_places)
+        if len(self) >= num_places + max_waiting:
+            if not waiting:
+                return f"{len(self)} requests are running already, and none may wait"
+            return f"{len(waiting)} requests are waiting already"
+        if waiting and max_waiting_tokens is not None and sum(waiting) >= max_waiting_tokens:
+            return f"requests of {sum(waiting)} tokens are waiting already"
+        return ""
+
     def retry_after(self, num_ahead: int) -> float:
         """Seconds until `num_ahead` places should have become free, from the rate at which requests ended lately."""
         return self._endings.seconds_until(num_ahead)

@@ -59,8 +59,8 @@ class State(Enum):
 class ToolCallParser:
     """Splits a text into content and tool calls, however it is cut into pieces.
 
-    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped; a text without calls is its
-    content, unchanged.
+    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped, and so is what
+    stands in a call's block behind the arguments; a text without calls is its content, unchanged.
     """
 
     def __init__(

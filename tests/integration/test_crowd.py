@@ -31,6 +31,15 @@ def test_too_many_connections_are_told_to_come_again_and_probes_are_answered(tin
             assert error_of(refused)["code"] == "too_many_connections"
             assert refused.headers["retry-after"] == "1"
             assert refused.headers["connection"] == "close"
+            described = app.openapi()["paths"]
+            for path in (path for path in described if "{" not in path):
+                (method,) = described[path]
+                with httpx.Client(base_url=url) as client:
+                    status = client.request(method, path).status_code
+                assert (
+                    status != 503
+                    or "too_many_connections" in described[path][method]["responses"]["503"]["description"]
+                )
             for path in ("/health", "/ready", "/startup", "/metrics"):
                 with httpx.Client(base_url=url) as probe:
                     assert probe.get(path).status_code == 200

@@ -106,6 +106,14 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
     assert stalled.value.retry_after_seconds > 2 * paced.value.retry_after_seconds
 
 
+def test_a_refusal_without_a_queue_says_that_none_may_wait() -> None:
+    queue = scheduler(SchedulerLimits(max_running=1, max_waiting=0))
+    queue.enqueue(decoding(0))
+    queue.admit()
+    with pytest.raises(QueueFullError, match="1 requests are running already, and none may wait"):
+        queue.check_room(decoding(1), [])
+
+
 def test_a_quiet_hour_says_nothing_about_the_pace() -> None:
     clock = Clock()
     queue = scheduler(SchedulerLimits(max_running=1, max_waiting=4), clock=clock)

@@ -40,6 +40,18 @@ async def test_those_who_came_last_wait() -> None:
     assert live.waiting_tokens(0) == []
 
 
+async def test_a_refusal_says_what_is_full() -> None:
+    live = LiveRequests(Clock())
+    assert live.what_is_full(1, 0, None) == ""
+    with live.hold("a", 10):
+        assert live.what_is_full(1, 0, None) == "1 requests are running already, and none may wait"
+        assert live.what_is_full(1, 1, 1) == ""  # whoever runs does not wait
+        with live.hold("b", 20):
+            assert live.what_is_full(1, 1, None) == "1 requests are waiting already"
+            assert live.what_is_full(1, 2, 20) == "requests of 20 tokens are waiting already"
+            assert live.what_is_full(1, 2, 21) == ""
+
+
 async def test_places_become_free_at_the_rate_at_which_requests_ended() -> None:
     clock = Clock()
     live = LiveRequests(clock)
