@@ -80,7 +80,11 @@ class DraftLattice:
 
     @property
     def has_broken_rows(self) -> bool:
-        """Whether a row is not made of numbers: a failure of the drafter, where a row all of -inf only ends a draft."""
+        """Whether a row has no largest number, though not all of it is -inf: a failure of the drafter.
+
+        A row all of -inf only ends a draft. Single NaNs among numbers are not looked for, which would be a pass over
+        all logits: they are taken for tokens of probability 0.
+        """
         unusable = self.logits[self.widths == 0]
         return bool((unusable != -np.inf).any())
 

@@ -93,6 +93,7 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         timeout_keep_alive=settings.server.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         server_header=False,
+        ws="none",  # another protocol would take such connections over, past keys, bounds and the log
         http=cutting_off_after(settings.server.unread_seconds),  # with h11's bound on the head of a request
         h11_max_incomplete_event_size=settings.server.max_header_bytes,
         ssl_certfile=settings.server.tls_certificate,

@@ -21,8 +21,11 @@ _RESET = struct.pack("ii", 1, 0)  # linger for no time: the kernel drops what it
 
 
 def progress(connection: socket.socket) -> int | None:
-    """Bytes that the other side has acknowledged so far; None if nothing waits for it (or not on Linux)."""
-    if sys.platform != "linux":
+    """Bytes that the other side has acknowledged so far.
+
+    None if nothing waits for it, if the connection is closed, or not on Linux.
+    """
+    if sys.platform != "linux" or connection.fileno() < 0:
         return None
     (num_waiting,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
     if num_waiting == 0:

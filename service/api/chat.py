@@ -44,11 +44,8 @@ router = APIRouter(tags=["text"])
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next message, with the chat template that came with the model."""
     call = await receive(request, ChatCompletionRequest)
-    messages, most = call.fields.messages, call.serving.settings.limits.max_messages
-    if len(messages) > most:
-        raise InvalidRequestError(
-            f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
-        )
+    messages = call.fields.messages
+    check_messages(messages, call.serving.settings.limits.max_messages)
     tools = _plan_tools(call)
     text = await render(messages, call.model, tools=() if tools is None else tools.shown)
     prompt = await call.model.encode(text, add_special_tokens=False)
@@ -68,6 +65,14 @@ async def create_chat_completion(request: Request) -> Response:
         kept = call.model.tokenizer.special_ids_of(tools.markers)
         wanted = replace(wanted, text_rules=replace(wanted.text_rules, kept_special_tokens=kept))
     return await answer(call, wanted, "chatcmpl", functools.partial(ChatWriter, tools=tools))
+
+
+def check_messages(messages: Sequence[ChatMessage], most: int) -> None:
+    """Raises InvalidRequestError for too many."""
+    if len(messages) > most:
+        raise InvalidRequestError(
+            f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
+        )
 
 
 async def render(

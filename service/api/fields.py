@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1024
@@ -21,15 +21,6 @@ class RequestModel(BaseModel):
 def refuse(message: str) -> PydanticCustomError:
     """An error whose text reaches the client as it is; braces in it are not placeholders."""
     return PydanticCustomError("refused", "{message}", {"message": message})
-
-
-def parse_object(text: str) -> dict[str, Any] | None:
-    """A JSON object, its nesting bounded; None if it is none."""
-    try:
-        content = from_json(text, allow_inf_nan=False, cache_strings="none")
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _is_integer(value: Any) -> bool:

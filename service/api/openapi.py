@@ -81,7 +81,8 @@ ERRORS: dict[int, tuple[str, str, str, str | None, str]] = {
         "The server failed on this request; its log says why.",
     ),
     503: (
-        "Not ready: loading, draining, hung or dead.",
+        "Not ready: loading, draining, hung or dead; or more connections are open than the server takes "
+        "(`too_many_connections`). With `Retry-After` where another try is worth it.",
         *("service_unavailable_error", "not_ready", None),
         "The server is loading: reading the target.",
     ),

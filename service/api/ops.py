@@ -56,7 +56,7 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(serving.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-@router.get("/version", summary="Version of this server", responses=answers(Version), response_model=None)
+@router.get("/version", summary="Version of this server", responses=answers(Version, 503), response_model=None)
 async def show_version() -> Version:
     """Of the service, not of the model."""
     return {"version": VERSION}

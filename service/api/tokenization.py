@@ -3,12 +3,13 @@
 from fastapi import APIRouter, Request
 
 from service.api.call import receive
-from service.api.chat import render
+from service.api.chat import check_messages, render
 from service.api.openapi import answers, takes
 from service.api.parameters import check_ids
 from service.api.responses import Detokenized, Tokenized, TokenizerInfo
 from service.api.schemas import DetokenizeRequest, TokenizeRequest
 from service.api.serving import Serving
+from service.api.tools import check_tools
 from service.errors import InvalidRequestError
 
 router = APIRouter(tags=["tokens"])
@@ -27,12 +28,17 @@ async def tokenize(request: Request) -> Tokenized:
     fields, model = call.fields, call.model
     if (fields.prompt is None) == (fields.messages is None):
         raise InvalidRequestError("Send either prompt or messages.", param="prompt", code="invalid_value")
+    tools, limits = fields.tools or (), call.serving.settings.limits
+    if tools and fields.messages is None:
+        raise InvalidRequestError("tools: only with messages.", param="tools", code="invalid_value")
+    check_tools(tools, limits.max_tools)
     if fields.messages is not None:
+        check_messages(fields.messages, limits.max_messages)
         wants_generation_prompt = fields.add_generation_prompt is not False
         text = await render(
             fields.messages,
             model,
-            tools=[tool.for_template() for tool in fields.tools or ()],
+            tools=[tool.for_template() for tool in tools],
             add_generation_prompt=wants_generation_prompt,
         )
         add_special_tokens = bool(fields.add_special_tokens)

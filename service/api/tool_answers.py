@@ -10,12 +10,12 @@ from service.text.tool_calls import CallPart, ToolCallParser, ToolText
 
 
 def read_piece(parser: ToolCallParser, piece: Piece) -> tuple[Piece, ToolText]:
-    """What the piece's text adds, and the piece with its reason to end: complete calls are one, if nothing cut them."""
+    """What the piece's text adds, and the piece with its reason to end: calls are one, if all are whole."""
     read = parser.push(piece.text)
     if piece.finish_reason is not None:
         last = parser.finish()
         read = ToolText(read.content + last.content, read.calls + last.calls)
-        if parser.num_calls and piece.finish_reason == "stop":
+        if parser.has_only_whole_calls and piece.finish_reason == "stop":
             piece = replace(piece, finish_reason="tool_calls")
     return piece, read
 

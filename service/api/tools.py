@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from service.api.fields import RequestModel, parse_object, refuse
+from service.api.fields import RequestModel, refuse
 from service.errors import InvalidRequestError
 from service.structured import WHITESPACE, StructureSpec
+from service.text.json_object import parse_object
 from service.text.tool_calls import HERMES_TAGS, ToolCallParser, ToolCallStyle
 
 MAX_CALLS = 16  # of one answer where a call is required
@@ -156,6 +157,17 @@ class ToolPlan:
         return ToolCallParser(self.style, self.callable_names, eager=is_stream, most_calls=self.most_calls)
 
 
+def check_tools(tools: Sequence[Tool], most: int) -> None:
+    """Raises InvalidRequestError for too many, or two of one name."""
+    if len(tools) > most:
+        raise _wrong("tools", f"at most {most}, got {len(tools)}")
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.function.name in names:
+            raise _wrong(f"tools[{index}].function.name", f"{tool.function.name!r} is the name of another tool, too")
+        names.add(tool.function.name)
+
+
 def make_tool_plan(
     tools: Sequence[Tool] | None,
     choice: str | NamedTool | None,
@@ -173,12 +185,8 @@ def make_tool_plan(
         if choice in (None, "none"):
             return None
         raise _wrong("tool_choice", "only with tools")
-    if len(tools) > most_tools:
-        raise _wrong("tools", f"at most {most_tools}, got {len(tools)}")
+    check_tools(tools, most_tools)
     names = [tool.function.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise _wrong(f"tools[{index}].function.name", f"{name!r} is the name of another tool, too")
     if choice == "none":
         return None
     shown = [tool.for_template() for tool in tools]

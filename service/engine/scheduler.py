@@ -1,16 +1,14 @@
 """Who waits, who runs, and how much of which prompt is read in the next step."""
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.engine.base import QueueFullError, RequestFailedError
+from service.engine.pace import Pace
 from service.engine.prefix_cache import PrefixCache
 from service.engine.sequence import Decoding
-
-_DRAIN_WINDOW = 32  # admissions over which the queue's drain rate is observed
-_SHORTEST_RETRY_SECONDS, _UNKNOWN_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 1.0, 5.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Scheduler:
         self._chunk_tokens = limits.prefill_chunk_tokens
         self._budget = limits.kv_cache_tokens or slots.num_slots * context_length
         self._num_reserved = 0
-        self._admissions: deque[float] = deque(maxlen=_DRAIN_WINDOW)
+        self._admissions = Pace(clock)
 
     @property
     def num_waiting(self) -> int:
@@ -90,19 +88,22 @@ class Scheduler:
         queue = [*self.waiting, *arriving]
         room = self._max_waiting + self._max_running - len(self.running)  # those that can start at once don't wait
         if len(queue) >= room:
-            raise QueueFullError(
-                f"{len(queue)} requests are waiting already: try again later", self._retry_after(len(queue))
-            )
+            full = f"{len(queue)} requests are waiting already"
+            if not queue:
+                full = f"{len(self.running)} requests are running already, and none may wait"
+            raise QueueFullError(f"{full}: try again later", self._admissions.seconds_until(len(queue)))
         tenant = decoding.request.tenant
         num_own = sum(other.request.tenant == tenant for other in queue) if tenant else 0
         if num_own >= max(room // 2, 1):
             raise QueueFullError(
-                f"{num_own} requests of this key are waiting already: try again later", self._retry_after(num_own)
+                f"{num_own} requests of this key are waiting already: try again later",
+                self._admissions.seconds_until(num_own),
             )
         num_tokens = sum(other.num_reserved for other in queue)
         if queue and self._max_waiting_tokens is not None and num_tokens >= self._max_waiting_tokens:
             raise QueueFullError(
-                f"requests of {num_tokens} tokens are waiting already: try again later", self._retry_after(len(queue))
+                f"requests of {num_tokens} tokens are waiting already: try again later",
+                self._admissions.seconds_until(len(queue)),
             )
 
     def enqueue(self, decoding: Decoding) -> None:
@@ -123,9 +124,8 @@ class Scheduler:
             self._waiting.remove(entry)
             self.running.append(decoding)
             self._num_reserved += decoding.num_reserved
-            now = self._clock()
-            decoding.queue_seconds = now - decoding.submitted_at
-            self._admissions.append(now)
+            decoding.queue_seconds = self._clock() - decoding.submitted_at
+            self._admissions.note()
             return True
         return False
 
@@ -147,18 +147,12 @@ class Scheduler:
         """Take a request out of the batch or the queue; `is_intact`: its keys and values may be reused."""
         if decoding.slot < 0:
             self._waiting = [entry for entry in self._waiting if entry[1] is not decoding]
-            return
-        self.running.remove(decoding)
-        self._num_reserved -= decoding.num_reserved
-        self._slots.vacate(decoding, is_intact)
-
-    def _retry_after(self, ahead: int) -> float:
-        """Seconds until everyone who waits now will have been admitted, at the pace of the latest admissions."""
-        if not self._admissions:
-            return _UNKNOWN_RETRY_SECONDS
-        elapsed = self._clock() - self._admissions[0]  # up to now: a stalled queue drains more and more slowly
-        expected = ahead * elapsed / len(self._admissions)
-        return min(max(expected, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
+        else:
+            self.running.remove(decoding)
+            self._num_reserved -= decoding.num_reserved
+            self._slots.vacate(decoding, is_intact)
+        if not self.running and not self._waiting:
+            self._admissions.forget()
 
 
 def fair_shares(total: int, wants: Sequence[int]) -> list[int]:

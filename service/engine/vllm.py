@@ -196,14 +196,9 @@ class VllmEngine:
             )
         scheduler = self._settings.scheduler
         waiting = self._live.waiting_tokens(scheduler.max_running)
-        is_full = len(self._live) >= scheduler.max_running + scheduler.max_waiting
-        if waiting and scheduler.max_waiting_tokens is not None:
-            is_full |= sum(waiting) >= scheduler.max_waiting_tokens
-        if is_full:
-            raise QueueFullError(
-                f"{len(waiting)} requests of {sum(waiting)} tokens are waiting already: try again later",
-                self._live.retry_after(len(waiting) + 1),
-            )
+        full = self._live.what_is_full(scheduler.max_running, scheduler.max_waiting, scheduler.max_waiting_tokens)
+        if full:
+            raise QueueFullError(f"{full}: try again later", self._live.retry_after(len(waiting) + 1))
 
     @property
     def _facts(self) -> TargetFacts:

@@ -2,13 +2,10 @@
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-_RATE_MEMORY = 32  # ended requests that the rate of ending is estimated from
-_UNKNOWN_RETRY_SECONDS = 1.0
-_SHORTEST_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.1, 60.0
+from service.engine.pace import Pace
 
 
 class LiveRequests:
@@ -19,7 +16,7 @@ class LiveRequests:
         self._tokens: dict[str, int] = {}  # request id -> tokens of its prompt and output; in the order of arrival
         self._idle = asyncio.Event()
         self._idle.set()
-        self._ended_at: deque[float] = deque(maxlen=_RATE_MEMORY)
+        self._endings = Pace(clock)
         self._progress_at = 0.0  # when vLLM last got something done, or began to have something to do
 
     def __len__(self) -> int:
@@ -42,8 +39,9 @@ class LiveRequests:
             yield
         finally:
             del self._tokens[request_id]
-            self._ended_at.append(self._clock())
+            self._endings.note()
             if not self._tokens:
+                self._endings.forget()
                 self._idle.set()
 
     def note_progress(self) -> None:
@@ -57,13 +55,20 @@ class LiveRequests:
         """Tokens of each request that waits, if the first `num_places` run: vLLM tells nobody which ones do."""
         return list(islice(self._tokens.values(), num_places, None))
 
+    def what_is_full(self, num_places: int, max_waiting: int, max_waiting_tokens: int | None) -> str:
+        """Why one more cannot come: the bound that is reached, for people; empty if there is room."""
+        waiting = self.waiting_tokens(num_places)
+        if len(self) >= num_places + max_waiting:
+            if not waiting:
+                return f"{len(self)} requests are running already, and none may wait"
+            return f"{len(waiting)} requests are waiting already"
+        if waiting and max_waiting_tokens is not None and sum(waiting) >= max_waiting_tokens:
+            return f"requests of {sum(waiting)} tokens are waiting already"
+        return ""
+
     def retry_after(self, num_ahead: int) -> float:
         """Seconds until `num_ahead` places should have become free, from the rate at which requests ended lately."""
-        if len(self._ended_at) < 2:
-            return _UNKNOWN_RETRY_SECONDS
-        elapsed = self._clock() - self._ended_at[0]  # up to now: if nothing ends any more, it takes longer and longer
-        expected = num_ahead * elapsed / len(self._ended_at)
-        return min(max(expected, _SHORTEST_RETRY_SECONDS), _LONGEST_RETRY_SECONDS)
+        return self._endings.seconds_until(num_ahead)
 
     async def wait_idle(self, seconds: float) -> bool:
         """Whether none is live any more after at most `seconds`."""

@@ -1,10 +1,39 @@
-"""Where a JSON object ends, in a text that comes in pieces."""
+"""JSON objects: where one ends in a text that comes in pieces, what it holds, and how its values are written."""
 
+import json
 import re
+from typing import Any
+
+import pydantic_core
 
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')  # of a string
 _BETWEEN = re.compile(r"[ \t\r\n:,0-9+\-.eEtrufalsn]*")  # between strings and brackets
 _CLOSING = {"{": "}", "[": "]"}
+_BLANK = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers are not looked at
+
+
+def parse_object(text: str) -> dict[str, Any] | None:
+    """A JSON object, its nesting bounded; None if it is none."""
+    try:
+        content = pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="none")
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def written_values(text: str) -> dict[str, str]:
+    """The values of an object that `parse_object` takes, as they are written: numbers keep all of their digits."""
+    values = {}
+    position = _end(_BLANK, text, 0) + 1
+    while text[position := _end(_BLANK, text, position)] != "}":
+        key, position = _DECODER.raw_decode(text, position)
+        begin = _end(_BLANK, text, _end(_BLANK, text, position) + 1)  # behind the colon
+        _, end = _DECODER.raw_decode(text, begin)
+        values[key] = text[begin:end]
+        position = _end(_BLANK, text, end)
+        position += text[position] == ","
+    return values
 
 
 class JsonObjectScanner:

@@ -9,11 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import Literal
 
-import pydantic_core
-
-from service.text.json_object import JsonObjectScanner
+from service.text.json_object import JsonObjectScanner, parse_object, written_values
 
 ToolCallStyle = Literal["hermes", "llama3_json"]
 
@@ -21,6 +19,7 @@ HERMES_TAGS = ("<tool_call>", "</tool_call>")
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 may begin a call with it
 BLANKS = " \t\r\n"
 ARGUMENT_KEYS = ('"arguments"', '"parameters"')
+MAX_GAP = 512  # characters within which the next part of a call's usual beginning ends; otherwise it is not usual
 MAX_FAILURES = 64  # blocks that look like calls and are none: from there on all is text, so that the work stays linear
 
 
@@ -60,8 +59,8 @@ class State(Enum):
 class ToolCallParser:
     """Splits a text into content and tool calls, however it is cut into pieces.
 
-    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped; a text without calls is its
-    content, unchanged.
+    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped, and so is what
+    stands in a call's block behind the arguments; a text without calls is its content, unchanged.
     """
 
     def __init__(
@@ -75,13 +74,18 @@ class ToolCallParser:
         self._eager = eager
         self._most_calls = most_calls
         self._state = State.TEXT if style == "hermes" else State.HEAD
+        # What is looked at with every piece is short, or endless blanks would take time that grows with their square.
         self._held = ""  # text that is not judged yet
-        self._blank = ""  # blanks that belong to the content if more of it follows
-        self._head = ""  # of the call that is being read: what is content if it is no call
+        self._blanks: list[str] = []  # belong to the content if more of it follows
+        # Of the call that is being read:
+        self._head: list[str] = []  # what stands before its object, or arguments: content if it is no call
+        self._object: list[str] = []  # what was read of its object, or arguments: looked at again if it is no call
+        self._behind: list[str] = []  # what stands between its arguments and its end
         self._scanner = JsonObjectScanner()
-        self._name, self._begin = "", 0  # of the call that is being read: its tool, and where its arguments begin
+        self._name = ""
         self._is_given = False  # whether its arguments are given away while they come
-        self._arguments: list[str] = []  # what was given away of them
+        self._may_have_tag = style == "llama3_json"
+        self._may_have_brace = False  # one that ends the call
         self._num_started = 0
         self._num_failures = 0
         self._content: list[str] = []
@@ -98,7 +102,7 @@ class ToolCallParser:
         """What is left once the text has ended; an unfinished call is content, unless parts of it are given away."""
         self._run(is_end=True)
         if not self._num_started:
-            self._content.append(self._blank)
+            self._content += self._blanks
         return self._take()
 
     def _take(self) -> ToolText:
@@ -119,10 +123,11 @@ class ToolCallParser:
             pass
 
     def _say(self, text: str) -> None:
-        text = self._blank + text
         shown = text.rstrip(BLANKS)
-        self._blank = text[len(shown) :]
-        self._content.append(shown)
+        if shown:
+            self._content += [*self._blanks, shown]
+            self._blanks = []
+        self._blanks.append(text[len(shown) :])
 
     def _read_text(self, is_end: bool) -> bool:
         begin = self._held.find(self._opening)
@@ -136,10 +141,17 @@ class ToolCallParser:
         return False
 
     def _begin_call(self, head: str, rest: str) -> None:
-        self._head, self._held, self._state = head, rest, State.HEAD
+        self._head, self._object, self._held, self._state = [head], [], rest, State.HEAD
+        self._may_have_tag = not self._opening
 
     def _read_head(self, is_end: bool) -> bool:
-        found = _match_head(self._held, self._names, allow_tag=not self._opening)
+        is_object = self._reach_object()
+        if is_object is None and not is_end:
+            return False
+        if not is_object:
+            self._fail()
+            return True
+        found = _match_head(self._held, self._names)
         if found is None and not is_end:
             return False
         self._scanner = JsonObjectScanner()
@@ -147,45 +159,62 @@ class ToolCallParser:
             self._state = State.WHOLE
             return True
         self._state = State.ARGUMENTS
-        self._name, self._begin = found
+        self._name, begin = found
+        self._pass_over(begin)
         self._is_given = self._eager and (self._most_calls is None or self._num_started < self._most_calls)
         if self._is_given:
             self._start_call(self._name)
-            self._held, self._begin = self._held[self._begin :], 0
-            self._arguments = []
         return True
+
+    def _reach_object(self) -> bool | None:
+        """Pass over blanks and Llama's tag: whether an object begins there; None if nothing stands there yet."""
+        self._pass_over(_num_blanks(self._held))
+        if self._may_have_tag and self._held.startswith(PYTHON_TAG):
+            self._may_have_tag = False
+            self._pass_over(len(PYTHON_TAG))
+            self._pass_over(_num_blanks(self._held))
+        if not self._held or (self._may_have_tag and PYTHON_TAG.startswith(self._held)):
+            return None
+        return self._held.startswith("{")
+
+    def _pass_over(self, length: int) -> None:
+        self._head.append(self._held[:length])
+        self._held = self._held[length:]
 
     def _read_whole(self, is_end: bool) -> bool:
         """A call that is given away as one, or not at all."""
-        begin = _skip_to_object(self._held, allow_tag=not self._opening)
-        if begin is None and not is_end:
+        has_ended, _ = self._read_object()
+        if not has_ended and not self._scanner.is_broken and not is_end:
             return False
-        if begin is None or begin < 0:
-            self._fail()
-            return True
-        end = self._scanner.scan(self._held, begin)
-        if end < 0 and not self._scanner.is_broken and not is_end:
-            return False
-        call = _parse_call(self._held[begin:end], self._names) if end >= 0 else None
+        call = _parse_call("".join(self._object), self._names) if has_ended else None
         if call is None:
             self._fail()
             return True
         name, arguments = call
         self._start_call(name)
         self._give(arguments)
-        self._end_call(self._held[end:])
+        self._end_call()
         return True
+
+    def _read_object(self) -> tuple[bool, str]:
+        """Read on in the object: whether it has ended, and what is new of it."""
+        has_ended = self._scanner.scan(self._held, 0) >= 0
+        piece = self._held[: self._scanner.position]
+        self._scanner.position = 0
+        self._object.append(piece)
+        self._held = self._held[len(piece) :]
+        return has_ended, piece
 
     def _fail(self) -> None:
         """What looked like a call is none."""
         self._num_failures += 1
-        self._say(self._head)
-        self._head = ""
+        self._say("".join(self._head))
+        self._held = "".join([*self._object, self._held])
         self._state = State.TEXT if self._opening and self._num_failures < MAX_FAILURES else State.REST
 
     def _start_call(self, name: str) -> None:
         self._num_started += 1
-        self._blank = ""
+        self._blanks = []
         if self._is_wanted:
             self._calls.append(CallPart(self._num_started - 1, name))
 
@@ -194,34 +223,36 @@ class ToolCallParser:
             self._calls.append(CallPart(self._num_started - 1, None, arguments))
 
     @property
+    def has_only_whole_calls(self) -> bool:
+        """Whether there are calls, and none of them is broken or cut."""
+        num_told = self._num_started if self._most_calls is None else min(self._num_started, self._most_calls)
+        return 0 < num_told == self.num_calls
+
+    @property
     def _is_wanted(self) -> bool:
         """Whether the call that was started last is one to tell of."""
         return self._most_calls is None or self._num_started <= self._most_calls
 
     def _read_arguments(self, is_end: bool) -> bool:
-        end = self._scanner.scan(self._held, self._begin)
+        has_ended, piece = self._read_object()
         if self._is_given:
-            piece = self._held[: self._scanner.position]
             self._give(piece)
-            self._arguments.append(piece)
-            self._held = self._held[len(piece) :]
-            self._scanner.position = 0
-        if end < 0 and not self._scanner.is_broken and not is_end:
+        if not has_ended and not self._scanner.is_broken and not is_end:
             return False
-        if self._is_given:
-            is_complete = end >= 0 and _is_object("".join(self._arguments))
-            self._end_call(self._held, is_complete=is_complete)
-        elif end >= 0 and _is_object(arguments := self._held[self._begin : end]):
+        arguments = "".join(self._object)
+        is_complete = has_ended and parse_object(arguments) is not None
+        if not self._is_given and not is_complete:
+            self._fail()
+            return True
+        if not self._is_given:
             self._start_call(self._name)
             self._give(arguments)
-            self._end_call(self._held[end:])
-        else:
-            self._fail()
+        self._end_call(is_complete=is_complete)
         return True
 
-    def _end_call(self, rest: str, *, is_complete: bool = True) -> None:
+    def _end_call(self, *, is_complete: bool = True) -> None:
         self.num_calls += is_complete and self._is_wanted
-        self._held, self._state = rest, State.AFTER
+        self._behind, self._may_have_brace, self._state = [], True, State.AFTER
 
     def _read_after(self, is_end: bool) -> bool:
         return self._read_closing(is_end) if self._opening else self._read_separator(is_end)
@@ -232,27 +263,32 @@ class ToolCallParser:
         if close >= 0 and (begin < 0 or close < begin):
             self._held, self._state = self._held[close + len(self._closing) :], State.TEXT
             return True
-        if begin < 0 and not is_end:
-            return False
-        between = self._held if begin < 0 else self._held[:begin]
+        if begin < 0:
+            keep = 0 if is_end else max(_overlap(self._held, tag) for tag in HERMES_TAGS)
+            begin = len(self._held) - keep
+            self._behind.append(self._held[:begin])
+            self._held = self._held[begin:]
+            if not is_end:
+                return False
+            begin = 0
+        between = "".join([*self._behind, self._held[:begin]])
         if between.strip(BLANKS) not in ("", "}"):
             self._say(between)
-        self._held, self._state = self._held[len(between) :], State.TEXT
+        self._held, self._state = self._held[begin:], State.TEXT
         return True
 
     def _read_separator(self, is_end: bool) -> bool:
         """A `}` that ends the call, then `;` before another call."""
-        rest = self._held.lstrip(BLANKS)
-        if rest.startswith("}"):
-            rest = rest[1:].lstrip(BLANKS)
-        if not rest and not is_end:
+        self._held = self._held.lstrip(BLANKS)
+        if self._may_have_brace and self._held.startswith("}"):
+            self._may_have_brace = False
+            self._held = self._held[1:].lstrip(BLANKS)
+        if not self._held and not is_end:
             return False
-        if rest.startswith(";"):
-            self._begin_call(";", rest[1:])
+        if self._held.startswith(";"):
+            self._begin_call(";", self._held[1:])
             return True
-        if rest:
-            self._say(self._held[len(self._held) - len(rest) :])
-        self._held, self._state = "", State.REST
+        self._state = State.REST
         return True
 
     def _read_rest(self, is_end: bool) -> bool:
@@ -269,12 +305,17 @@ def _overlap(text: str, marker: str) -> int:
     return 0
 
 
-def _match_head(text: str, names: Collection[str], *, allow_tag: bool) -> tuple[str, int] | Literal[False] | None:
-    """The tool's name and where its arguments begin; False if the text does not begin so; None: more is needed."""
-    begin = _skip_to_object(text, allow_tag=allow_tag)
-    if begin is None or begin < 0:
-        return None if begin is None else False
-    position, name = begin + 1, ""
+def _num_blanks(text: str) -> int:
+    """How many the text begins with."""
+    return len(text) - len(text.lstrip(BLANKS))
+
+
+def _match_head(text: str, names: Collection[str]) -> tuple[str, int] | Literal[False] | None:
+    """The tool's name and where its arguments begin, in a text that begins with `{`.
+
+    False if the text does not begin as usual; None: more is needed.
+    """
+    position, name = 1, ""
     quoted = [f'"{name}"' for name in names]
     for choices in (['"name"'], [":"], quoted, [","], ARGUMENT_KEYS, [":"], ["{"]):
         found = _follow(text, position, choices)
@@ -288,49 +329,24 @@ def _match_head(text: str, names: Collection[str], *, allow_tag: bool) -> tuple[
 
 def _follow(text: str, position: int, choices: Sequence[str]) -> str | Literal[False] | None:
     """Which of the choices stands there, after blanks; False for none of them, None if the text is too short."""
-    rest = text[position : position + 512].lstrip(BLANKS)
-    if not rest:
-        return None if len(text) < position + 512 else False
+    rest = text[position : position + MAX_GAP].lstrip(BLANKS)
     for choice in choices:
         if rest.startswith(choice):
             return choice
-    return None if any(choice.startswith(rest) for choice in choices) else False
-
-
-def _skip_to_object(text: str, *, allow_tag: bool) -> int | None:
-    """Where `{` stands after blanks and perhaps Llama's tag; -1 if something else does, None if nothing does yet."""
-    rest = text.lstrip(BLANKS)
-    if allow_tag:
-        if rest.startswith(PYTHON_TAG):
-            rest = rest[len(PYTHON_TAG) :].lstrip(BLANKS)
-        elif PYTHON_TAG.startswith(rest):
-            return None
-    if not rest:
-        return None
-    return len(text) - len(rest) if rest.startswith("{") else -1
+    may_follow = any(choice.startswith(rest) for choice in choices)
+    return None if may_follow and len(text) < position + MAX_GAP else False
 
 
 def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
-    """Name and arguments, as JSON, of a whole call with its keys in any order."""
-    content = _parse(text)
-    name = content.get("name") if isinstance(content, dict) else None
-    if not isinstance(name, str) or name not in names:
+    """Name and arguments of a whole call with its keys in any order; the arguments as the model wrote them."""
+    content = parse_object(text)
+    name = None if content is None else content.get("name")
+    if content is None or not isinstance(name, str) or name not in names:
         return None
-    arguments = content["arguments"] if "arguments" in content else content.get("parameters")
-    if isinstance(arguments, str) and _is_object(arguments):  # some models write the JSON as a text
+    key = "arguments" if "arguments" in content else "parameters"
+    arguments = content.get(key)
+    if isinstance(arguments, str) and parse_object(arguments) is not None:  # some models write the JSON as a text
         return name, arguments
-    if arguments is not None and not isinstance(arguments, dict):
-        return None
-    return name, pydantic_core.to_json(arguments or {}).decode()
-
-
-def _is_object(text: str) -> bool:
-    return isinstance(_parse(text), dict)
-
-
-def _parse(text: str) -> Any:
-    """None for what is no JSON, or too deep."""
-    try:
-        return pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="none")
-    except ValueError:
-        return None
+    if arguments is None:
+        return name, "{}"
+    return (name, written_values(text)[key]) if isinstance(arguments, dict) else None

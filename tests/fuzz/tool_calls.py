@@ -1,6 +1,7 @@
 """Tool calls are the same however the text is cut; those told as a whole are JSON; what is no call is content."""
 
 import json
+from typing import Any
 
 from service.text.tool_calls import ToolCallParser, ToolCallStyle
 from tests.fuzz.reader import ByteReader, cut
@@ -24,6 +25,7 @@ WORDS = (
     "1",
     "\x00",
     "é",
+    "1e999",
 )
 SEEDS = [
     bytes([0, 0, 3, 5, 9, 60, 0, 2, 5, 11, 1]),
@@ -47,6 +49,11 @@ def read(style: ToolCallStyle, pieces: list[str], *, eager: bool, most: int | No
     return content, calls, parser.num_calls
 
 
+def refuse(constant: str) -> Any:
+    """Infinity and NaN, which Python takes for JSON."""
+    raise AssertionError(f"{constant} is no JSON")
+
+
 def check(data: bytes) -> None:
     reader = ByteReader(data)
     style: ToolCallStyle = reader.pick(("hermes", "llama3_json"))
@@ -64,7 +71,7 @@ def check(data: bytes) -> None:
     assert num_complete == len(calls)
     for name, arguments in calls:
         assert name in NAMES
-        assert isinstance(json.loads(arguments), dict)
+        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
     if not calls:
         assert content == text
     if eager and whole[2] == len(whole[1]):

@@ -38,7 +38,9 @@ def running(
 ) -> Iterator[uvicorn.Server]:
     """Yield the server of `app`, on `listener` or a free port."""
     http = cutting_off_after(unread_seconds)
-    config = uvicorn.Config(app, port=0, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, port=0, http=http, ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     sockets = None if listener is None else [listener]
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)

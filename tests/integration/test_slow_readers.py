@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 
 from service.engine.base import GenerationRequest, TokenDelta
+from service.unread import progress
 from tests.integration.api_server import running, scripted_app, url_of, wait_for
 from tests.integration.raw_client import begin
 from tests.integration.scripted_engine import ScriptedEngine, Step, deltas
@@ -80,3 +81,9 @@ def test_what_waits_for_a_reader_is_bounded_and_no_sequence_waits_with_it(
             else:
                 wait_for(lambda: not server.server_state.connections)
         wait_for(lambda: not server.server_state.tasks)
+
+
+def test_for_a_closed_connection_nothing_waits() -> None:
+    connection = socket.socket()
+    connection.close()
+    assert progress(connection) is None

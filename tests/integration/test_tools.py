@@ -260,6 +260,15 @@ def test_what_is_no_call_is_content(qwen_target: Path, text: str, finish_reason:
     assert "".join(frame["choices"][0]["delta"].get("content", "") for frame in frames) == text
 
 
+def test_a_call_that_a_stop_string_cuts_is_not_one_to_make(qwen_target: Path) -> None:
+    """What was streamed of it cannot be taken back; as a whole it is content, beside the one that is complete."""
+    second = '<tool_call>{"name": "clock", "arguments": {"zone": "a'
+    with scripted(qwen_target, f'<tool_call>{{"name": "clock", "arguments": {{}}}}</tool_call>{second}b"}}}}') as url:
+        whole, streamed = asked(url, tools=[CLOCK], stop=["b"])
+    assert told(whole) == [("tool_calls", second, [("clock", "{}")])]
+    assert told(streamed) == [("stop", None, [("clock", "{}"), ("clock", '{"zone": "a')])]
+
+
 def test_the_format_is_the_templates_or_the_settings(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama", max_position_embeddings=2048)
     write_tokenizer(tmp_path, LLAMA3_TEMPLATE)
@@ -339,6 +348,24 @@ def http(qwen_target: Path) -> Iterator[httpx.Client]:
 @pytest.mark.parametrize(("body", "param"), WRONG, ids=lambda value: str(value)[:50])
 def test_a_wrong_field_of_tools_is_named(http: httpx.Client, body: dict[str, Any], param: str) -> None:
     answer = http.post(CHAT, json={"messages": [USER], **body})
+    assert answer.status_code == 400, answer.text
+    assert error_of(answer)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [USER], "tools": [CLOCK, CLOCK]}, "tools[1].function.name"),
+        ({"messages": [USER], "tools": [changed(name=f"f{index}") for index in range(129)]}, "tools"),
+        ({"messages": [USER] * 5000}, "messages"),
+        ({"prompt": "x", "tools": [CLOCK]}, "tools"),
+    ],
+    ids=["names", "tools", "messages", "prompt"],
+)
+def test_what_a_chat_refuses_is_refused_where_its_tokens_are_counted(
+    http: httpx.Client, body: dict[str, Any], param: str
+) -> None:
+    answer = http.post("/tokenize", json=body)
     assert answer.status_code == 400, answer.text
     assert error_of(answer)["param"] == param
 

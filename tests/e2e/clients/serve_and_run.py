@@ -2,7 +2,7 @@
 
 Each NAME is a script `try_NAME.py` that runs in its own environment, `.venv-clients-NAME`, because the clients' pins
 clash with the service's and with each other's; `make test-clients` makes them. A script gets the URL of a server, and
-some the URL of a second one. Ends with status 1 if a script failed or did not end in time.
+some the URL of a second one. Ends with status 1 if a script failed or did not end in time, or a server ended badly.
 """
 
 import os
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,11 @@ import httpx
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 START_SECONDS = 300  # numba may have to compile first
+END_SECONDS = 60
+
+
+class ServerError(Exception):
+    """A server did not end as it should."""
 
 
 @dataclass(frozen=True)
@@ -57,55 +62,66 @@ def main(names: Sequence[str]) -> int:
         print(f"no such client: {', '.join(unknown)}; there are {', '.join(CLIENTS)}")
         return 2
     failed = []
-    with _server([], {}) as url:
-        _wait_until_ready(url)
-        for name in names or CLIENTS:
-            print(f"== {name}", flush=True)
-            if not _try(name, CLIENTS[name], url):
-                failed.append(name)
+    try:
+        with server([], {}) as url:
+            _wait_until_ready(url)
+            for name in names or CLIENTS:
+                print(f"== {name}", flush=True)
+                if not _try(name, CLIENTS[name], url):
+                    failed.append(name)
+    except ServerError as error:
+        failed.append(f"the first server ({error})")
     print(f"failed: {', '.join(failed)}" if failed else "all clients passed", flush=True)
     return 1 if failed else 0
 
 
 def _try(name: str, client: Client, url: str) -> bool:
+    script = [str(ROOT / f".venv-clients-{name}" / "bin" / "python"), str(HERE / f"try_{name}.py")]
     if client.second_server is None:
-        return _run(name, client.limit_seconds, [url])
-    with _server(client.second_server, client.second_settings) as second:
-        if client.waits_for_second:
-            _wait_until_ready(second)
-        return _run(name, client.limit_seconds, [url, second])
+        return run([*script, url], client.limit_seconds)
+    try:
+        with server(client.second_server, client.second_settings) as second:
+            if client.waits_for_second:
+                _wait_until_ready(second)
+            return run([*script, url, second], client.limit_seconds)
+    except ServerError as error:
+        print(f"{name}: the second server: {error}", flush=True)
+        return False
 
 
-def _run(name: str, limit_seconds: int, urls: Sequence[str]) -> bool:
-    """Whether the script ended well and in time; what it started ends with it."""
-    python = ROOT / f".venv-clients-{name}" / "bin" / "python"
-    script = subprocess.Popen([python, HERE / f"try_{name}.py", *urls], start_new_session=True)
+def run(command: Sequence[str], limit_seconds: float) -> bool:
+    """Whether the script ended well and in time; what it started ends with it, in every case."""
+    script = subprocess.Popen(command, start_new_session=True)
     try:
         return script.wait(timeout=limit_seconds) == 0
     except subprocess.TimeoutExpired:
-        print(f"{name}: did not end within {limit_seconds} s", flush=True)
+        print(f"it did not end within {limit_seconds:g} s", flush=True)
         return False
     finally:
-        if script.poll() is None:
+        with suppress(ProcessLookupError):  # nothing is left of its group
             os.killpg(script.pid, signal.SIGKILL)
-            script.wait()
+        script.wait()
 
 
 @contextmanager
-def _server(arguments: Sequence[str], settings: dict[str, str]) -> Iterator[str]:
-    """A server on a free port of 127.0.0.1, not ready yet."""
+def server(arguments: Sequence[str], settings: dict[str, str]) -> Iterator[str]:
+    """A server on a free port of 127.0.0.1, not ready yet. Raises ServerError if its exit status is not 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), *arguments]
-    server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DIFFUSPEC_LOGGING__LEVEL": "warning", **settings})
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "DIFFUSPEC_LOGGING__LEVEL": "warning", **settings})
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
-        status = server.wait(timeout=60)
-        if status:
-            print(f"a server ended with status {status}", flush=True)
+        process.terminate()
+        try:
+            status = process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+    if status:
+        raise ServerError(f"it ended with status {status}")
 
 
 def _wait_until_ready(url: str) -> None:

@@ -8,12 +8,16 @@ import argparse
 import json
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from tests.e2e.conftest import ROOT
 from tests.e2e.soak.bodies import pool
@@ -64,19 +68,21 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     arguments = (*command, "--threads", "1", "--engine", options.engine)
     with server(module, folder / "log", *arguments, **SETTINGS) as running:
         traffic = Traffic(running.url, bodies, options.seed)
-        report = _run(options, running, traffic)
-        violations = [*traffic.complaints, *unreconciled(traffic.seen, running, options.engine == "embedded")]
-        report["audits"] = {
-            "run": running.metric("diffuspec_audits_run_total"),
-            "failed": running.metric("diffuspec_audits_failed_total"),
-        }
-        report["drafter failures"] = running.metric("diffuspec_drafter_failures_total")
-        violations += _memory_grown(report)
-        if report["audits"]["failed"]:
-            violations.append(f"{report['audits']['failed']:g} audits failed")
-        status = running.stop()
-        if status != 0:
-            violations.append(f"the server ended with status {status}")
+        try:
+            report = run(options, running, traffic)
+        finally:
+            traffic.finish()
+        violations = [*traffic.complaints, *_memory_grown(report)]
+        try:
+            violations += _reconcile(report, running, traffic, options.engine == "embedded")
+        except httpx.TransportError as error:
+            violations.append(f"the server cannot be asked for its metrics any more: {error!r}")
+        try:
+            status = running.stop()
+            if status != 0:
+                violations.append(f"the server ended with status {status}")
+        except subprocess.TimeoutExpired:
+            violations.append("the server did not end when it was told to")
         report["tracebacks in the log"] = running.log.read_text(errors="replace").count("Traceback (most recent")
     plain = ("serve", "--threads", "1", "--engine", options.engine)
     plain += ("--method", "none") if options.engine == "vllm" else ("--drafter", "none")
@@ -88,7 +94,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return report
 
 
-def _run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[str, Any]:
+def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[str, Any]:
+    """The traffic, for as long as the server lives; what came of it, seen from outside."""
     noise = random.Random(options.seed)
     begin, total = time.monotonic(), 60 * options.minutes
     memory: list[tuple[float, float]] = [(0.0, running.resident_mebibytes)]
@@ -96,18 +103,19 @@ def _run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict
     faults: Counter[str] = Counter()
     next_fault = FAULTS_FROM * total
     traffic.start(options.clients)
-    while (now := time.monotonic() - begin) < total:
-        time.sleep(1.0)
+    while (now := time.monotonic() - begin) < total and not running.has_ended:
         memory.append((round(now, 1), running.resident_mebibytes))
         if now >= next_fault and now < FAULTS_TO * total:
             next_fault = now + FAULT_INTERVAL_SECONDS
             faults[_plant(running, options.engine, noise)] += 1
-        if running.process.poll() is not None:
-            traffic.complaints.append(f"the server ended with status {running.process.returncode}")
-            break
+        time.sleep(1.0)
     traffic.finish()
-    time.sleep(SETTLE_SECONDS)
+    if running.has_ended:
+        traffic.complaints.insert(0, f"the server ended by itself, with status {running.process.returncode}")
+    else:
+        time.sleep(SETTLE_SECONDS)
     statuses = Counter("left" if one.status is None else str(one.status) for one in traffic.seen)
+    sizes = [size for _, size in memory]
     return {
         "minutes": options.minutes,
         "engine": options.engine,
@@ -115,17 +123,29 @@ def _run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict
         "requests": len(traffic.seen),
         "manners": dict(traffic.manners),
         "statuses": dict(statuses),
-        "generated tokens": running.metric("vllm:generation_tokens_total"),
         "faults": dict(faults),
         "mebibytes": {
-            "start": round(memory[0][1], 1),
-            "warm": round(next(size for at, size in memory if at >= WARM_SHARE * total), 1),
-            "most": round(max(size for _, size in memory), 1),
-            "end": round(running.resident_mebibytes, 1),
+            "start": round(sizes[0], 1),
+            "warm": round(next((size for at, size in memory if at >= WARM_SHARE * total), sizes[-1]), 1),
+            "most": round(max(sizes), 1),
+            "end": round(sizes[-1] if running.has_ended else running.resident_mebibytes, 1),
         },
-        "files": {"start": files, "end": running.num_files},
+        "files": {"start": files, "end": files if running.has_ended else running.num_files},
         "memory": memory,
     }
+
+
+def _reconcile(report: dict[str, Any], running: Server, traffic: Traffic, counts_by_service: bool) -> Iterator[str]:
+    """What the server's own counters and log say, into the report; yields what does not add up."""
+    report["generated tokens"] = running.metric("vllm:generation_tokens_total")
+    yield from unreconciled(traffic.seen, running, counts_by_service)
+    report["audits"] = {
+        "run": running.metric("diffuspec_audits_run_total"),
+        "failed": running.metric("diffuspec_audits_failed_total"),
+    }
+    report["drafter failures"] = running.metric("diffuspec_drafter_failures_total")
+    if report["audits"]["failed"]:
+        yield f"{report['audits']['failed']:g} audits failed"
 
 
 def _plant(running: Server, engine: str, noise: random.Random) -> str:

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+KINDS = ("plain", "plain", "chat", "n", "echo", "logprobs", "schema", "choice", "stop", "many", "tools")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPTS = [
     "def read_lines(path):\n",
@@ -24,6 +25,24 @@ SCHEMA = {
     "required": ["name", "sizes"],
     "additionalProperties": False,
 }
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "path": {"enum": ["a.py", "b.py"]},
+                    "line": {"type": "integer", "maximum": 9, "minimum": 1},
+                },
+                "required": ["path", "line"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("open_file", "close_file")
+]
 INVALID: list[tuple[str, dict[str, Any] | bytes, int]] = [
     (COMPLETIONS, {"prompt": 1.5}, 400),
     (COMPLETIONS, {"prompt": "x", "temperature": 9}, 400),
@@ -65,10 +84,13 @@ def _body(index: int, noise: random.Random) -> Body:
     if fields["temperature"]:
         fields |= noise.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}, {"frequency_penalty": 0.5}))
     prompt = noise.choice(PROMPTS)
-    kind = ("plain", "plain", "chat", "n", "echo", "logprobs", "schema", "choice", "stop", "many")[index % 10]
+    kind = KINDS[index % len(KINDS)]
     if kind == "chat":
         messages = [{"role": "user", "content": prompt}]
         return Body(kind, CHAT, fields | {"messages": messages, "logprobs": True, "top_logprobs": 2})
+    if kind == "tools":  # enough tokens for one call: a cut one is content as a whole, and stays a call in a stream
+        fields |= {"messages": [{"role": "user", "content": prompt}], "tools": TOOLS, "tool_choice": "required"}
+        return Body(kind, CHAT, fields | {"parallel_tool_calls": False, "max_tokens": 160})
     fields["prompt"] = prompt
     if kind == "n":
         fields |= {"n": 3}

@@ -53,7 +53,8 @@ class Traffic:
 
     def start(self, num_clients: int) -> None:
         for number in range(num_clients):
-            thread = threading.Thread(target=self._send_on, args=(random.Random(f"{self.seed}-{number}"), number))
+            noise = random.Random(f"{self.seed}-{number}")
+            thread = threading.Thread(target=self._send_on, args=(noise, number), daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -82,6 +83,8 @@ class Traffic:
                 self._misbehave(seen, body, manner, noise)
         except Exception as error:
             self._complain(f"{request_id} ({manner}, {body.name}): {error!r}")
+            if isinstance(error, httpx.TransportError | OSError):
+                self.stop.wait(1.0)
         with self._lock:
             self.seen.append(seen)
             self.manners[manner] += 1
@@ -191,6 +194,8 @@ def parse_stream(content: bytes) -> Answer:
 
 
 def _text(choice: dict[str, Any]) -> str:
+    """With the names and arguments of calls, which are the same joined, in whatever pieces they come."""
     message = choice.get("message") or choice.get("delta") or {}
     text: str = choice.get("text", message.get("content")) or ""
-    return text
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    return text + "".join(call.get("name", "") + call["arguments"] for call in calls)

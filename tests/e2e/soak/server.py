@@ -27,9 +27,16 @@ class Server:
     log: Path
 
     @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
     def resident_mebibytes(self) -> float:
+        """0 of a process that has ended and is not waited for yet."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+        return (
+            int(next((line for line in status.splitlines() if line.startswith("VmRSS")), "VmRSS: 0").split()[1]) / 1024
+        )
 
     @property
     def num_files(self) -> int:

@@ -101,9 +101,34 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
     clock.now += 20.0  # nobody has left since: slower than it was
     with pytest.raises(QueueFullError) as stalled:
         queue.check_room(decoding(9), [])
-    assert unknown.value.retry_after_seconds == 5
+    assert unknown.value.retry_after_seconds == 1
     assert paced.value.retry_after_seconds == pytest.approx(4 * 2.0, rel=0.25)
     assert stalled.value.retry_after_seconds > 2 * paced.value.retry_after_seconds
+
+
+def test_a_refusal_without_a_queue_says_that_none_may_wait() -> None:
+    queue = scheduler(SchedulerLimits(max_running=1, max_waiting=0))
+    queue.enqueue(decoding(0))
+    queue.admit()
+    with pytest.raises(QueueFullError, match="1 requests are running already, and none may wait"):
+        queue.check_room(decoding(1), [])
+
+
+def test_a_quiet_hour_says_nothing_about_the_pace() -> None:
+    clock = Clock()
+    queue = scheduler(SchedulerLimits(max_running=1, max_waiting=4), clock=clock)
+    for arrival in range(8):
+        queue.enqueue(decoding(arrival))
+        queue.admit()
+        clock.now += 1.0
+        queue.remove(queue.running[0])
+    clock.now += 3600.0
+    for arrival in range(10, 15):
+        queue.enqueue(decoding(arrival))
+    queue.admit()
+    with pytest.raises(QueueFullError) as burst:
+        queue.check_room(decoding(20), [])
+    assert burst.value.retry_after_seconds == 1
 
 
 def test_requests_on_their_way_count_and_free_places_do_not() -> None:

@@ -40,19 +40,47 @@ async def test_those_who_came_last_wait() -> None:
     assert live.waiting_tokens(0) == []
 
 
+async def test_a_refusal_says_what_is_full() -> None:
+    live = LiveRequests(Clock())
+    assert live.what_is_full(1, 0, None) == ""
+    with live.hold("a", 10):
+        assert live.what_is_full(1, 0, None) == "1 requests are running already, and none may wait"
+        assert live.what_is_full(1, 1, 1) == ""  # whoever runs does not wait
+        with live.hold("b", 20):
+            assert live.what_is_full(1, 1, None) == "1 requests are waiting already"
+            assert live.what_is_full(1, 2, 20) == "requests of 20 tokens are waiting already"
+            assert live.what_is_full(1, 2, 21) == ""
+
+
 async def test_places_become_free_at_the_rate_at_which_requests_ended() -> None:
     clock = Clock()
     live = LiveRequests(clock)
     assert live.retry_after(5) == 1.0
-    for number in range(100):
-        clock.now += 4.0 if number < 50 else 0.5  # what was long ago is forgotten
-        with live.hold(str(number), 1):
-            pass
-    assert live.retry_after(8) == pytest.approx(8 * 0.5, rel=0.05)
-    clock.now += 64
-    assert live.retry_after(8) > 15  # nothing has ended for a while
-    clock.now += 1e6
-    assert live.retry_after(8) == 60.0
+    with live.hold("long", 1):
+        for number in range(100):
+            clock.now += 4.0 if number < 50 else 0.5  # what was long ago is forgotten
+            with live.hold(str(number), 1):
+                pass
+        assert live.retry_after(8) == pytest.approx(8 * 0.5, rel=0.05)
+        clock.now += 64
+        assert live.retry_after(8) > 15  # nothing has ended for a while
+        clock.now += 1e6
+        assert live.retry_after(8) == 60.0
+
+
+async def test_a_quiet_hour_says_nothing_about_the_rate() -> None:
+    clock = Clock()
+    live = LiveRequests(clock)
+    for _ in range(2):
+        with live.hold("long", 1):
+            for number in range(40):
+                clock.now += 0.5
+                with live.hold(str(number), 1):
+                    pass
+            assert live.retry_after(8) == pytest.approx(8 * 0.5, rel=0.05)
+        clock.now += 3600
+        with live.hold("first", 1):
+            assert live.retry_after(8) == 1.0
 
 
 async def test_waiting_ends_with_the_last_request_even_if_it_failed() -> None:

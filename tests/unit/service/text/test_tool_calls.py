@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -18,7 +20,7 @@ PARTS = [
     *("<tool_call>", "</tool_call>", "<tool", '{"name": "get", "arguments": ', '{"name":"get_weather", "parameters": '),
     *('{"arguments": {"a": 1}, "name": "get"}', '{"name": "get"}', '{"name": "drop", "arguments": {}}', "{", "}"),
     *('{"a": [1, {"b": "}"}]}', '{"a" 1}', '{"a": tru', "\\", "\n", " ", "; ", "<|python_tag|>", "text", "[", "]"),
-    *(HERMES, CALL, "\x00", "é", ":", ",", '"'),
+    *(HERMES, CALL, "\x00", "é", ":", ",", '"', "1e999", "-0.10"),
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 STYLES: st.SearchStrategy[ToolCallStyle] = st.sampled_from(["hermes", "llama3_json"])
@@ -56,8 +58,14 @@ def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
     assert read(style, text, eager=eager, most=most) == whole
 
 
+def refuse(constant: str) -> Any:
+    """Infinity and NaN, which Python takes for JSON."""
+    raise AssertionError(f"{constant} is no JSON")
+
+
 @given(STYLES, TEXTS)
 @example("hermes", HERMES * 2)
+@example("hermes", '<tool_call>{"arguments":{"a":1e999},"name":"get"}</tool_call>')
 def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_content(
     style: ToolCallStyle, text: str
 ) -> None:
@@ -65,7 +73,7 @@ def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_con
     assert num_complete == len(calls)
     for name, arguments in calls:
         assert name in NAMES
-        assert isinstance(json.loads(arguments), dict)
+        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
     if not calls:
         assert content == text
     eager = read(style, [text], eager=True)
@@ -99,6 +107,14 @@ CASES: list[tuple[ToolCallStyle, str, str | None, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name":"get","arguments":{}}</tool_call> Done. ', " Done.", [("get", "{}")]),
     ("hermes", '<tool_call>{"arguments":{"a":1},"name":"get"}</tool_call>', "", [("get", '{"a":1}')]),
     ("hermes", '<tool_call>{"name":"get","arguments":"{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"arguments":{"a":1e999},"name":"get"}</tool_call>', "", [("get", '{"a":1e999}')]),
+    (
+        "hermes",
+        '<tool_call>{ "arguments" : {"x": 0} , "n" : [1, {}],"arguments":{ "a" : 1.10,\t"b":12345678901234567890.10 } ,'
+        ' "name":"get"} </tool_call>',
+        "",
+        [("get", '{ "a" : 1.10,\t"b":12345678901234567890.10 }')],
+    ),
     ("hermes", '<tool_call>{"name":"get"}</tool_call>', "", [("get", "{}")]),
     ("hermes", '<tool_call>{"parameters":null,"name":"get"}</tool_call>', "", [("get", "{}")]),
     ("hermes", '<tool_call>{"name":["get"],"arguments":{}}</tool_call>', None, []),
@@ -136,6 +152,51 @@ def test_behind_too_many_blocks_that_are_no_calls_nothing_is_looked_at_again() -
     block = "<tool_call>{"
     assert len(read("hermes", [block * (MAX_FAILURES - 1) + HERMES])[1]) == 1
     assert read("hermes", [block * MAX_FAILURES + HERMES]) == (block * MAX_FAILURES + HERMES, [], 0)
+
+
+# style, what stands before a run of blanks, and after it
+RUNS: list[tuple[ToolCallStyle, str, str]] = [
+    ("hermes", "text", "text"),
+    ("hermes", "<tool_call>", CALL),
+    ("hermes", '<tool_call>{"name"', ': "get"}'),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {', "}}"),
+    ("hermes", '<tool_call>{"name": "get", "arguments": {}', "}</tool_call>"),
+    ("hermes", '<tool_call>{"arguments": {', '}, "name": "get"}'),
+    ("llama3_json", "", '{"name": "get"}'),
+    ("llama3_json", "<|python_tag|>", '{"name": "get"}'),
+    ("llama3_json", '{"name": "get", "parameters": {}', "}"),
+    ("llama3_json", '{"name": "get", "parameters": {}};', '{"name": "get"}'),
+    ("llama3_json", "text", "text"),
+]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("style", "before", "after"), RUNS)
+def test_the_time_to_read_blanks_grows_with_their_number_not_with_its_square(
+    style: ToolCallStyle, before: str, after: str, eager: bool
+) -> None:
+    def seconds(num_pieces: int) -> float:
+        begin = time.process_time()
+        read(style, [before, *["  \n "] * num_pieces, after], eager=eager)
+        return time.process_time() - begin
+
+    # the ratio of two sizes: 12 by rights, 144 if every blank is looked at again with every piece
+    few = min(seconds(2_000) for _ in range(3))
+    many = min(seconds(24_000) for _ in range(2))
+    assert many < 4 * 12 * few
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("style", "before", "after"), RUNS)
+@pytest.mark.parametrize("num_blanks", [1, 505, 506, 507, 510, 511, 512, 513, 5000])
+def test_a_call_is_one_however_long_its_gaps_are(
+    style: ToolCallStyle, before: str, after: str, eager: bool, num_blanks: int
+) -> None:
+    text = before + " " * num_blanks + after
+    content, calls, num_complete = read(style, [text], eager=eager)
+    near = read(style, [before + " " + after], eager=eager)
+    assert ([name for name, _ in calls], num_complete) == ([name for name, _ in near[1]], near[2])
+    assert read(style, text, eager=eager) == (content, calls, num_complete)
 
 
 def test_the_format_is_known_by_the_template() -> None:
