@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
+SHARED = 0.3  # of a change of level: a busier machine slows plain passes and others alike, unequal rows only the others
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -28,28 +28,14 @@ def seconds_at(rows: float, knots: Floats, seconds: Floats) -> float:
     return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
 
 
-@dataclass(slots=True)
-class Level:
-    """How slow the machine is just now, against when it was measured."""
-
-    value: float = 1.0
-
-
 class CostCurve:
     """Seconds of a pass as a function of its rows: piecewise linear between `KNOTS`, never falling.
 
     The curve's shape (relative cost by rows) moves slowly, since a single noisy step must not bend it; its level moves
-    quickly, since a busier machine slows every pass alike: curves may share it, so that they stay comparable although
-    each is corrected by its own passes alone.
+    quickly, since a busier machine slows every pass alike.
     """
 
-    def __init__(
-        self,
-        measured: Mapping[int, float],
-        level: Level | None = None,
-        shape_rate: float = 0.02,
-        level_rate: float = 0.1,
-    ) -> None:
+    def __init__(self, measured: Mapping[int, float], shape_rate: float = 0.02, level_rate: float = 0.1) -> None:
         """Start from `measured` seconds by rows (at least one entry); the rest is filled in along straight lines."""
         rows = sorted(measured)
         shape = np.interp(KNOTS, rows, [measured[r] for r in rows])
@@ -59,13 +45,13 @@ class CostCurve:
                 shape[i] = measured[rows[-1]] + slope * (knot - rows[-1])
         self._shape: NDArray[np.float64] = shape
         self._shape_rate, self._level_rate = shape_rate, level_rate
-        self._level = level or Level()
+        self.level = 1.0  # how slow passes are just now, against when they were measured
         self._rising: NDArray[np.float64] = np.maximum.accumulate(shape)
 
     @property
     def seconds(self) -> NDArray[np.float64]:
         """By knot: [len(KNOTS)]."""
-        return self._rising * self._level.value
+        return self._rising * self.level
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
@@ -77,7 +63,7 @@ class CostCurve:
         if expected <= 0.0 or seconds <= 0.0:
             return
         error = min(seconds / expected, MOST_OUTLIER) - 1.0
-        self._level.value *= 1.0 + self._level_rate * error
+        self.level *= 1.0 + self._level_rate * error
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
         self._shape[i] *= 1.0 + self._shape_rate * share * error
@@ -95,12 +81,18 @@ class StepCosts:
 
     def __init__(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> None:
         """From seconds of a pass by its rows, of the target and of the drafter."""
-        self.level = Level()
-        self.verify = CostCurve(verify_seconds, self.level)  # with drafts: unequal rows cost more
-        self.plain = CostCurve(verify_seconds, self.level)  # of a pass without any
-        self.draft = CostCurve(draft_seconds, self.level)
+        self.verify = CostCurve(verify_seconds)  # with drafts: unequal rows cost more
+        self.plain = CostCurve(verify_seconds)  # of a pass without any
+        self.draft = CostCurve(draft_seconds)
         self.search_seconds = 1e-4  # per request
         self.overhead_seconds = 2e-4  # of a step, whatever it drafts
+
+    def observe_pass(self, rows: int, seconds: float, *, has_drafts: bool) -> None:
+        """Correct the curve of such target passes, and the other one in part: it may not be seen for a while."""
+        seen, other = (self.verify, self.plain) if has_drafts else (self.plain, self.verify)
+        before = seen.level
+        seen.observe(rows, seconds)
+        other.level *= (seen.level / before) ** SHARED
 
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
         """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""

@@ -11,6 +11,7 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 PRIOR_STRENGTH = 8.0  # observations that a prior counts for: estimates start as means and become moving averages
+PRIORS = (1.0, 0.9, 0.8, 0.6)  # of acceptance by class of temperatures, before anything was seen
 TEMPERATURES = (0.0, 0.6, 0.9)  # upper edges of the classes; the last class is everything hotter
 
 
@@ -28,9 +29,12 @@ class Calibration:
     KNOTS = 21  # confidences 0, 0.05, ..., 1
 
     def __init__(self, prior_scale: float = 0.9, rate: float = 0.03) -> None:
-        """prior_scale: acceptance over confidence before anything was verified. rate: least weight of a draft token."""
+        """prior_scale: acceptance over confidence before anything was verified, of greedy requests.
+
+        rate: least weight of a draft token.
+        """
         self._confidences: Floats = np.linspace(0.0, 1.0, self.KNOTS)
-        self._rates: Floats = np.tile(self._confidences * prior_scale, (len(TEMPERATURES) + 1, 1))
+        self._rates: Floats = np.outer(PRIORS, self._confidences * prior_scale)
         self._seen: Floats = np.full(self._rates.shape, PRIOR_STRENGTH)
         self._rate = rate
 

@@ -20,6 +20,8 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 HYSTERESIS = 0.02  # a draft must promise this much more than none: the estimates are noisy, plain decoding is not
+BATCH_HYSTERESIS = 0.01  # more for every further request, up to ...
+MOST_HYSTERESIS = 0.12  # ... this: who is drafted for ends early, and leaves the others passes that are less full
 PASS_HYSTERESIS = 0.08  # the same for a diffusion pass, which is paid for before its draft is seen
 MAX_SWEEPS = 3
 
@@ -131,7 +133,7 @@ def choose_sources(
         KNOT_ROWS,
         costs.verify.seconds,
         costs.draft.seconds,
-        HYSTERESIS,
+        hysteresis(len(caps)),
         PASS_HYSTERESIS,
     )
     return chosen
@@ -149,9 +151,14 @@ def choose_lengths(
         costs.overhead_seconds + spent_seconds,
         KNOT_ROWS,
         costs.verify.seconds,
-        HYSTERESIS,
+        hysteresis(len(caps)),
     )
     without_drafts = len(lengths) / (costs.overhead_seconds + spent_seconds + costs.plain.at(base_rows))
-    if tokens / seconds < without_drafts * (1.0 + HYSTERESIS):
+    if tokens / seconds < without_drafts * (1.0 + hysteresis(len(caps))):
         lengths[:] = 0
     return lengths
+
+
+def hysteresis(num_requests: int) -> float:
+    """How much more than none drafts must promise in a batch of so many requests."""
+    return min(HYSTERESIS + BATCH_HYSTERESIS * (num_requests - 1), MOST_HYSTERESIS)

@@ -22,6 +22,7 @@ MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones p
 LEAST_GAIN = 0.1  # accepted tokens: no pass is worth less, so that nothing need be weighed
 EXPLORATION = 0.01  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
 GUESSED_DRAFT_SECONDS = {1: 5e-4, 64: 4e-3}  # by rows, until they are measured
+PLAIN_INTERVAL = 64  # steps with drafts in a row, until one goes without: drafts are weighed against plain passes
 PROBE_INTERVAL = 48  # steps without a draft in a class of temperatures, until one token is verified all the same
 
 
@@ -48,6 +49,7 @@ class DraftPlanner:
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
         self._costs = StepCosts({1: 3e-3, 64: 2e-2}, GUESSED_DRAFT_SECONDS)  # until they are measured
         self._exploration_seconds = self._exploration_price = 0.0  # saved up; what the last one asked for cost
+        self._drafted_steps = 0  # in a row
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
 
     def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
@@ -147,6 +149,8 @@ class DraftPlanner:
             wanted = self._options.fixed_length if candidate.policy == "fixed" else candidate.state.paper.next_length
             lengths[i] = min(len(candidate.tokens), wanted, candidate.cap)
             base_rows += lengths[i]
+        if self._drafted_steps >= PLAIN_INTERVAL:  # what a plain pass costs must not be known from long ago
+            adaptive = []
         accepted = np.zeros((len(adaptive), self._options.max_draft_tokens + 1))
         if adaptive:
             caps = np.zeros(len(adaptive), dtype=np.int64)
@@ -190,8 +194,8 @@ class DraftPlanner:
         """
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
-            curve = self._costs.verify if has_drafts else self._costs.plain
-            curve.observe(step.num_rows, step.seconds.verify)
+            self._costs.observe_pass(step.num_rows, step.seconds.verify, has_drafts=has_drafts)
+            self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
         self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
         seconds = step.seconds
         self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)

@@ -1,5 +1,6 @@
 """The pipeline over a real tiny diffusion drafter: lengths, sources, containment, learning."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.faulty import FaultyTransformer
 from transformer.model import Transformer
 
 CHEAP_ROWS = {1: 1e-3, 1024: 1.1e-3}
+TICK = 1e-5  # seconds between two looks at the clock, whatever the machine is doing
 DEAR_ROWS = {1: 1e-3, 1024: 1.0}
 REAL_ROWS = {1: 1e-3, 64: 4e-3}
 
@@ -31,8 +33,9 @@ def build(
         causal if copying else None,
         PathSearch(causal),
         diffusion,
-        LengthOptions(**options),
-        "tiny",  # type: ignore[arg-type]
+        LengthOptions(**options),  # type: ignore[arg-type]
+        "tiny",
+        clock=itertools.count(step=TICK).__next__,
     )
 
 
