@@ -20,8 +20,8 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 HYSTERESIS = 0.02  # a draft must promise this much more than none: the estimates are noisy, plain decoding is not
-BATCH_HYSTERESIS = 0.01  # more for every further request, up to ...
-MOST_HYSTERESIS = 0.12  # ... this: who is drafted for ends early, and leaves the others passes that are less full
+BATCH_HYSTERESIS = 0.02  # more for every further request, up to ...
+MOST_HYSTERESIS = 0.25  # ... this: who is drafted for ends early, and leaves the others passes that are less full
 PASS_HYSTERESIS = 0.08  # the same for a diffusion pass, which is paid for before its draft is seen
 MAX_SWEEPS = 3
 
