@@ -76,7 +76,7 @@ class DraftPipeline:
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
         base_rows = len(requests) + num_prefill_rows
         if drafting:
-            self._draft_freely(drafting)
+            self._draft_freely(drafting, base_rows)
             self._plan_diffusion(drafting, base_rows)
             self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
         drafts = self._planner.cut(candidates, base_rows, self.last_draft_seconds + self.last_search_seconds)
@@ -118,7 +118,7 @@ class DraftPipeline:
             state.rest_steps -= 1
         return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
-    def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
+    def _draft_freely(self, candidates: Sequence[Candidate], base_rows: int) -> None:
         if self._causal is None:
             return
         histories = [candidate.request.tokens for candidate in candidates]
@@ -127,7 +127,8 @@ class DraftPipeline:
             if candidate.state.num_learned:
                 self._causal.learn(tokens, candidate.state.num_learned)
             candidate.state.num_learned = len(tokens)
-        floors = [LEAST_SURVIVAL if candidate.policy == "goodput" else 0.0 for candidate in candidates]
+        least = max(LEAST_SURVIVAL, self._planner.least_survival(base_rows, len(candidates)))
+        floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
         chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
         for candidate, chain in zip(candidates, chains, strict=True):

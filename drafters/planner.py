@@ -19,6 +19,8 @@ from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+ROWS_AHEAD = 8  # of a draft, over which the cost of one row is taken
+CAUTION = 0.5  # confidences are not calibrated yet when a free draft ends
 LEAST_GAIN = 0.1  # accepted tokens: no pass is worth less, so that nothing need be weighed
 EXPLORATION = 0.01  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
 GUESSED_DRAFT_SECONDS = {1: 5e-4, 64: 4e-3}  # by rows, until they are measured
@@ -55,6 +57,12 @@ class DraftPlanner:
     def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
         """Set the cost table at start-up: seconds of a pass by its rows, of the target and of the drafter."""
         self._costs = StepCosts(verify_seconds, draft_seconds or GUESSED_DRAFT_SECONDS)
+
+    def least_survival(self, base_rows: int, num_requests: int) -> float:
+        """Survival below which a token is surely not worth its row: what a row costs against what a token does."""
+        verify = self._costs.verify
+        row_seconds = (verify.at(base_rows + ROWS_AHEAD) - verify.at(base_rows)) / ROWS_AHEAD
+        return CAUTION * row_seconds * num_requests / self._costs.plain.at(base_rows)
 
     def plan_diffusion(
         self,

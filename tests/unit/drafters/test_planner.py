@@ -88,3 +88,10 @@ def test_what_two_drafts_have_in_common() -> None:
     assert num_common((1, 2), (1, 2, 4)) == 2
     assert num_common((), (1,)) == 0
     assert num_common((3,), (1,)) == 0
+
+
+def test_free_drafts_go_on_as_long_as_a_row_may_be_worth_its_cost() -> None:
+    plan = planner()  # a row costs a twentieth of a lone request's step
+    assert plan.least_survival(1, 1) < 0.05
+    assert 0.2 < plan.least_survival(16, 16) < 0.5  # and a third of the seconds of a token in a full batch
+    assert plan.least_survival(16, 16) > plan.least_survival(4, 4)
