@@ -62,6 +62,20 @@ def held_out_prompts(loaded: Loaded, count: int, length: int) -> list[Prompt]:
     return cut_prompts(held_out_texts(), count, length, encode, seed=0)
 
 
+async def start_engine(
+    loaded: Loaded, build: Callable[[], Drafting], places: int = 1, observers: Sequence[StepLog] = ()
+) -> EmbeddedEngine:
+    """An engine over the shared weights, with a pipeline of its own; every prompt is read anew."""
+
+    def parts(progress: Progress) -> tuple[Verifier, Drafting]:
+        return loaded.verifier, build()
+
+    limits = SchedulerLimits(places, max_waiting=0, reuse_prefixes=False)
+    engine = EmbeddedEngine(parts, limits, observers=observers)
+    await engine.start()
+    return engine
+
+
 async def decode(
     loaded: Loaded,
     build: Callable[[], Drafting],
@@ -73,11 +87,7 @@ async def decode(
     """Continue each prompt, one at a time, with a pipeline of its own."""
     log = StepLog()
 
-    def parts(progress: Progress) -> tuple[Verifier, Drafting]:
-        return loaded.verifier, build()
-
-    engine = EmbeddedEngine(parts, SchedulerLimits(1, reuse_prefixes=False), observers=[log])
-    await engine.start()
+    engine = await start_engine(loaded, build, observers=[log])
     outputs = []
     started = time.perf_counter()
     try:

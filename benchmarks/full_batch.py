@@ -9,36 +9,26 @@ weights and take turns; the first turn, in which they learn, does not count.
 
 import argparse
 import asyncio
+import functools
 import statistics
 import time
 from collections.abc import Sequence
 
 import torch
 
-from benchmarks.decoding import held_out_prompts
+from benchmarks.decoding import held_out_prompts, start_engine
 from service.bench.cells import Cell, build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import Loaded, load
 from service.bench.prompts import Prompt
 from service.engine.base import GenerationRequest
-from service.engine.drafting import Drafting
-from service.engine.embedded import EmbeddedEngine, Progress
-from service.engine.scheduler import SchedulerLimits
+from service.engine.embedded import EmbeddedEngine
 from service.settings import load_settings
-from verifiers.base import SamplingRules, Verifier
+from verifiers.base import SamplingRules
 
 FULL_SHARE = 0.75  # of a turn: afterwards clients run out of prompts
 PROMPT_TOKENS, NEW_TOKENS = 96, 96
 PROMPTS_PER_PLACE = 6
-
-
-async def new_engine(loaded: Loaded, cell: Cell, places: int) -> EmbeddedEngine:
-    def parts(progress: Progress) -> tuple[Verifier, Drafting]:
-        return loaded.verifier, build(cell, loaded.settings, loaded.models)
-
-    engine = EmbeddedEngine(parts, SchedulerLimits(places, max_waiting=0, reuse_prefixes=False))
-    await engine.start()
-    return engine
 
 
 async def tokens_per_second(
@@ -62,7 +52,10 @@ async def tokens_per_second(
 
 async def compare(loaded: Loaded, cells: Sequence[Cell], places: int, temperature: float, turns: int) -> None:
     prompts = held_out_prompts(loaded, PROMPTS_PER_PLACE * places, PROMPT_TOKENS)
-    engines = {cell.name: await new_engine(loaded, cell, places) for cell in cells}
+    engines = {
+        cell.name: await start_engine(loaded, functools.partial(build, cell, loaded.settings, loaded.models), places)
+        for cell in cells
+    }
     rates: dict[str, list[float]] = {cell.name: [] for cell in cells}
     try:
         for turn in range(turns + 1):

@@ -14,9 +14,7 @@ from drafters.candidate import Candidate, RequestState
 from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.coupling import known_noise
-from drafters.estimates import (
-    temperature_class,
-)
+from drafters.estimates import temperature_class
 from drafters.lattice import DraftLattice, LatticeOptions
 from drafters.length import PaperLength
 from drafters.masked import MaskedDrafter, MaskedRequest, measure_passes

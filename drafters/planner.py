@@ -132,12 +132,11 @@ class DraftPlanner:
                 continue
             state, cap, where = candidate.state, candidate.cap, candidate.forecast_class
             free = self._expected(candidate.free_confidences, 0, state.heat, state.agreement.copy.factor)
-            found = self._accepted_by_length(candidate)
-            is_better = found[cap] > free[cap]
-            candidate.gains = found - free
+            candidate.gains = gains = self._accepted_by_length(candidate) - free
+            is_better = bool(gains[cap] > 0.0)
             forecast = float(self._forecast.gains(where)[cap])
-            self._forecast.observe(where, found - free if is_better else np.zeros_like(free), cap)
-            state.agreement.forecast.observe(float(max(found[cap] - free[cap], 0.0)), forecast)
+            self._forecast.observe(where, gains if is_better else np.zeros_like(gains), cap)
+            state.agreement.forecast.observe(float(max(gains[cap], 0.0)), forecast)
             if candidate.path is not None and not is_better:
                 candidate.drop_path()
 

@@ -1,6 +1,7 @@
 """Tool calls are the same however the text is cut; those told as a whole are JSON; what is no call is content."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from service.text.tool_calls import ToolCallParser, ToolCallStyle
@@ -34,24 +35,41 @@ SEEDS = [
 ]
 
 
-def read(style: ToolCallStyle, pieces: list[str], *, eager: bool, most: int | None) -> tuple[str, list[list[str]], int]:
+def read(
+    style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
+) -> tuple[str, list[tuple[str, str]], int]:
     """Content, calls, and how many of them are complete."""
     parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
-    content, calls = "", list[list[str]]()
+    content, calls = "", list[tuple[str, str]]()
     for part in [*map(parser.push, pieces), parser.finish()]:
         content += part.content
         for call in part.calls:
             if call.name is not None:
                 assert call.index == len(calls)
-                calls.append([call.name, ""])
+                calls.append((call.name, ""))
             assert call.index == len(calls) - 1
-            calls[call.index][1] += call.arguments
+            name, arguments = calls[call.index]
+            calls[call.index] = (name, arguments + call.arguments)
     return content, calls, parser.num_calls
 
 
 def refuse(constant: str) -> Any:
     """Infinity and NaN, which Python takes for JSON."""
     raise AssertionError(f"{constant} is no JSON")
+
+
+def check_told(style: ToolCallStyle, text: str, most: int | None = None) -> None:
+    """Calls that are told as a whole are JSON, texts without calls are content, and a stream says the same."""
+    content, calls, num_complete = read(style, [text], most=most)
+    assert num_complete == len(calls)
+    for name, arguments in calls:
+        assert name in NAMES
+        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
+    if not calls:
+        assert content == text
+    eager = read(style, [text], eager=True, most=most)
+    if eager[2] == len(eager[1]):  # none of them broken
+        assert eager == (content, calls, num_complete)
 
 
 def check(data: bytes) -> None:
@@ -67,12 +85,4 @@ def check(data: bytes) -> None:
     whole = read(style, [text], eager=eager, most=most)
     assert read(style, cut(text, ByteReader(places)), eager=eager, most=most) == whole
     assert read(style, list(text), eager=eager, most=most) == whole
-    content, calls, num_complete = read(style, [text], eager=False, most=most)
-    assert num_complete == len(calls)
-    for name, arguments in calls:
-        assert name in NAMES
-        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
-    if not calls:
-        assert content == text
-    if eager and whole[2] == len(whole[1]):
-        assert whole == (content, calls, num_complete)
+    check_told(style, text, most)

@@ -1,6 +1,5 @@
 """Incremental text is the text of all tokens, and stop strings are found however the text is cut."""
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from service.text.detokenizer import IncrementalDetokenizer, StopMatcher
 from service.text.tokenizer import TextTokenizer
+from tests.fuzz.stops import expected
+from tests.text_cuts import cut
 
 SAMPLE = "Größe 漢字 🙂🙃 naïve café — def f(x):\n    return x\n" * 4
 
@@ -63,11 +64,6 @@ def test_a_character_split_over_tokens_waits_for_its_last_byte() -> None:
     assert pieces_of(tokens[:2], skip_special_tokens=True) == ["", "", "�"]
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    bounds = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    return [text[begin:end] for begin, end in itertools.pairwise(bounds)]
-
-
 def run(stops: list[str], pieces: list[str], *, include: bool = False) -> tuple[str, str | None]:
     matcher = StopMatcher(stops, include=include)
     shown = ""
@@ -77,16 +73,6 @@ def run(stops: list[str], pieces: list[str], *, include: bool = False) -> tuple[
         if matched.stop is not None:
             return shown, matched.stop
     return shown + matcher.release(), None
-
-
-def expected(stops: list[str], text: str, *, include: bool) -> tuple[str, str | None]:
-    """Character by character: stop at the first end of any stop string, the longest of those that end there."""
-    for end in range(1, len(text) + 1):
-        ending = [stop for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            stop = max(ending, key=len)
-            return text[: end if include else end - len(stop)], stop
-    return text, None
 
 
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4)

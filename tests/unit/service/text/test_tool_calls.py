@@ -1,10 +1,7 @@
 """Tool calls are found however the text is cut; what is no call stays text; nothing makes the parser fail."""
 
-import itertools
 import json
 import time
-from collections.abc import Iterable
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -12,8 +9,9 @@ from hypothesis import strategies as st
 
 from service.text.tool_calls import MAX_FAILURES, ToolCallParser, ToolCallStyle, style_of_template
 from tests.checkpoints import HERMES_TEMPLATE, LLAMA3_TEMPLATE
+from tests.fuzz.tool_calls import NAMES, check_told, read
+from tests.text_cuts import cut
 
-NAMES = ("get", "get_weather")
 CALL = '{"name": "get_weather", "arguments": {"city": "Köln", "tags": ["</tool_call>", "\\"{"]}}'
 HERMES = f"<tool_call>\n{CALL}\n</tool_call>"
 PARTS = [
@@ -26,29 +24,6 @@ TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map(
 STYLES: st.SearchStrategy[ToolCallStyle] = st.sampled_from(["hermes", "llama3_json"])
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    bounds = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
-    return [text[begin:end] for begin, end in itertools.pairwise(bounds)]
-
-
-def read(
-    style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
-) -> tuple[str, list[tuple[str, str]], int]:
-    """Content, calls, and how many of them are complete."""
-    parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
-    content, calls = "", []
-    for part in [*map(parser.push, pieces), parser.finish()]:
-        content += part.content
-        for call in part.calls:
-            if call.name is not None:
-                assert call.index == len(calls)
-                calls.append((call.name, ""))
-            name, arguments = calls[call.index]
-            assert call.index == len(calls) - 1
-            calls[call.index] = (name, arguments + call.arguments)
-    return content, calls, parser.num_calls
-
-
 @given(STYLES, TEXTS, st.lists(st.integers(0, 500), max_size=8), st.booleans(), st.sampled_from([None, 1]))
 def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
     style: ToolCallStyle, text: str, places: list[int], eager: bool, most: int | None
@@ -58,27 +33,13 @@ def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
     assert read(style, text, eager=eager, most=most) == whole
 
 
-def refuse(constant: str) -> Any:
-    """Infinity and NaN, which Python takes for JSON."""
-    raise AssertionError(f"{constant} is no JSON")
-
-
 @given(STYLES, TEXTS)
 @example("hermes", HERMES * 2)
 @example("hermes", '<tool_call>{"arguments":{"a":1e999},"name":"get"}</tool_call>')
 def test_calls_that_are_told_as_a_whole_are_json_and_texts_without_calls_are_content(
     style: ToolCallStyle, text: str
 ) -> None:
-    content, calls, num_complete = read(style, [text])
-    assert num_complete == len(calls)
-    for name, arguments in calls:
-        assert name in NAMES
-        assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
-    if not calls:
-        assert content == text
-    eager = read(style, [text], eager=True)
-    if eager[2] == len(eager[1]):  # none of them broken
-        assert eager == (content, calls, num_complete)
+    check_told(style, text)
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="<")), STYLES, st.dictionaries(st.text(), st.integers()))
