@@ -4,7 +4,7 @@ A request's clean tokens run once and stay in the key-value cache (`drafters.cle
 committed since the last one, followed by the block of masks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,7 @@ class _Block:
     start: int  # position of the first row
     clean_end: int  # position after the last clean token; drafted ones of earlier parts count as clean
     length: int  # tokens to propose, from `clean_end` on
+    hints: Mapping[int, int]  # another draft's tokens by position
     states: Tensor | None = None  # [clean rows, target hidden] what the target knew at the first rows
 
     @property
@@ -163,7 +164,8 @@ class DiffusionDrafter:
         states = None
         if self._model.config.target_hidden_size and request.hidden_states is not None:
             states = request.hidden_states[prefix.offset + start : len(request.tokens)]
-        return _Block(prefix, clean + self._new_masks(clean_end, length), start, clean_end, length, states)
+        hints = dict(enumerate(request.hints, start=clean_end))
+        return _Block(prefix, clean + self._new_masks(clean_end, length), start, clean_end, length, hints, states)
 
     def _new_masks(self, clean_end: int, length: int) -> list[int]:
         """The masks of a draft; on a grid they fill the last block up, as in training."""
@@ -227,7 +229,7 @@ class DiffusionDrafter:
             limits=torch.tensor(limits, device=device),
             bounds_padding=True,
         )
-        hidden = self._model.forward(rows, self._cache, self._target_states(blocks))
+        hidden = self._model.forward(rows, self._cache, self._target_states(blocks), self._hints(blocks))
         return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
 
     def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
@@ -242,6 +244,19 @@ class DiffusionDrafter:
                 states[first : first + len(block.states)] = block.states
             first += len(block.tokens)
         return states
+
+    def _hints(self, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor] | None:
+        """What another draft has in the place of every mask, and in the next one."""
+        if not self._model.config.takes_hints or not any(block.hints for block in blocks):
+            return None
+        none, own, following = self._model.config.vocabulary_size, [], []
+        for block in blocks:
+            for position, token in enumerate(block.tokens, start=block.start):
+                is_mask = position >= block.clean_end and token in self._masks
+                own.append(block.hints.get(position, none) if is_mask else none)
+                following.append(block.hints.get(position + 1, none) if is_mask else none)
+        device = self._model.device
+        return torch.tensor(own, device=device), torch.tensor(following, device=device)
 
     def _limits(self, block: _Block) -> list[int]:
         """For every row, the position up to which it sees."""

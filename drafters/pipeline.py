@@ -153,7 +153,7 @@ class DraftPipeline:
         if not candidates or self._diffusion is None or self._search is None:
             return
         requests = [
-            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states)
+            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
             for c in candidates
         ]
         try:

@@ -57,6 +57,7 @@ class TransformerConfig:
     attention: AttentionPattern = "causal"
     logits_temperature: float = 1.0  # of the target's distribution that the logits were trained to give
     target_hidden_size: int = 0  # width of the target's hidden states that join the embeddings; 0: none do
+    takes_hints: bool = False  # masks are joined by the tokens that another draft has in their place and the next
     block_size: int = 0  # tokens; "block" and "block_causal" only
     trained_positions: int = 0  # tokens the model was trained on, where it accepts more; 0: max_positions
     family: Family | None = None  # None: Llama's names of weights

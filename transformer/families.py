@@ -182,6 +182,7 @@ def read_diffusion(path: Path, raw: Mapping[str, Any], family: Family) -> dict[s
         "trained_positions": known.trained_positions,
         "logits_temperature": float(raw.get("logits_temperature", 1.0)),
         "target_hidden_size": int(raw.get("target_hidden_size", 0)),
+        "takes_hints": bool(raw.get("takes_hints", False)),
     }
 
 

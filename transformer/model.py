@@ -53,6 +53,10 @@ class Transformer:
             self._target_projection: Matrix | None = None
             if config.target_hidden_size:
                 self._target_projection = Matrix(weights.pop("model.target_projection.weight").t().contiguous())
+            self._hints: Tensor | None = None  # [2, vocabulary + 1, hidden] what a hint adds; the last row, nothing
+            if config.takes_hints:
+                gated = self._embedding * weights.pop("model.hint_gates").unsqueeze(1)
+                self._hints = torch.nn.functional.pad(gated, (0, 0, 0, 1))
             self._final_norm = folded_norm(weights.pop("model.norm.weight")).to(self.dtype)
             self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
             self._rotations = rotary_table(config, config.max_positions).to(self.device)
@@ -86,16 +90,27 @@ class Transformer:
         return KeyValueCache(*sizes, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def forward(self, rows: RowBatch, cache: KeyValueCache, target_states: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        rows: RowBatch,
+        cache: KeyValueCache,
+        target_states: Tensor | None = None,
+        hints: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache.
 
-        target_states: [rows, target hidden] joined to the embeddings; zeros where there are none.
+        target_states: [rows, target hidden] joined to the embeddings; zeros where there are none. hints: [rows] twice,
+        the tokens that another draft has in each row's place and in the next; the vocabulary's size where it has none.
         """
         attention = Attention(rows, cache, self.config.num_heads // self.config.num_key_value_heads)
         rotations = self._rotations[attention.positions]
         hidden = self._embedding.index_select(0, rows.tokens)
         if target_states is not None and self._target_projection is not None:
             hidden = self._target_projection.add_product(hidden, target_states)
+        if hints is not None and self._hints is not None:
+            hidden = hidden.add_(self._hints[0].index_select(0, hints[0])).add_(
+                self._hints[1].index_select(0, hints[1])
+            )
         for index, layer in enumerate(self._layers):
             hidden = self._attend(hidden, index, layer, attention, rotations)
             gate, up = layer.gate_up.multiply(self._normalized(hidden)).chunk(2, dim=-1)

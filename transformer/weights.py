@@ -40,6 +40,8 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocabulary_size, hidden)}
     if config.target_hidden_size:
         shapes["model.target_projection.weight"] = (hidden, config.target_hidden_size)
+    if config.takes_hints:
+        shapes["model.hint_gates"] = (2, hidden)
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
         for name, size in (("q", queries), ("k", keys), ("v", keys)):

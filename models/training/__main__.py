@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
+from drafters.causal_scorer import CausalModel
 from drafters.ngram import NgramModel
 from models.training.cards import write_cards
 from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
 from models.training.data import Corpus
 from models.training.drafter import (
-    ConditionedDrafter,
     DrafterRecipe,
     facts_of,
+    load_drafter,
     save_drafter,
     train_drafter,
     train_on,
 )
 from models.training.evaluate import drafter_figures, held_out_continuations, ngram_accuracy
+from models.training.hints import Lessons, free_drafts
 from models.training.ngram import fit_ngram
 from models.training.target import TargetRecipe, held_out_bits_per_byte, load_start, train_target
 
@@ -63,15 +65,25 @@ class Pair:
         return load_start(self.corpus, self.work, self.target_recipe)
 
     @cached_property
+    def ngram(self) -> NgramModel:
+        return NgramModel.load(self.models / "ngram")
+
+    @cached_property
     def continuations(self) -> Continuations:
         return Continuations.load(self.work / "continuations")
 
-    def with_corpus(self, model: LlamaForCausalLM, continuations: Continuations, share: float) -> Continuations:
-        """`model`'s continuations, and so many windows of the corpus that these are `share` of the rows."""
+    def lessons(self, model: LlamaForCausalLM, continuations: Continuations, share: float) -> Lessons:
+        """`model`'s continuations, windows of the corpus that make up `share` of all rows, and free drafts for both."""
         rows = round(len(continuations.tokens) * share / (1 - share))
-        return continuations.joined(
+        data = continuations.joined(
             corpus_rows(model, self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
         )
+        return Lessons(data, free_drafts(self.causal, data))
+
+    @property
+    def causal(self) -> CausalModel:
+        """The free drafter as it begins to serve."""
+        return CausalModel(self.target.config.vocab_size, self.ngram, end_tokens=[self.target.config.eos_token_id])
 
 
 def rehearsal(work: Path, models: Path) -> Pair:
@@ -103,17 +115,16 @@ def run_continuations(pair: Pair) -> None:
 def run_drafter(pair: Pair) -> None:
     folder = pair.models / "drafter"
     recipe = pair.drafter_recipe
+    if (folder / "model.safetensors").exists() and not pair.train_on:
+        return
+    lessons = pair.lessons(pair.target, pair.continuations, recipe.corpus_share)
     if pair.train_on:
-        finished = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        data = pair.with_corpus(pair.target, pair.continuations, recipe.corpus_share)
-        drafter = train_on(finished, pair.target.config.hidden_size, data, pair.work, recipe)
-        save_drafter(drafter, pair.models / "target", folder, recipe, facts_of(recipe, pair.continuations))
-    elif not (folder / "model.safetensors").exists():
+        drafter = train_on(load_drafter(folder), lessons, pair.work, recipe)
+    else:
         started = Continuations.load(pair.work / "start-continuations")
-        start_data = pair.with_corpus(pair.start, started, recipe.start_corpus_share)
-        data = pair.with_corpus(pair.target, pair.continuations, recipe.corpus_share)
-        drafter = train_drafter(pair.start, start_data, data, pair.work, recipe)
-        save_drafter(drafter, pair.models / "target", folder, recipe, facts_of(recipe, pair.continuations))
+        start_lessons = pair.lessons(pair.start, started, recipe.start_corpus_share)
+        drafter = train_drafter(pair.start, start_lessons, lessons, pair.work, recipe)
+    save_drafter(drafter, pair.models / "target", folder, recipe, facts_of(recipe, pair.continuations))
 
 
 def run_ngram(pair: Pair) -> None:
@@ -125,13 +136,13 @@ def run_ngram(pair: Pair) -> None:
 
 def run_cards(pair: Pair) -> None:
     held_out = held_out_continuations(pair.target, pair.corpus.held_out, pair.evaluation_prompts, TEMPERATURES, seed=1)
-    drafter = ConditionedDrafter.from_pretrained(pair.models / "drafter", dtype=torch.float32).eval()
+    drafter = load_drafter(pair.models / "drafter").eval()
     figures: dict[str, Any] = {
         "target_bits_per_byte": round(held_out_bits_per_byte(pair.target, pair.corpus), 4),
         "target_parameters": pair.target.num_parameters(),
         "drafter_parameters": drafter.num_parameters(),
         "drafter": drafter_figures(drafter, held_out),
-        "ngram": ngram_accuracy(NgramModel.load(pair.models / "ngram"), held_out),
+        "ngram": ngram_accuracy(pair.ngram, held_out),
     }
     (pair.models / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     write_cards(pair.models, figures)
@@ -140,8 +151,8 @@ def run_cards(pair: Pair) -> None:
 STAGES: dict[str, Callable[[Pair], None]] = {
     "target": run_target,
     "continuations": run_continuations,
-    "drafter": run_drafter,
     "ngram": run_ngram,
+    "drafter": run_drafter,
     "cards": run_cards,
 }
 

@@ -19,7 +19,7 @@ class BlockBatch:
     """Input of one pass: `length` clean rows per sequence, then its mask rows.
 
     `token_ids`, `positions` int64 `[sequences, rows]`; `visible` bool `[sequences, 1, rows, rows]`;
-    `anchors`, `offsets` int64 `[sequences, mask rows]` (offset j of mask j, from 1; 0 marks an unused row).
+    `anchors`, `offsets` int64 `[sequences, mask rows]` (offset j of mask j, from 1).
     """
 
     token_ids: torch.Tensor
@@ -62,10 +62,12 @@ def draw_blocks(
     mean_masks: float,
     long_share: float,
     random: np.random.Generator,
+    weights: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Draw blocks until `mask_rows` rows are full; anchors from the last prompt token on.
 
-    Returns anchors, offsets, blocks, each `[sequences, mask_rows]`.
+    Returns anchors, offsets, blocks, each `[sequences, mask_rows]`. Anchors are drawn by `weights`
+    `[sequences, length]`, evenly without; those too near to the end are drawn evenly again.
 
     A block's number of masks is geometric, but uniform for `long_share` of them, so that long drafts are seen too.
     """
@@ -81,4 +83,29 @@ def draw_blocks(
     offsets = rows[None] - (ends - sizes)[at, blocks] + 1
     lowest = prompt_lengths[:, None] - 1
     anchors = lowest + np.floor(random.random(shape) * (length - 1 - sizes - lowest)).astype(np.int64)
+    if weights is not None:
+        sums = np.where(np.arange(length) >= lowest, weights, 0.0).cumsum(1)
+        sums /= sums[:, -1:]
+        wanted = np.stack([np.searchsorted(row, random.random(mask_rows)) for row in sums])
+        anchors = np.where(wanted < length - 1 - sizes, wanted, anchors)
     return anchors[at, blocks], offsets, blocks
+
+
+def hints_of(
+    drafts: NDArray[np.int16],
+    anchors: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    known: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """What a free draft says at each mask row: `[sequences, mask rows, 2]`, of the mask's own place and of the next.
+
+    Taken from `drafts` `[sequences, anchors, longest]`; -1 where it says nothing, or no more than its first `known`
+    `[sequences, mask rows]` tokens shall be known.
+    """
+    at = np.arange(len(drafts))[:, None]
+    hints = np.full((*anchors.shape, 2), -1, np.int64)
+    for side in range(2):
+        index = offsets - 1 + side
+        is_known = index < np.minimum(known, drafts.shape[2])
+        hints[..., side] = np.where(is_known, drafts[at, anchors, np.minimum(index, drafts.shape[2] - 1)], -1)
+    return hints

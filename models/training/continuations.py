@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from verifiers.draws import draw
+
 CANDIDATES = 8  # tokens of the target's distribution kept per position
 READ_TOGETHER = 64  # rows of the corpus in one pass
 
@@ -40,7 +42,8 @@ class Continuations:
     `tokens` int16 `[rows, length]`; `prompt_lengths` and `temperatures` `[rows]`; `candidates` int16 and
     `log_probabilities` float16 (nats, at temperature 1) `[rows, length, CANDIDATES]`; `features` float16
     `[rows, length, hidden]`, the target's final hidden state that a position was predicted from. The last three are
-    zero at position 0.
+    zero at position 0. `seeds` uint64 `[rows]`: of the noise that sampled rows were drawn with, as in serving
+    (`verifiers.draws`), so that a draft made with the same noise can be made again.
     """
 
     tokens: NDArray[np.int16]
@@ -49,6 +52,7 @@ class Continuations:
     candidates: NDArray[np.int16]
     log_probabilities: NDArray[np.float16]
     features: NDArray[np.float16]
+    seeds: NDArray[np.uint64]
 
     def save(self, path: Path) -> None:
         new = path.with_suffix(".new.npz")
@@ -120,20 +124,15 @@ class BatchDecoder:
         return final
 
 
-def draw(logits: torch.Tensor, temperatures: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """One token per row of `logits` `[rows, vocabulary]` at its temperature `[rows, 1]`; 0 takes the most probable."""
-    noise = -torch.empty_like(logits).exponential_(generator=random).log()
-    return (logits + temperatures * noise).argmax(-1)
-
-
 @torch.inference_mode()
 def continue_prompts(
     model: LlamaForCausalLM, prompts: torch.Tensor, length: int, temperatures: NDArray[np.float32], seed: int
 ) -> Continuations:
     """Continue `prompts` `[rows, prompt length]` up to `length` tokens in all, each row at its own temperature."""
     rows, prompt_length = prompts.shape
-    random = torch.Generator().manual_seed(seed)
-    scale = torch.from_numpy(temperatures)[:, None]
+    seeds = np.random.default_rng(seed).integers(2**63, size=rows, dtype=np.uint64)
+    row_seeds, is_sampled = seeds.tolist(), torch.from_numpy(temperatures > 0.0)
+    divisors = torch.from_numpy(np.maximum(temperatures, 1e-3))[:, None]
     decoder = BatchDecoder(model, rows, length)
     tokens = torch.empty((rows, length), dtype=torch.int64)
     candidates = torch.zeros((rows, length, CANDIDATES), dtype=torch.int16)
@@ -148,7 +147,8 @@ def continue_prompts(
         best, ids = logits.topk(CANDIDATES)
         candidates[:, start + 1 : end + 1] = ids.short()
         log_probabilities[:, start + 1 : end + 1] = (best - logits.logsumexp(-1, keepdim=True)).half()
-        tokens[:, end] = draw(logits[:, -1], scale, random)
+        drawn = draw((logits[:, -1] / divisors).softmax(-1), row_seeds, [end] * rows)
+        tokens[:, end] = torch.where(is_sampled, drawn, ids[:, -1, 0])
         start, end = end, end + 1
     return Continuations(
         tokens.short().numpy(),
@@ -157,6 +157,7 @@ def continue_prompts(
         candidates.numpy(),
         log_probabilities.numpy(),
         features.numpy(),
+        seeds,
     )
 
 
@@ -200,4 +201,5 @@ def corpus_rows(model: LlamaForCausalLM, tokens: NDArray[np.int32], rows: int, l
         candidates,
         np.zeros(candidates.shape, np.float16),
         features.numpy(),
+        np.zeros(rows, np.uint64),
     )

@@ -2,7 +2,8 @@
 
 It starts from the first and last layer of the small model that the target grew from, and is trained exactly as it
 drafts (see `models.training.blocks`): each clean row also gets the target's final hidden state that its token was
-predicted from, which the target has computed anyway when the token is committed (as in EAGLE, arXiv 2401.15077).
+predicted from, which the target has computed anyway when the token is committed (as in EAGLE, arXiv 2401.15077), and
+each mask what the free draft proposes there (`models.training.hints`): the drafter improves on that draft.
 Labels are the target's own distributions, sharpened; their most probable tokens are stored with each continuation.
 """
 
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from models.training.blocks import BLOCK_SIZE, BlockBatch, attach_blocks, draw_blocks
+from models.training.blocks import BLOCK_SIZE, BlockBatch, attach_blocks, draw_blocks, hints_of
 from models.training.checkpoint import Checkpoint
 from models.training.continuations import Continuations
+from models.training.hints import LONGEST_HINT, Lessons
 from models.training.target import optimizers_of, rate_factor
 
 SAVE_EVERY = 250  # steps
@@ -48,6 +50,8 @@ class DrafterRecipe:
     prompt_weight: float = 0.1  # of the other clean rows inside the prompt
     decay_share: float = 1.0
     unconditioned_share: float = 0.1  # of the sequences, whose hidden states are missing up to a random token, or all
+    unhinted_share: float = 0.15  # of the blocks, which know nothing of the free draft; as many know a random beginning
+    weak_share: float = 0.6  # of the blocks, which hang where the free draft is short of accepted tokens
     muon_rate: float = 0.015
     adam_rate: float = 2e-3
     start_corpus_share: float = 0.75  # of the rows, plain windows of the corpus; in the warm-up
@@ -57,22 +61,29 @@ class DrafterRecipe:
 
 
 class ConditionedDrafter(Qwen2ForCausalLM):
-    """A Qwen2 whose input embeddings may be joined by the target's hidden states; `target_projection` maps these."""
+    """A Qwen2 whose clean rows may be joined by the target's hidden states, and whose masks by a free draft's tokens.
+
+    `target_projection` maps the former; `hint_gates` scales, entry by entry, the embedding of the token that the free
+    draft has in the mask's own place, and of the one behind it, which the mask's row predicts.
+    """
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__(config)
         self.model.target_projection = torch.nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
         torch.nn.init.zeros_(self.model.target_projection.weight)
+        self.model.hint_gates = torch.nn.Parameter(torch.zeros(2, config.hidden_size))
 
-    def rows(self, batch: BlockBatch, features: torch.Tensor) -> torch.Tensor:
+    def rows(self, batch: BlockBatch, features: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
         """Final hidden states of all rows, `[sequences, rows, hidden]`.
 
         `features` `[sequences, clean rows, target hidden]`: what each clean token was predicted from; zero if unknown.
+        `hints` int64 `[sequences, mask rows, 2]`: the free draft's token in each mask's place and the next; -1: none.
         """
         embedded = self.model.embed_tokens(batch.token_ids)
-        joined = self.model.target_projection(features)
+        hinted = self.model.embed_tokens(hints.clamp(min=0)) * (hints >= 0).unsqueeze(-1)
+        joined = [self.model.target_projection(features), (hinted * self.model.hint_gates).sum(2)]
         output = self.model(
-            inputs_embeds=embedded + F.pad(joined, (0, 0, 0, embedded.shape[1] - joined.shape[1])),
+            inputs_embeds=embedded + torch.cat(joined, 1),
             attention_mask=batch.visible,
             position_ids=batch.positions,
             use_cache=False,
@@ -85,7 +96,23 @@ def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Conditione
     """A Qwen2-layout model from the target's embedding and some of its layers, and mask tokens after the vocabulary."""
     torch.manual_seed(recipe.seed)
     source = target.config
-    drafter = _empty_drafter(source, source.vocab_size + BLOCK_SIZE, len(recipe.layers), source.hidden_size, recipe)
+    config = Qwen2Config(
+        vocab_size=source.vocab_size + BLOCK_SIZE,
+        hidden_size=source.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=len(recipe.layers),
+        num_attention_heads=source.num_attention_heads,
+        num_key_value_heads=source.num_key_value_heads,
+        max_position_embeddings=source.max_position_embeddings,
+        rms_norm_eps=source.rms_norm_eps,
+        rope_parameters=source.rope_parameters,
+        tie_word_embeddings=True,
+        bos_token_id=source.bos_token_id,
+        eos_token_id=source.eos_token_id,
+        pad_token_id=source.pad_token_id,
+        target_hidden_size=source.hidden_size,
+    )
+    drafter = ConditionedDrafter(config)
     with torch.no_grad():
         words, rows = target.model.embed_tokens.weight, drafter.model.embed_tokens.weight
         rows[: source.vocab_size] = words
@@ -96,40 +123,13 @@ def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Conditione
     return drafter
 
 
-def narrowed(drafter: Qwen2ForCausalLM, target_hidden_size: int, recipe: DrafterRecipe) -> ConditionedDrafter:
-    """A finished drafter, to be trained on: of the recipe's feed-forward size, and not conditioned on anything yet."""
-    torch.manual_seed(recipe.seed)
-    config = drafter.config
-    new = _empty_drafter(config, config.vocab_size, config.num_hidden_layers, target_hidden_size, recipe)
-    with torch.no_grad():
-        new.model.embed_tokens.weight.copy_(drafter.model.embed_tokens.weight)
-        new.model.norm.weight.copy_(drafter.model.norm.weight)
-        for layer, old in zip(new.model.layers, drafter.model.layers, strict=True):
-            _copy_layer(old, layer)
-    return new
-
-
-def _empty_drafter(
-    source: LlamaConfig | Qwen2Config, vocab_size: int, layers: int, target_hidden_size: int, recipe: DrafterRecipe
-) -> ConditionedDrafter:
-    return ConditionedDrafter(
-        Qwen2Config(
-            vocab_size=vocab_size,
-            hidden_size=source.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=layers,
-            num_attention_heads=source.num_attention_heads,
-            num_key_value_heads=source.num_key_value_heads,
-            max_position_embeddings=source.max_position_embeddings,
-            rms_norm_eps=source.rms_norm_eps,
-            rope_parameters=source.rope_parameters,
-            tie_word_embeddings=True,
-            bos_token_id=source.bos_token_id,
-            eos_token_id=source.eos_token_id,
-            pad_token_id=source.pad_token_id,
-            target_hidden_size=target_hidden_size,
-        )
-    )
+def load_drafter(folder: Path) -> ConditionedDrafter:
+    """A finished drafter, in float32. One from before there were hints gets gates that let none through."""
+    drafter = ConditionedDrafter(Qwen2Config.from_pretrained(folder))
+    drafter.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    drafter.tie_weights()
+    drafter.float()
+    return drafter
 
 
 def _copy_layer(old: Any, new: Any) -> None:
@@ -155,39 +155,47 @@ class Example:
 
     batch: BlockBatch
     features: torch.Tensor
+    hints: torch.Tensor
     label_ids: torch.Tensor
     label_shares: torch.Tensor
     weights: torch.Tensor
 
 
 def examples(
-    data: Continuations, recipe: DrafterRecipe, mask_token_ids: torch.Tensor, first_step: int, seed: int
+    lessons: Lessons,
+    recipe: DrafterRecipe,
+    mask_token_ids: torch.Tensor,
+    first_step: int,
+    seed: int,
 ) -> Iterator[Example]:
     """The steps' inputs from `first_step` on, for ever; each is a function of the seed and the step alone."""
-    rows = len(data.tokens)
+    rows = len(lessons.data.tokens)
     per_epoch = rows // recipe.sequences
     step = first_step
     while True:
         epoch, at = divmod(step, per_epoch)
         order = np.random.default_rng([seed, epoch]).permutation(rows)
         chosen = np.sort(order[at * recipe.sequences : (at + 1) * recipe.sequences])
-        yield _example(data, chosen, recipe, mask_token_ids, np.random.default_rng([seed, 1, step]))
+        yield _example(lessons, chosen, recipe, mask_token_ids, np.random.default_rng([seed, 1, step]))
         step += 1
 
 
 def _example(
-    data: Continuations,
+    lessons: Lessons,
     chosen: np.ndarray,
     recipe: DrafterRecipe,
     mask_token_ids: torch.Tensor,
     random: np.random.Generator,
 ) -> Example:
+    data, drafts = lessons.data, lessons.drafts
     length = data.tokens.shape[1]
     prompt_lengths = data.prompt_lengths[chosen].astype(np.int64)
-    anchors, offsets, blocks = map(
-        torch.from_numpy,
-        draw_blocks(prompt_lengths, length, recipe.mask_rows, recipe.mean_masks, recipe.long_share, random),
+    weakness = (1 - recipe.weak_share) + recipe.weak_share * 2 / (1.0 + drafts.accepted[chosen]) ** 2
+    drawn = draw_blocks(
+        prompt_lengths, length, recipe.mask_rows, recipe.mean_masks, recipe.long_share, random, weakness
     )
+    hints = torch.from_numpy(hints_of(drafts.tokens[chosen], *drawn[:2], known_hints(drawn[2], recipe, random)))
+    anchors, offsets, blocks = map(torch.from_numpy, drawn)
     tokens = torch.from_numpy(data.tokens[chosen].astype(np.int64))
     batch = attach_blocks(tokens, anchors, offsets, blocks, mask_token_ids)
     first = recipe.first_labelled
@@ -203,7 +211,7 @@ def _example(
     features = torch.from_numpy(data.features[chosen].astype(np.float32))
     missing = missing_features(len(chosen), length, recipe.unconditioned_share, random)
     features.masked_fill_(torch.from_numpy(missing)[:, :, None], 0.0)
-    return Example(batch, features, ids, (logs / recipe.label_temperature).softmax(-1), weights)
+    return Example(batch, features, hints, ids, (logs / recipe.label_temperature).softmax(-1), weights)
 
 
 def missing_features(sequences: int, length: int, share: float, random: np.random.Generator) -> NDArray[np.bool_]:
@@ -216,6 +224,15 @@ def missing_features(sequences: int, length: int, share: float, random: np.rando
     return np.arange(length) < np.where(chosen, ends, 0)[:, None]
 
 
+def known_hints(blocks: NDArray[np.int64], recipe: DrafterRecipe, random: np.random.Generator) -> NDArray[np.int64]:
+    """How many tokens of its free draft each row's block knows: none, a random number, or (mostly) all."""
+    chance = random.random(blocks.shape)
+    cut = random.integers(1, LONGEST_HINT + 1, blocks.shape)
+    counts = np.where(chance < 2 * recipe.unhinted_share, cut, LONGEST_HINT)
+    counts = np.where(chance < recipe.unhinted_share, 0, counts)
+    return np.take_along_axis(counts, blocks, 1)
+
+
 class DistillationLoss(torch.nn.Module):
     """Weighted cross entropy of the drafter's rows with the target's candidates, in nats."""
 
@@ -224,7 +241,7 @@ class DistillationLoss(torch.nn.Module):
         self.drafter = drafter
 
     def forward(self, example: Example) -> torch.Tensor:
-        hidden = self.drafter.rows(example.batch, example.features)[:, -example.weights.shape[1] :]
+        hidden = self.drafter.rows(example.batch, example.features, example.hints)[:, -example.weights.shape[1] :]
         logits = self.drafter.lm_head(hidden)
         chosen = logits.gather(2, example.label_ids)
         losses = logits.logsumexp(-1) - (chosen * example.label_shares).sum(-1)
@@ -244,7 +261,7 @@ class Phase:
 
 def distil(
     drafter: ConditionedDrafter,
-    data: Continuations,
+    lessons: Lessons,
     work: Path,
     recipe: DrafterRecipe,
     phase: Phase,
@@ -263,7 +280,7 @@ def distil(
     loss_of = torch.compile(DistillationLoss(drafter)) if recipe.compiled else DistillationLoss(drafter)
     last = phase.steps if stop_at is None else min(phase.steps, stop_at)
     started = time.monotonic()
-    stream = examples(data, recipe, mask_token_ids, step, phase.seed)
+    stream = examples(lessons, recipe, mask_token_ids, step, phase.seed)
     with (work / f"{phase.name}.jsonl").open("a") as log:
         while step < last:
             for group, rate in zip(groups, base_rates, strict=True):
@@ -283,22 +300,19 @@ def distil(
 
 
 def train_drafter(
-    start: LlamaForCausalLM, start_data: Continuations, data: Continuations, work: Path, recipe: DrafterRecipe
+    start: LlamaForCausalLM, start_lessons: Lessons, lessons: Lessons, work: Path, recipe: DrafterRecipe
 ) -> ConditionedDrafter:
     """Warm up on continuations by the target's small start (they need not wait for the target), then on its own."""
     drafter = build_drafter(start, recipe)
-    distil(drafter, start_data, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
-    distil(drafter, data, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
+    distil(drafter, start_lessons, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
+    distil(drafter, lessons, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
     return drafter
 
 
-def train_on(
-    finished: Qwen2ForCausalLM, target_hidden_size: int, data: Continuations, work: Path, recipe: DrafterRecipe
-) -> ConditionedDrafter:
-    """Train a finished drafter on, conditioned on the target's hidden states from now on."""
-    drafter = narrowed(finished, target_hidden_size, recipe)
+def train_on(drafter: ConditionedDrafter, lessons: Lessons, work: Path, recipe: DrafterRecipe) -> ConditionedDrafter:
+    """Train a finished drafter on."""
     recipe = replace(recipe, muon_rate=recipe.more_muon_rate)
-    distil(drafter, data, work, recipe, Phase("drafter-on", recipe.more_steps, recipe.decay_share, recipe.seed + 1))
+    distil(drafter, lessons, work, recipe, Phase("drafter-on", recipe.more_steps, recipe.decay_share, recipe.seed + 1))
     return drafter
 
 
@@ -317,6 +331,7 @@ def save_drafter(
         "logits_shifted": True,
         "attention": "block",
         "block_size": BLOCK_SIZE,
+        "takes_hints": True,
         "logits_temperature": recipe.label_temperature,
         "architectures": ["Qwen2ForCausalLM"],
     }

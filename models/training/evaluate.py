@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from drafters.ngram import NgramModel
-from models.training.blocks import BLOCK_SIZE, attach_blocks
+from models.training.blocks import BLOCK_SIZE, attach_blocks, hints_of
 from models.training.continuations import Continuations, continue_prompts, random_prompts
 from models.training.drafter import ConditionedDrafter
+from models.training.hints import FreeDrafts
 
 PROMPT_LENGTH = 192  # tokens
 NEW_TOKENS = 128
@@ -42,9 +43,17 @@ def repeated_share(tokens: NDArray[Any], length: int = 8) -> float:
 
 @torch.inference_mode()
 def drafts_at(
-    drafter: ConditionedDrafter, tokens: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor, length: int
+    drafter: ConditionedDrafter,
+    tokens: torch.Tensor,
+    features: torch.Tensor,
+    anchors: torch.Tensor,
+    length: int,
+    drafts: NDArray[np.int16] | None = None,
 ) -> torch.Tensor:
-    """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`."""
+    """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`.
+
+    drafts: `[sequences, tokens, any]` free drafts at all places, given as hints; none without.
+    """
     vocabulary_size = drafter.config.vocab_size - BLOCK_SIZE
     sequences, clean = tokens.shape
     masks = length - 1
@@ -56,15 +65,23 @@ def drafts_at(
         torch.arange(len(anchors)).repeat_interleave(masks).expand(shape),
         torch.arange(vocabulary_size, drafter.config.vocab_size),
     )
-    hidden = drafter.rows(batch, features)
+    hints = torch.full((*shape, 2), -1)
+    if drafts is not None:
+        known = np.full(shape, drafts.shape[2])
+        hints = torch.from_numpy(hints_of(drafts, batch.anchors.numpy(), batch.offsets.numpy(), known))
+    hidden = drafter.rows(batch, features, hints)
     behind_masks = hidden[:, clean:].view(sequences, len(anchors), masks, hidden.shape[-1])
     rows = torch.cat([hidden[:, anchors, None], behind_masks], 2)
     logits: torch.Tensor = drafter.lm_head(rows)[..., :vocabulary_size]
     return logits.argmax(-1)
 
 
-def accepted_at_every_anchor(drafter: ConditionedDrafter, data: Continuations, length: int) -> NDArray[np.int64]:
+def accepted_at_every_anchor(
+    drafter: ConditionedDrafter, data: Continuations, length: int, drafts: FreeDrafts | None = None
+) -> NDArray[np.int64]:
     """Accepted tokens `[rows, anchors]` of drafts of `length` tokens at all positions from the prompt's last token on.
+
+    drafts: free drafts that are given as hints.
 
     Rows share one prompt length; the anchors end where a whole draft still has a continuation to be compared with.
     """
@@ -73,10 +90,13 @@ def accepted_at_every_anchor(drafter: ConditionedDrafter, data: Continuations, l
     anchors = torch.arange(start, end)
     truth = tokens.unfold(1, length, 1)[:, anchors + 1]
     features = torch.from_numpy(data.features.astype(np.float32))
-    groups = zip(torch.split(tokens, 4), torch.split(features, 4), torch.split(truth, 4), strict=True)
+    free = np.full((*data.tokens.shape, 1), -1, np.int16) if drafts is None else drafts.tokens
+    groups = zip(
+        *(torch.split(all_rows, 4) for all_rows in (tokens, features, truth, torch.from_numpy(free))), strict=True
+    )
     hits = [
-        (drafts_at(drafter, rows, states, part, length) == true).cumprod(2).sum(2)
-        for rows, states, trues in groups
+        (drafts_at(drafter, rows, states, part, length, known.numpy()) == true).cumprod(2).sum(2)
+        for rows, states, trues, known in groups
         for part, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
     ]
     per_rows = len(torch.split(anchors, 32))

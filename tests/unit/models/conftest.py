@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from drafters.causal_scorer import CausalModel
 from models.training.continuations import ContinuationRecipe, Continuations, write_continuations
 from models.training.drafter import DrafterRecipe
+from models.training.hints import Lessons, free_drafts
 from models.training.target import TargetRecipe, build_target
 
 VOCABULARY_SIZE = 64
@@ -36,6 +38,11 @@ def toy_tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(1, VOCABULARY_SIZE, 4000).astype(np.int32)
 
 
+def lessons_of(data: Continuations) -> Lessons:
+    """With the free drafts of a copying drafter."""
+    return Lessons(data, free_drafts(CausalModel(VOCABULARY_SIZE), data))
+
+
 @pytest.fixture(scope="session")
 def toy_continuations(
     tiny_target: LlamaForCausalLM, toy_tokens: np.ndarray, tmp_path_factory: pytest.TempPathFactory
@@ -45,3 +52,8 @@ def toy_continuations(
     torch.set_num_threads(1)
     write_continuations(tiny_target, toy_tokens, folder, recipe)
     return Continuations.load(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_lessons(toy_continuations: Continuations) -> Lessons:
+    return lessons_of(toy_continuations)

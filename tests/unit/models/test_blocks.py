@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from models.training.blocks import BLOCK_SIZE, attach_blocks, draw_blocks
+from models.training.blocks import BLOCK_SIZE, attach_blocks, draw_blocks, hints_of
 from models.training.drafter import build_drafter
 from tests.unit.models.conftest import RECIPE, VOCABULARY_SIZE
 
@@ -54,7 +54,9 @@ def test_one_pass_over_many_blocks_equals_one_pass_each(tiny_target: LlamaForCau
     blocks = torch.tensor([[0, 0, 0, 1, 1, 2]])
     with torch.inference_mode():
         batch = attach_blocks(tokens, anchors, offsets, blocks, MASKS)
-        together = drafter.rows(batch, torch.zeros(1, 40, tiny_target.config.hidden_size))[0, 40:]
+        together = drafter.rows(batch, torch.zeros(1, 40, tiny_target.config.hidden_size), torch.full((1, 6, 2), -1))[
+            0, 40:
+        ]
         apart = []
         for anchor, count in ((20, 3), (33, 2), (9, 1)):
             ids = torch.cat([tokens[0, : anchor + 1], MASKS[:count]])[None]
@@ -63,3 +65,20 @@ def test_one_pass_over_many_blocks_equals_one_pass_each(tiny_target: LlamaForCau
             hidden = drafter.model(input_ids=ids, attention_mask=visible[None, None]).last_hidden_state
             apart.append(hidden[0, anchor + 1 :])
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
+
+
+def test_anchors_are_drawn_by_weight() -> None:
+    weights = np.zeros((2, 60))
+    weights[0, 20], weights[1, [5, 30]] = 1.0, (3.0, 1.0)
+    anchors, _, _ = draw_blocks(np.array([8, 10]), 60, 4000, 3.0, 0.0, np.random.default_rng(0), weights)
+    assert (anchors[0] == 20).all()
+    assert (anchors[1] == 30).all()  # 5 lies within the prompt
+
+
+def test_hints_are_the_free_drafts_tokens_in_a_masks_place_and_the_next() -> None:
+    drafts = np.arange(2 * 5 * 3).reshape(2, 5, 3).astype(np.int16)
+    drafts[1, 4, 1:] = -1
+    anchors, offsets = np.array([[0, 0, 0], [4, 4, 4]]), np.array([[1, 2, 3], [1, 2, 3]])
+    hints = hints_of(drafts, anchors, offsets, np.full((2, 3), 9))
+    assert hints.tolist() == [[[0, 1], [1, 2], [2, -1]], [[27, -1], [-1, -1], [-1, -1]]]
+    assert hints_of(drafts, anchors, offsets, np.full((2, 3), 1))[0].tolist() == [[0, -1], [-1, -1], [-1, -1]]

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from models.training.continuations import CANDIDATES, Continuations, continue_prompts, corpus_rows, draw
+from models.training.continuations import CANDIDATES, Continuations, continue_prompts, corpus_rows
 from tests.unit.models.conftest import LENGTH
+from verifiers.draws import draw
 
 
 def test_greedy_rows_are_the_targets_own_choice(
@@ -49,14 +50,19 @@ def test_the_same_seed_gives_the_same_continuation(tiny_target: LlamaForCausalLM
     assert (first.tokens != other.tokens).any()
 
 
-def test_draws_follow_the_temperature() -> None:
-    logits = torch.tensor([[1.0, 0.0, -1.0]]).expand(40_000, 3)
-    random = torch.Generator().manual_seed(0)
-    for temperature in (0.5, 1.0):
-        drawn = draw(logits, torch.full((40_000, 1), temperature), random)
-        shares = torch.bincount(drawn, minlength=3) / len(drawn)
-        torch.testing.assert_close(shares, (logits[0] / temperature).softmax(-1), atol=0.01, rtol=0)
-    assert (draw(logits, torch.zeros(40_000, 1), random) == 0).all()
+def test_sampled_rows_are_drawn_as_the_verifier_draws(
+    tiny_target: LlamaForCausalLM, toy_continuations: Continuations
+) -> None:
+    sampled = np.flatnonzero(toy_continuations.temperatures > 0)
+    assert len(sampled)
+    for row in sampled:
+        text, first = toy_continuations.tokens[row], int(toy_continuations.prompt_lengths[row])
+        with torch.inference_mode():
+            logits = tiny_target(torch.from_numpy(text.astype(np.int64))[None]).logits[0, first - 1 : -1]
+        weights = (logits / float(toy_continuations.temperatures[row])).softmax(-1)
+        positions = range(first, len(text))
+        drawn = draw(weights, [int(toy_continuations.seeds[row])] * len(positions), positions)
+        assert drawn.tolist() == text[first:].tolist()
 
 
 def test_corpus_rows_are_windows_whose_next_token_is_certain(

@@ -7,28 +7,31 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
+from drafters.base import DraftRequest
+from drafters.causal_scorer import CausalModel
+from drafters.coupling import known_noise
 from drafters.diffusion import DiffusionDrafter
 from drafters.masked import MaskedRequest
+from drafters.pipeline import LEAST_SURVIVAL
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
 from models.training.drafter import Phase, build_drafter, distil, missing_features, save_drafter, train_drafter
 from models.training.evaluate import accepted_at_every_anchor, drafts_at, walk
-from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE
+from models.training.hints import NO_HINT, FreeDrafts, Lessons, free_drafts, num_accepted
+from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE, lessons_of
 from transformer.model import Transformer
 
 
-def test_a_stopped_run_goes_on_identically(
-    tiny_target: LlamaForCausalLM, toy_continuations: Continuations, tmp_path: Path
-) -> None:
-    whole = train_drafter(tiny_target, toy_continuations, toy_continuations, tmp_path, RECIPE)
+def test_a_stopped_run_goes_on_identically(tiny_target: LlamaForCausalLM, toy_lessons: Lessons, tmp_path: Path) -> None:
+    whole = train_drafter(tiny_target, toy_lessons, toy_lessons, tmp_path, RECIPE)
     stopped = build_drafter(tiny_target, RECIPE)
     work = tmp_path / "stopped"
     work.mkdir()
     # stop inside the second phase: its schedule is the whole run's, its loop ends early
-    distil(stopped, toy_continuations, work, RECIPE, Phase("drafter-start", RECIPE.start_steps, 0.0, RECIPE.seed))
+    distil(stopped, toy_lessons, work, RECIPE, Phase("drafter-start", RECIPE.start_steps, 0.0, RECIPE.seed))
     phase = Phase("drafter", RECIPE.steps, RECIPE.decay_share, RECIPE.seed + 1)
-    distil(stopped, toy_continuations, work, RECIPE, phase, stop_at=2)
-    resumed = train_drafter(tiny_target, toy_continuations, toy_continuations, work, RECIPE)
+    distil(stopped, toy_lessons, work, RECIPE, phase, stop_at=2)
+    resumed = train_drafter(tiny_target, toy_lessons, toy_lessons, work, RECIPE)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert not torch.equal(whole.model.layers[0].mlp.up_proj.weight, stopped.model.layers[0].mlp.up_proj.weight)
@@ -39,7 +42,8 @@ def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausal
     rows = corpus_rows(tiny_target, counting, 32, LENGTH, seed=0)
     recipe = replace(RECIPE, start_steps=0, steps=120, muon_rate=0.05, adam_rate=2e-2)
     before = accepted_at_every_anchor(build_drafter(tiny_target, recipe).eval(), rows, 4).mean()
-    trained = train_drafter(tiny_target, rows, rows, tmp_path, recipe).eval()
+    lessons = lessons_of(rows)
+    trained = train_drafter(tiny_target, lessons, lessons, tmp_path, recipe).eval()
     after = accepted_at_every_anchor(trained, rows, 4).mean()
     assert before < 0.5
     assert after > 3
@@ -52,10 +56,50 @@ def test_hidden_states_alone_tell_what_the_text_does_not(tiny_target: LlamaForCa
     codes = random.standard_normal((VOCABULARY_SIZE, rows.features.shape[2])).astype(np.float16)
     rows.features[:, :-1] = codes[rows.tokens[:, 1:]]
     recipe = replace(RECIPE, start_steps=0, steps=200, muon_rate=0.05, adam_rate=2e-2, unconditioned_share=0.0)
-    drafter = train_drafter(tiny_target, rows, rows, tmp_path, recipe).eval()
+    lessons = lessons_of(rows)
+    drafter = train_drafter(tiny_target, lessons, lessons, tmp_path, recipe).eval()
     assert (accepted_at_every_anchor(drafter, rows, 1)).mean() > 0.5
     rows.features[:] = 0
     assert (accepted_at_every_anchor(drafter, rows, 1)).mean() < 0.1
+
+
+def test_hints_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Each token is drawn at random, but a free draft from elsewhere knows the next ones."""
+    random = np.random.default_rng(0)
+    rows = corpus_rows(tiny_target, random.integers(1, VOCABULARY_SIZE, 4000).astype(np.int32), 64, LENGTH, seed=0)
+    rows.features[:] = 0
+    following = np.pad(rows.tokens, ((0, 0), (0, 4)), constant_values=NO_HINT)
+    drafts = np.lib.stride_tricks.sliding_window_view(following, 4, axis=1)[:, 1:].astype(np.int16)
+    known = FreeDrafts(drafts, num_accepted(drafts, rows.tokens))
+    recipe = replace(RECIPE, start_steps=0, steps=200, muon_rate=0.05, adam_rate=2e-2, unhinted_share=0.0)
+    drafter = train_drafter(tiny_target, Lessons(rows, known), Lessons(rows, known), tmp_path, recipe).eval()
+    rows.tokens[:, :1] = 1
+    anchors, text = torch.arange(10, 70), torch.from_numpy(rows.tokens.astype(np.int64))
+    features = torch.from_numpy(rows.features.astype(np.float32))
+    true = text.unfold(1, 4, 1)[:, anchors + 1]
+    hinted = drafts_at(drafter, text, features, anchors, 4, known.tokens) == true
+    alone = drafts_at(drafter, text, features, anchors, 4) == true
+    assert hinted[..., 1:].float().mean() > 0.5  # the first token's row is a clean one, which gets no hints
+    assert alone[..., 1:].float().mean() < 0.1
+
+
+def test_free_drafts_are_those_of_serving(toy_continuations: Continuations, toy_lessons: Lessons) -> None:
+    """The same chains that a request with this seed would get, cut where too little of them would survive."""
+    causal = CausalModel(VOCABULARY_SIZE)
+    drafts = free_drafts(causal, toy_continuations)
+    row = int(np.flatnonzero(toy_continuations.temperatures > 0)[0])
+    text, seed = toy_continuations.tokens[row].astype(np.int32), int(toy_continuations.seeds[row])
+    request = DraftRequest("", text[:60], 16, None, float(toy_continuations.temperatures[row]), seed)
+    (chain,) = causal.greedy_chains([request.tokens], [16], [LEAST_SURVIVAL], known_noise([request]))
+    known = [token for token in drafts.tokens[row, 59].tolist() if token != NO_HINT]
+    assert tuple(known) == chain.tokens
+    assert (drafts.tokens[row, : toy_continuations.prompt_lengths[row] - 1] == NO_HINT).all()
+
+
+def test_accepted_tokens_are_counted_from_the_token_behind_the_anchor() -> None:
+    tokens = np.array([[5, 6, 7, 8]], np.int16)
+    drafts = np.array([[[6, 7, 9], [7, 8, 1], [9, 9, 9], [1, 1, 1]]], np.int16)
+    assert num_accepted(drafts, tokens).tolist() == [[2, 2, 0, 0]]
 
 
 def test_hidden_states_are_withheld_from_the_beginning_of_some_sequences() -> None:
@@ -72,6 +116,7 @@ def test_the_saved_folder_drafts_in_the_service_as_in_training(
 ) -> None:
     drafter = build_drafter(tiny_target, RECIPE)
     torch.nn.init.normal_(drafter.model.target_projection.weight, std=0.2)
+    torch.nn.init.normal_(drafter.model.hint_gates, std=0.5)
     target_folder = tmp_path / "target"
     target_folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -86,10 +131,16 @@ def test_the_saved_folder_drafts_in_the_service_as_in_training(
     text = toy_continuations.tokens[0].astype(np.int32)
     anchors = torch.tensor([20, 33, 34, 50])
     features = torch.from_numpy(toy_continuations.features[0].astype(np.float32))
-    expected = drafts_at(drafter, torch.from_numpy(text.astype(np.int64))[None], features[None], anchors, 8)
-    for anchor, draft in zip(anchors.tolist(), expected[0], strict=True):
-        logits = service.propose([MaskedRequest("one", text[: anchor + 1], 8, features[: anchor + 1])])
-        assert logits.argmax(-1).tolist() == draft.tolist()
+    free = np.full((1, LENGTH, 6), NO_HINT, np.int16)
+    for drafts in (None, free):
+        expected = drafts_at(drafter, torch.from_numpy(text.astype(np.int64))[None], features[None], anchors, 8, drafts)
+        for anchor, draft in zip(anchors.tolist(), expected[0], strict=True):
+            hints = () if drafts is None else [token for token in free[0, anchor].tolist() if token != NO_HINT]
+            service.release("one")
+            logits = service.propose([MaskedRequest("one", text[: anchor + 1], 8, features[: anchor + 1], hints)])
+            assert logits.argmax(-1).tolist() == draft.tolist()
+        free[0, anchors] = np.random.default_rng(0).integers(1, VOCABULARY_SIZE, (len(anchors), 6))
+        free[0, anchors[0], 3:] = NO_HINT
 
 
 def test_a_walk_steps_over_accepted_tokens_and_the_extra_one() -> None:

@@ -1,0 +1,71 @@
+"""Free drafts at every place of the continuations, as serving makes them: what a drafter with hints learns to improve.
+
+A row's draft at anchor s is what copying and n-grams propose after its first s + 1 tokens; for sampled rows with the
+noise that the row was drawn with, which serving knows too (`drafters.coupling`).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import DraftRequest
+from drafters.causal_scorer import CausalModel
+from drafters.coupling import known_noise
+from drafters.pipeline import LEAST_SURVIVAL
+from models.training.continuations import Continuations
+
+LONGEST_HINT = 16  # tokens; blocks are rarely longer
+NO_HINT = -1
+LEARN_ROWS = 64  # rows that the weights of copying are learned from before the first draft
+
+
+@dataclass(frozen=True)
+class FreeDrafts:
+    """`tokens` int16 `[rows, anchors, LONGEST_HINT]`, NO_HINT behind each draft's end and at anchors inside prompts;
+    `accepted` int8 `[rows, anchors]`: how many of its tokens the row goes on with.
+    """
+
+    tokens: NDArray[np.int16]
+    accepted: NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Rows to learn from, and the free drafts at their anchors."""
+
+    data: Continuations
+    drafts: FreeDrafts
+
+
+def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
+    """The free drafts of all anchors from each prompt's last token on."""
+    rows, length = data.tokens.shape
+    tokens = np.full((rows, length, LONGEST_HINT), NO_HINT, np.int16)
+    texts = data.tokens.astype(np.int32)
+    for text in texts[:: max(rows // LEARN_ROWS, 1)]:
+        causal.learn(text, 1)
+    for row, text in enumerate(texts):
+        first, temperature = int(data.prompt_lengths[row]) - 1, float(data.temperatures[row])
+        seed = int(data.seeds[row]) or None
+        requests = [
+            DraftRequest("", text[: anchor + 1], LONGEST_HINT, None, temperature, seed)
+            for anchor in range(first, length - 1)
+        ]
+        chains = causal.greedy_chains(
+            [request.tokens for request in requests],
+            [LONGEST_HINT] * len(requests),
+            [LEAST_SURVIVAL] * len(requests),
+            known_noise(requests),
+        )
+        for anchor, chain in enumerate(chains, start=first):
+            tokens[row, anchor, : len(chain.tokens)] = chain.tokens
+    return FreeDrafts(tokens, num_accepted(tokens, data.tokens))
+
+
+def num_accepted(drafts: NDArray[np.int16], tokens: NDArray[np.int16]) -> NDArray[np.int8]:
+    """Leading tokens of `drafts` `[rows, anchors, most]` that `tokens` `[rows, anchors]` goes on with."""
+    padded = np.pad(tokens, ((0, 0), (1, drafts.shape[2])), constant_values=NO_HINT - 1)
+    following = np.lib.stride_tricks.sliding_window_view(padded, drafts.shape[2], axis=1)[:, 2 : 2 + tokens.shape[1]]
+    accepted: NDArray[np.int8] = (drafts == following).cumprod(2).sum(2).astype(np.int8)
+    return accepted
