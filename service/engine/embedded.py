@@ -86,7 +86,10 @@ class EmbeddedEngine:
         return self._loaded[1].description
 
     async def start(self) -> None:
-        """Load everything in the engine thread; returns when ready, raises what `load` raised."""
+        """Load everything in the engine thread; returns when ready, raises what `load` raised.
+
+        Raises CancelledError if `stop` comes first.
+        """
         assert self._events is None
         self._events = asyncio.get_running_loop()
         ready: asyncio.Future[None] = self._events.create_future()
@@ -96,8 +99,10 @@ class EmbeddedEngine:
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let the others end for at most `drain_seconds`, then end them with `abort`."""
         self._is_stopping = True
-        if self._core is None:
-            return  # a thread that is still loading ends after it
+        if self._core is None:  # still loading, which ends at the next sign of progress, or never begun
+            if self._events is not None and not await self._wait_ended(_LAST_STEP_SECONDS):
+                log.warning("loading does not stop; its thread is left behind")
+            return
         self._core.drain()
         if not await self._wait_ended(drain_seconds):
             self._core.abort()
@@ -157,29 +162,39 @@ class EmbeddedEngine:
     def _main(self, ready: "asyncio.Future[None]") -> None:
         """The engine thread."""
         try:
-            core = self._prepare()
+            self._core = core = self._prepare()
+            self._tell(_settle, ready, None)
+            if self._is_stopping:
+                core.drain()
+            core.run()
+        except _LoadingStoppedError:
+            self._tell(ready.cancel)
         except Exception as error:
             self._failure = f"loading failed: {error}"
             self._tell(_settle, ready, error)
-            return
-        self._core = core
-        self._tell(_settle, ready, None)
-        if self._is_stopping:
-            core.drain()
-        core.run()
-        self._tell(self._ended.set)
+        finally:
+            self._tell(self._ended.set)
 
     def _prepare(self) -> EngineLoop:
         verifier, pipeline = self._load(self._note_progress)
         self._note_progress("measuring what a step costs", 1.0)
-        costs = measure_verify_seconds(verifier, pipeline.max_draft_tokens, self._clock)
+        costs = measure_verify_seconds(verifier, pipeline.max_draft_tokens, self._loading_clock)
         pipeline.calibrate(costs)
         log.info("verification: %s", ", ".join(f"{n} rows {1e3 * s:.2f} ms" for n, s in costs.items()))
         self._parts = verifier, pipeline
         return EngineLoop(verifier, pipeline, self._limits, self._observers, self._clock, self._deliver)
 
     def _note_progress(self, what: str, done: float) -> None:
+        self._go_on_loading()
         self._loading = (what, done)
+
+    def _loading_clock(self) -> float:
+        self._go_on_loading()
+        return self._clock()
+
+    def _go_on_loading(self) -> None:
+        if self._is_stopping:
+            raise _LoadingStoppedError
 
     def _deliver(self, events: list[Event]) -> None:
         if not self._tell(self._dispatch, events):
@@ -201,6 +216,10 @@ class EmbeddedEngine:
         except RuntimeError:
             return False
         return True
+
+
+class _LoadingStoppedError(Exception):
+    """`stop` was called while loading: no failure."""
 
 
 def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +60,27 @@ async def test_a_failure_to_load_is_raised_by_start_and_told_by_status() -> None
         await engine.start()
     assert engine.status().phase == "dead"
     assert "models/target is missing" in engine.status().detail
+
+
+async def test_stopping_while_loading_waits_for_the_thread_and_is_no_failure() -> None:
+    ended = threading.Event()
+
+    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+        try:
+            while True:
+                progress("loading", 0.5)
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    engine = EmbeddedEngine(load, SchedulerLimits())
+    starting = asyncio.create_task(engine.start())
+    await until(lambda: engine.status().progress == 0.5)
+    await engine.stop(0.0)
+    assert ended.is_set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert engine.status().phase == "loading"
 
 
 async def test_a_step_that_takes_too_long_shows_as_hung(model: Transformer) -> None:
