@@ -208,7 +208,7 @@ class EmbeddedEngine:
             if stream is not None:
                 stream.put_nowait(item)
 
-    def _tell(self, callback: Callable[..., None], *arguments: object) -> bool:
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> bool:
         """Run a callback in the event loop; False if that is closed."""
         assert self._events is not None
         try:
