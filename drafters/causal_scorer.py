@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Tokens
 from drafters.kernels.chains import Noise, greedy_chains
-from drafters.kernels.copying import MAX_MATCH, copy_weight, learn_copying
+from drafters.kernels.copying import MAX_MATCH, Copying, copy_weight
 from drafters.kernels.ngram import new_workspace
 from drafters.ngram import NgramModel
 
@@ -23,34 +23,21 @@ PRIOR_STRENGTH = 20.0  # observations the shipped weights count for
 PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
 
 
-class CopyCalibration:
-    """How far a match of each length is to be trusted: starts from a prior, learns and forgets while serving."""
+def new_copying(
+    prior_weights: Sequence[float] = PRIOR_WEIGHTS, prior_strength: float = PRIOR_STRENGTH, decay: float = 0.998
+) -> Copying:
+    """How far a match of each length is to be trusted: starts from a prior, learns and forgets while serving.
 
-    def __init__(
-        self,
-        prior_weights: Sequence[float] = PRIOR_WEIGHTS,
-        prior_strength: float = PRIOR_STRENGTH,
-        decay: float = 0.998,
-    ) -> None:
-        """prior_weights: [17] by match length, the first is 0. decay: per observation; 0.998 remembers about 500."""
-        if len(prior_weights) != MAX_MATCH + 1:
-            raise ValueError(
-                f"prior_weights needs {MAX_MATCH + 1} values, one per match length; got {len(prior_weights)}"
-            )
-        self.decay = decay
-        self.seen = np.full(MAX_MATCH + 1, prior_strength)
-        self.right = self.seen * np.asarray(prior_weights, np.float64)
-
-        self.weights = np.zeros(MAX_MATCH + 1, np.float32)  # [17] mixing weight of the copied token by match length
-        for length in range(1, MAX_MATCH + 1):
-            self.weights[length] = copy_weight(self.right[length], self.seen[length])
-
-    def observe(self, match_length: int, was_right: bool) -> None:
-        """Take in whether the token copied after a match of `match_length` tokens (at least 1) was the right one."""
-        length = min(match_length, MAX_MATCH)
-        self.right[length] = self.decay * self.right[length] + was_right
-        self.seen[length] = self.decay * self.seen[length] + 1.0
-        self.weights[length] = copy_weight(self.right[length], self.seen[length])
+    prior_weights: [17] by match length, the first is 0. decay: per observation; 0.998 remembers about 500.
+    """
+    if len(prior_weights) != MAX_MATCH + 1:
+        raise ValueError(f"prior_weights needs {MAX_MATCH + 1} values, one per match length; got {len(prior_weights)}")
+    seen = np.full(MAX_MATCH + 1, prior_strength)
+    right = seen * np.asarray(prior_weights, np.float64)
+    weights = np.zeros(MAX_MATCH + 1, np.float32)
+    for length in range(1, MAX_MATCH + 1):
+        weights[length] = copy_weight(right[length], seen[length])
+    return Copying(weights, right, seen, decay)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +55,13 @@ class CausalModel:
         self,
         vocabulary_size: int,
         ngram: NgramModel | None = None,
-        calibration: CopyCalibration | None = None,
+        copying: Copying | None = None,
         end_tokens: Sequence[int] = (),
         use_copy: bool = True,
     ) -> None:
         """Without `ngram` the static part is uniform; without copying either, every token is equally likely.
+
+        copying: is taken over, and changed by learning.
 
         Raises ValueError if the n-gram model is of another vocabulary.
         """
@@ -83,11 +72,17 @@ class CausalModel:
             )
         self.vocabulary_size = vocabulary_size
         self.ngram = ngram or NgramModel.uniform(vocabulary_size)
-        self.calibration = calibration or CopyCalibration()
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
         self.use_copy = use_copy
-        self.copy_weights = self.calibration.weights if use_copy else np.zeros(MAX_MATCH + 1, np.float32)
+        self._copying = copying or new_copying()
+        if not use_copy:
+            self._copying.weights[:] = 0.0
         self.workspace = new_workspace(vocabulary_size, WINDOW)
+
+    @property
+    def copy_weights(self) -> NDArray[np.float32]:
+        """[MAX_MATCH + 1] weight of the copied token in the mixture, by match length."""
+        return self._copying.weights
 
     def greedy_chains(
         self,
@@ -95,11 +90,14 @@ class CausalModel:
         max_tokens: Sequence[int],
         least_survival: Sequence[float] | None = None,
         noise: Noise | None = None,
+        num_learned: Sequence[int] | None = None,
     ) -> list[Chain]:
         """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token, or
         the one that the target would draw from the mixture, where its `noise` is known.
 
         least_survival: a request's chain ends where it would survive with less than this probability (default 0).
+        num_learned: how far to trust copying is learned from what the histories hold behind so many tokens, as the
+        target chose it (default: nothing is). It costs little here, where the texts are indexed anyway.
         """
         if not histories:
             return []
@@ -110,9 +108,13 @@ class CausalModel:
         lengths = np.zeros(len(caps), np.int64)
         floors = np.zeros(len(caps)) if least_survival is None else np.array(least_survival, np.float64)
         noise = noise or no_noise(len(caps))
+        sizes = np.diff(starts)
+        firsts = sizes
+        if num_learned is not None and self.use_copy:
+            firsts = np.clip(np.array(num_learned) - [len(history) for history in histories] + sizes, 0, sizes)
         greedy_chains(
-            text, starts, caps, floors, self.end_tokens, noise, self.ngram.arrays, self.copy_weights, self.workspace,
-            lengths, tokens, confidences,
+            text, starts, firsts, caps, floors, self.end_tokens, noise, self.ngram.arrays, self._copying,
+            self.workspace, lengths, tokens, confidences,
         )  # fmt: skip
         return [
             Chain(tuple(row[:length].tolist()), confidence[:length])
@@ -121,14 +123,7 @@ class CausalModel:
 
     def learn(self, history: Tokens, num_known: int) -> None:
         """Learn how far to trust copying from the tokens `history[num_known:]`, as the target chose them."""
-        text = np.ascontiguousarray(history[-WINDOW:], np.int32)
-        first = max(num_known - (len(history) - len(text)), 0)
-        if self.use_copy and first < len(text):
-            calibration = self.calibration
-            learn_copying(
-                text, first, self.ngram.arrays, calibration.weights, self.workspace,
-                calibration.decay, calibration.right, calibration.seen,
-            )  # fmt: skip
+        self.greedy_chains([history], [0], num_learned=[num_known])
 
 
 def no_noise(count: int) -> Noise:

@@ -120,15 +120,13 @@ class DraftPipeline:
         if self._causal is None:
             return
         histories = [candidate.request.tokens for candidate in candidates]
+        learned = [candidate.state.num_learned or len(candidate.request.tokens) for candidate in candidates]
         for candidate in candidates:
-            tokens = candidate.request.tokens
-            if candidate.state.num_learned:
-                self._causal.learn(tokens, candidate.state.num_learned)
-            candidate.state.num_learned = len(tokens)
+            candidate.state.num_learned = len(candidate.request.tokens)
         least = max(LEAST_SURVIVAL, self._planner.least_survival(base_rows, len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise)
+        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise, learned)
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.tokens, candidate.confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap

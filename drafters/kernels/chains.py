@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import clear_text, find_copy, index_text
+from drafters.kernels.copying import clear_text, find_copy, learn_copying
 from drafters.kernels.ngram import enter_context, leave_context
 from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
@@ -83,20 +83,20 @@ def _likely_draw(
 
 @compiled
 def greedy_chains(
-    flat: Any, starts: Any, caps: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copy_weights: Any, work: Any,
-    lengths: Any, tokens: Any, confidences: Any,
+    flat: Any, starts: Any, firsts: Any, caps: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copying: Any,
+    work: Any, lengths: Any, tokens: Any, confidences: Any,
 ) -> None:  # fmt: skip
-    """Per text, follow the mixture's most probable token (or likely draw, where the noise is known).
+    """Per text, learn from its tokens behind `firsts`, then follow the mixture's most probable token (or likely draw).
 
     Up to `caps` times, to an end token, or until the product of the confidences falls below `floors`.
     """
     for request in range(len(caps)):
         text, path = flat[starts[request] : starts[request + 1]], tokens[request]
-        index_text(text, 0, len(text), work)
+        learn_copying(text, firsts[request], ngram, copying, work)
         survival = 1.0
         for step in range(caps[request]):
             match, copied = find_copy(text, path, step, work)
-            weight = copy_weights[match]
+            weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
             if noise.causal_scales[request] > 0.0 and best != NO_TOKEN:

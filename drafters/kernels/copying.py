@@ -1,14 +1,24 @@
 """Copying from the request's own text: the longest earlier match of its end, and how far it is to be trusted."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from drafters.kernels.ngram import enter_context, leave_context
 from drafters.kernels.tokens import NO_TOKEN, token_at
 from transformer.compiled import compiled
 
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long
+
+
+class Copying(NamedTuple):
+    """How far a match of each length is to be trusted, and what that was learned from; each [MAX_MATCH + 1]."""
+
+    weights: NDArray[np.float32]  # of the copied token in the mixture
+    right: NDArray[np.float64]  # forgetting counts
+    seen: NDArray[np.float64]
+    decay: float  # per observation
 
 
 @compiled
@@ -78,15 +88,13 @@ def copy_weight(right: float, seen: float) -> float:
 
 
 @compiled
-def learn_copying(
-    text: Any, first: int, ngram: Any, copy_weights: Any, work: Any, decay: float, right: Any, seen: Any
-) -> None:
-    """Predict `text[first:]` token by token, and move `right`, `seen` and `copy_weights` (each
-    [17], by match length) accordingly.
+def learn_copying(text: Any, first: int, ngram: Any, copying: Any, work: Any) -> None:
+    """Predict `text[first:]` token by token, and move `copying` accordingly; all of the text is indexed then.
 
     A right copy counts by its share of the mixture's probability (expectation maximisation): a token that the n-gram
     model expects anyway says little about copying.
     """
+    weights, right, seen, decay = copying.weights, copying.right, copying.seen, copying.decay
     index_text(text, 0, first, work)
     for position in range(first, len(text)):
         before = text[:position]
@@ -97,9 +105,8 @@ def learn_copying(
                 found, rest = enter_context(ngram, before, before, 0, work)
                 otherwise = work.sums[copied] + rest * ngram.unigram[copied]
                 leave_context(ngram, found, work)
-                credit = copy_weights[match] / (copy_weights[match] + (1.0 - copy_weights[match]) * otherwise)
+                credit = weights[match] / (weights[match] + (1.0 - weights[match]) * otherwise)
             right[match] = decay * right[match] + credit
             seen[match] = decay * seen[match] + 1.0
-            copy_weights[match] = copy_weight(right[match], seen[match])
+            weights[match] = copy_weight(right[match], seen[match])
         index_text(text, position, position + 1, work)
-    clear_text(text, work)

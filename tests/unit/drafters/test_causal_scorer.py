@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.causal_scorer import WINDOW, CausalModel, CopyCalibration
+from drafters.causal_scorer import WINDOW, CausalModel, new_copying
 from drafters.kernels.copying import MAX_MATCH
 from drafters.kernels.copying import find_copy as compiled_find_copy
 from drafters.kernels.copying import index_text as compiled_index_text
@@ -143,9 +143,9 @@ def test_learning_moves_the_weight_towards_what_was_seen() -> None:
 def test_copies_that_are_right_by_chance_earn_no_weight() -> None:
     """In random text a copy is right once in twelve times, which the uniform rest explains."""
     text = np.random.default_rng(1).integers(0, VOCABULARY, 4_000).astype(np.int32)
-    calibration = CopyCalibration(prior_strength=1.0, decay=1.0)
-    CausalModel(VOCABULARY, calibration=calibration).learn(text, 0)
-    assert 0.0 <= calibration.weights[1] < 0.04
+    copying = new_copying(prior_strength=1.0, decay=1.0)
+    CausalModel(VOCABULARY, copying=copying).learn(text, 0)
+    assert 0.0 <= copying.weights[1] < 0.04
 
 
 def test_learning_only_what_is_new_equals_learning_all_at_once() -> None:
@@ -157,18 +157,20 @@ def test_learning_only_what_is_new_equals_learning_all_at_once() -> None:
     np.testing.assert_allclose(at_once.copy_weights, by_parts.copy_weights, rtol=1e-6)
 
 
-def test_observing_counts_and_forgets() -> None:
-    calibration = CopyCalibration(prior_strength=4.0, decay=0.9)
-    for _ in range(200):
-        calibration.observe(99, True)
-    assert calibration.weights[MAX_MATCH] > 0.99
-    for _ in range(200):
-        calibration.observe(MAX_MATCH, False)
-    assert calibration.weights[MAX_MATCH] < 0.01
+def test_learning_counts_and_forgets() -> None:
+    copying = new_copying(prior_strength=4.0, decay=0.9)
+    model = CausalModel(VOCABULARY, copying=copying)
+    model.learn(np.tile(np.arange(5, dtype=np.int32), 100), 100)
+    assert copying.weights[MAX_MATCH] > 0.99
+    for last in range(5, 10):  # the copied token is another one every time
+        text = np.append(np.tile(np.arange(5, dtype=np.int32), 10), last).astype(np.int32)
+        model.learn(text, 50)
+        model.learn(text, 50)
+    assert copying.weights[MAX_MATCH] < 0.5
 
 
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="17 values"):
-        CopyCalibration(prior_weights=(0.0, 0.5))
+        new_copying(prior_weights=(0.0, 0.5))
     with pytest.raises(ValueError, match="7 token ids, the target has 12"):
         CausalModel(VOCABULARY, NgramModel.uniform(7))
