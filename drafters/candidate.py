@@ -1,6 +1,7 @@
 """One request's draft in the making, and what is remembered of the request from step to step."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at
 
 _RESTING = Draft(bypass_reason="resting")
 _NO_ROOM = Draft(bypass_reason="no_room")
+_NOT_WORTH_IT = Draft(bypass_reason="not_worth_it")
+_NO_CANDIDATES = Draft(bypass_reason="no_candidates")
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Candidate:
     path: Path | None = None  # what the search found; `tokens` begin with it
     free_tokens: tuple[int, ...] = ()  # the free draft, where a path has taken its place
     free_confidences: Floats = field(default_factory=lambda: np.empty(0))
+    accepted: Floats | None = None  # [1 + longest] expected accepted tokens of the free draft, by its length
     gains: Floats | None = None  # [1 + longest] expected accepted tokens over the free draft's, by length
 
     @property
@@ -81,16 +85,18 @@ class Candidate:
         if self.cap == 0:
             return _RESTING if self.is_resting else _NO_ROOM
         path = self.path
-        found = Draft() if path is None else Draft(
-            source="diffusion", raw_length=path.raw_length, lattice_width=path.lattice_width, path_gain=path.gain
-        )  # fmt: skip
         if length == 0:
-            reason = "not_worth_it" if self.tokens else "no_candidates"
-            return replace(found, source="none", bypass_reason=reason)
-        return replace(
-            found,
+            none = _NOT_WORTH_IT if self.tokens else _NO_CANDIDATES
+            return none if path is None else replace(none, **_found(path))
+        return Draft(
             tokens=self.tokens[:length],
             source="diffusion" if path else "copy",
             confidences=tuple(calibrated.tolist()),
-            expected_accepted=float(np.cumprod(calibrated).sum()),
+            expected_accepted=float(calibrated.cumprod().sum()),
+            **({} if path is None else _found(path)),
         )
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """What a search tells of a draft."""
+    return {"raw_length": path.raw_length, "lattice_width": path.lattice_width, "path_gain": path.gain}

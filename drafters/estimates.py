@@ -54,15 +54,22 @@ class Calibration:
 
     def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
-        rates, seen = self._rates[heat], self._seen[heat]
-        for position, confidence in enumerate(confidences[: num_accepted + 1].tolist()):
-            place = confidence * (self.KNOTS - 1)
-            i = min(int(place), self.KNOTS - 2)
-            share = place - i
-            for knot, weight in ((i, 1.0 - share), (i + 1, share)):
-                seen[knot] += weight
-                rate = max(self._rate, 1.0 / seen[knot])
-                rates[knot] += rate * weight * (float(position < num_accepted) - rates[knot])
+        _observe_draft(confidences, num_accepted, self._rate, self._rates[heat], self._seen[heat])
+
+
+@compiled
+def _observe_draft(confidences: Floats, num_accepted: int, least_rate: float, rates: Floats, seen: Floats) -> None:
+    """`Calibration.observe` in one class of temperatures."""
+    last = len(rates) - 1
+    for position in range(min(num_accepted + 1, len(confidences))):
+        place = confidences[position] * last
+        lower = min(int(place), last - 1)
+        share = place - lower
+        for side in range(2):
+            knot, weight = lower + side, share if side else 1.0 - share
+            seen[knot] += weight
+            rate = max(least_rate, 1.0 / seen[knot])
+            rates[knot] += rate * weight * ((1.0 if position < num_accepted else 0.0) - rates[knot])
 
 
 @compiled
@@ -125,9 +132,14 @@ class DiffusionForecast:
         accepted = np.concatenate([[0.0], np.cumsum(prior ** np.arange(1, longest + 1))])
         promised = np.array([0.0, *self.PROMISES])[:, None]
         self._gains: Floats = np.tile(np.maximum(accepted - promised, 0.0), (shape[0], 1, 1))  # [..., 1 + longest]
+        self._most: Floats = self._gains.max(-1)
         self._seen = np.full(shape, PRIOR_STRENGTH)
         self._rate = rate
         self._kept = [[Agreement(memory=0.98) for _ in range(shape[1])] for _ in range(shape[0])]
+
+    def is_worth(self, where: tuple[int, int], factor: float, least: float) -> bool:
+        """Whether any draft gains at least `least` tokens, in the light of a request's `factor`."""
+        return bool(factor * self._kept[where[0]][where[1]].factor * self._most[where] >= least)
 
     def classes(self, heat: int, promise: float) -> tuple[int, int]:
         """heat: from `temperature_class`. promise: expected accepted tokens of the free draft."""
@@ -150,6 +162,7 @@ class DiffusionForecast:
         self._seen[where] += 1.0
         stored = self._gains[where][: cap + 1]
         stored += max(self._rate, 1.0 / self._seen[where]) * (gains[: cap + 1] - stored)
+        self._most[where] = self._gains[where].max()
 
 
 @dataclass(slots=True)

@@ -126,7 +126,9 @@ class DraftPipeline:
         least = max(LEAST_SURVIVAL, self._planner.least_survival(base_rows, len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
-        chains = self._causal.greedy_chains(histories, [candidate.cap for candidate in candidates], floors, noise, learned)
+        chains = self._causal.greedy_chains(
+            histories, [candidate.cap for candidate in candidates], floors, noise, learned
+        )
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.tokens, candidate.confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap

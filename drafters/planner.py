@@ -85,24 +85,38 @@ class DraftPlanner:
         if not adaptive:
             return
         longest = min(longest, self._options.diffusion_length)
-        copied = np.array([self._accepted_by_length(candidate) for candidate in adaptive])
-        gains = np.empty_like(copied)
-        draft_rows = np.empty(len(adaptive))
-        for i, candidate in enumerate(adaptive):
-            promise = copied[i, min(candidate.cap, PROMISED_TOKENS)]
+        is_worth = False
+        for candidate in adaptive:
+            candidate.accepted = self._accepted_by_length(candidate)
+            promise = candidate.accepted[min(candidate.cap, PROMISED_TOKENS)]
             candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
-            gains[i] = candidate.state.agreement.forecast.factor * self._forecast.gains(where)
-            draft_rows[i] = min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) + min(candidate.cap, longest)
-        caps = np.array([candidate.cap for candidate in adaptive])
-        if gains.max() < LEAST_GAIN:
-            chosen = np.zeros(len(adaptive), np.bool_)
-        else:
-            chosen = choose_sources(copied, copied + gains, caps, draft_rows, base_rows, self._costs)
-        explored = self._explore(adaptive, chosen, draft_rows, base_rows, longest)
+            is_worth |= self._forecast.is_worth(where, candidate.state.agreement.forecast.factor, LEAST_GAIN)
+        is_exploring = self._exploration_seconds >= self._exploration_price
+        chosen = np.zeros(len(adaptive), np.bool_)
+        explored = None
+        if is_worth or is_exploring:
+            pending = [min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) for candidate in adaptive]
+            draft_rows = np.array(pending, np.float64) + [min(candidate.cap, longest) for candidate in adaptive]
+            if is_worth:
+                chosen = self._choose(adaptive, draft_rows, base_rows)
+            if is_exploring and not chosen.all():
+                explored = self._explore(adaptive, chosen, draft_rows, base_rows, longest)
         for i, (candidate, is_chosen) in enumerate(zip(adaptive, chosen.tolist(), strict=True)):
             if is_chosen or i == explored:
                 candidate.diffusion_length = min(candidate.cap, longest)
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
+
+    def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats, base_rows: int) -> NDArray[np.bool_]:
+        """Which candidates a diffusion pass is worth its cost for, by the forecast."""
+        copied = np.array([candidate.accepted for candidate in adaptive])
+        gains = np.array(
+            [
+                candidate.state.agreement.forecast.factor * self._forecast.gains(candidate.forecast_class)
+                for candidate in adaptive
+            ]
+        )
+        caps = np.array([candidate.cap for candidate in adaptive])
+        return choose_sources(copied, copied + gains, caps, draft_rows, base_rows, self._costs)
 
     def _explore(
         self, adaptive: Sequence[Candidate], chosen: NDArray[np.bool_], draft_rows: Floats, base_rows: int, longest: int
@@ -111,8 +125,6 @@ class DraftPlanner:
 
         The one that has waited longest. What it costs is taken from the share of all time that exploration may have.
         """
-        if self._exploration_seconds < self._exploration_price or chosen.all():
-            return None
         waiting = np.flatnonzero(~chosen)
         index = max(waiting.tolist(), key=lambda i: adaptive[i].state.waited_steps)
         costs, rows = self._costs, float(draft_rows[chosen].sum())
@@ -164,7 +176,8 @@ class DraftPlanner:
             for row, i in enumerate(adaptive):
                 candidate = candidates[i]
                 caps[row] = min(len(candidate.tokens), candidate.cap)
-                accepted[row] = self._accepted_by_length(candidate)
+                known = candidate.accepted if candidate.path is None else None
+                accepted[row] = self._accepted_by_length(candidate) if known is None else known
             chosen = choose_lengths(accepted, caps, base_rows, spent_seconds, self._costs)
             for row, length in enumerate(chosen.tolist()):
                 state = candidates[adaptive[row]].state
@@ -236,13 +249,15 @@ class DraftPlanner:
         if candidate.path is not None and candidate.gains is not None:
             state.rival, state.forecast_class = candidate.free_tokens, candidate.forecast_class
             state.expected_gain = max(float(candidate.gains[length]), 0.0)
-        calibrated = np.concatenate(
-            [
-                self._path_calibration.estimate(state.confidences[:searched], state.heat),
-                self._copy_calibration.estimate(state.confidences[searched:], state.heat),
-            ]
-        )
-        return candidate.draft(length, calibrated)
+        return candidate.draft(length, self._calibrated(state) if length else state.confidences)
+
+    def _calibrated(self, state: RequestState) -> Floats:
+        """`[tokens]` acceptance of each token of the draft that is being verified, given that all before it are."""
+        searched, confidences = state.num_searched, state.confidences
+        copied = self._copy_calibration.estimate(confidences[searched:], state.heat)
+        if not searched:
+            return copied
+        return np.concatenate([self._path_calibration.estimate(confidences[:searched], state.heat), copied])
 
 
 def num_common(left: Sequence[int], right: Sequence[int]) -> int:
