@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
-SHARED = 0.3  # of a change of level: a busier machine slows plain passes and others alike, unequal rows only the others
+SHARED = 0.5  # of a change of level: a busier machine slows plain passes and drafts' rows alike, much else does not
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -57,9 +58,12 @@ class CostCurve:
         """Seconds of a pass of so many rows; 0 for none."""
         return float(seconds_at(float(rows), KNOT_ROWS, self.seconds))
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates."""
-        expected = self.at(rows)
+    def observe(self, rows: int, seconds: float, expected: float | None = None) -> None:
+        """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates.
+
+        expected: what it was estimated to take, where that is not the curve alone.
+        """
+        expected = self.at(rows) if expected is None else expected
         if expected <= 0.0 or seconds <= 0.0:
             return
         error = min(seconds / expected, MOST_OUTLIER) - 1.0
@@ -76,23 +80,73 @@ def _segment(rows: float) -> tuple[int, float]:
     return i, max((rows - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1]), 0.0)
 
 
-class StepCosts:
-    """Everything the policy knows about seconds."""
+@dataclass(frozen=True, slots=True)
+class BatchCosts:
+    """What one step of one batch costs, by what is drafted in it. Seconds; `verify` and `draft` by knot."""
 
-    def __init__(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> None:
-        """From seconds of a pass by its rows, of the target and of the drafter."""
-        self.verify = CostCurve(verify_seconds)  # with drafts: unequal rows cost more
-        self.plain = CostCurve(verify_seconds)  # of a pass without any
+    base_rows: int  # of the verification pass without drafts
+    plain_seconds: float  # of that pass
+    verify: Floats  # of the pass with drafts
+    draft: Floats
+    search_seconds: float  # per request
+    overhead_seconds: float
+
+    def verify_at(self, rows: float) -> float:
+        """Of a pass of so many rows, drafts among them."""
+        return float(seconds_at(float(rows), KNOT_ROWS, self.verify))
+
+    def draft_at(self, rows: float) -> float:
+        """Of a diffusion pass of so many rows."""
+        return float(seconds_at(float(rows), KNOT_ROWS, self.draft))
+
+
+class StepCosts:
+    """Everything the policy knows about seconds.
+
+    A row more costs less than a request more, which has a context to be read. So a pass with drafts is taken to cost
+    what a plain one of the same requests does, and on top of it what the rows make out in a pass of few requests.
+    """
+
+    def __init__(
+        self,
+        verify_seconds: Mapping[int, float],
+        draft_seconds: Mapping[int, float],
+        plain_seconds: Mapping[int, float] | None = None,
+    ) -> None:
+        """From seconds of a pass by its rows, of the target with few requests, and of the drafter.
+
+        plain_seconds: of the target's passes without drafts, by requests; None: as by rows.
+        """
+        self.verify = CostCurve(verify_seconds)
+        self.plain = CostCurve(plain_seconds or verify_seconds)
         self.draft = CostCurve(draft_seconds)
         self.search_seconds = 1e-4  # per request
         self.overhead_seconds = 2e-4  # of a step, whatever it drafts
 
-    def observe_pass(self, rows: int, seconds: float, *, has_drafts: bool) -> None:
-        """Correct the curve of such target passes, and the other one in part: it may not be seen for a while."""
-        seen, other = (self.verify, self.plain) if has_drafts else (self.plain, self.verify)
-        before = seen.level
-        seen.observe(rows, seconds)
-        other.level *= (seen.level / before) ** SHARED
+    def of_batch(self, num_requests: int, num_prefill_rows: int = 0) -> BatchCosts:
+        """What a step costs with so many requests that have a row each, and prompt rows beside them."""
+        rows = num_requests + num_prefill_rows
+        verify = self._with_drafts(num_requests)
+        plain = float(seconds_at(float(rows), KNOT_ROWS, verify)) if num_prefill_rows else self.plain.at(rows)
+        return BatchCosts(rows, plain, verify, self.draft.seconds, self.search_seconds, self.overhead_seconds)
+
+    def observe_plain(self, num_requests: int, seconds: float) -> None:
+        """Correct the curve of plain passes, and the other one in part: it may not be seen for a while."""
+        before = self.plain.level
+        self.plain.observe(num_requests, seconds)
+        self.verify.level *= (self.plain.level / before) ** SHARED
+
+    def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
+        """The same after a pass with drafts. rows: of drafts and requests together."""
+        expected = float(seconds_at(float(rows), KNOT_ROWS, self._with_drafts(num_requests)))
+        before = self.verify.level
+        self.verify.observe(rows, seconds, expected)
+        self.plain.level *= (self.verify.level / before) ** SHARED
+
+    def _with_drafts(self, num_requests: int) -> Floats:
+        """`[KNOTS]` seconds of a pass of so many requests with drafts."""
+        seconds = self.plain.at(num_requests) - self.verify.at(num_requests) + self.verify.seconds
+        return np.maximum(seconds, 1e-9)
 
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
         """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""

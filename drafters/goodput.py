@@ -14,7 +14,7 @@ a full batch ends at no draft at all.
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.costs import KNOT_ROWS, StepCosts, seconds_at
+from drafters.costs import KNOT_ROWS, BatchCosts, seconds_at
 from transformer.compiled import compiled
 
 Floats = NDArray[np.float64]
@@ -119,7 +119,7 @@ def _best_sources(
 
 
 def choose_sources(
-    copied: Floats, diffused: Floats, caps: NDArray[np.int64], draft_rows: Floats, base_rows: int, costs: StepCosts
+    copied: Floats, diffused: Floats, caps: NDArray[np.int64], draft_rows: Floats, costs: BatchCosts
 ) -> NDArray[np.bool_]:
     """Before drafting: which requests of the batch are worth a diffusion pass (shapes as in `_best_sources`)."""
     chosen: NDArray[np.bool_] = _best_sources(
@@ -127,12 +127,12 @@ def choose_sources(
         diffused,
         caps,
         draft_rows,
-        float(base_rows),
+        float(costs.base_rows),
         costs.overhead_seconds,
         costs.search_seconds,
         KNOT_ROWS,
-        costs.verify.seconds,
-        costs.draft.seconds,
+        costs.verify,
+        costs.draft,
         hysteresis(len(caps)),
         PASS_HYSTERESIS,
     )
@@ -140,20 +140,24 @@ def choose_sources(
 
 
 def choose_lengths(
-    accepted: Floats, caps: NDArray[np.int64], base_rows: int, spent_seconds: float, costs: StepCosts
+    accepted: Floats, caps: NDArray[np.int64], other_rows: int, spent_seconds: float, costs: BatchCosts
 ) -> NDArray[np.int64]:
-    """After drafting: how many tokens of each draft to verify, with `spent_seconds` on drafting already paid."""
+    """After drafting: how many tokens of each draft to verify, with `spent_seconds` on drafting already paid.
+
+    other_rows: of drafts whose length has been settled otherwise.
+    """
     lengths: NDArray[np.int64]
     lengths, tokens, seconds = _best_lengths(
         accepted,
         caps,
-        float(base_rows),
+        float(costs.base_rows + other_rows),
         costs.overhead_seconds + spent_seconds,
         KNOT_ROWS,
-        costs.verify.seconds,
+        costs.verify,
         hysteresis(len(caps)),
     )
-    without_drafts = len(lengths) / (costs.overhead_seconds + spent_seconds + costs.plain.at(base_rows))
+    plain_seconds = costs.verify_at(costs.base_rows + other_rows) if other_rows else costs.plain_seconds
+    without_drafts = len(lengths) / (costs.overhead_seconds + spent_seconds + plain_seconds)
     if tokens / seconds < without_drafts * (1.0 + hysteresis(len(caps))):
         lengths[:] = 0
     return lengths

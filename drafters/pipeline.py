@@ -72,12 +72,12 @@ class DraftPipeline:
         self.last_diffusion_rows = self._last_searches = 0
         candidates = [self._candidate(request) for request in requests]
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
-        base_rows = len(requests) + num_prefill_rows
+        self._planner.open_step(len(requests), num_prefill_rows)
         if drafting:
-            self._draft_freely(drafting, base_rows)
-            self._plan_diffusion(drafting, base_rows)
+            self._draft_freely(drafting)
+            self._plan_diffusion(drafting)
             self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
-        drafts = self._planner.cut(candidates, base_rows, self.last_draft_seconds + self.last_search_seconds)
+        drafts = self._planner.cut(candidates, self.last_draft_seconds + self.last_search_seconds)
         elapsed = self._clock() - started
         self._last_overhead_seconds = max(elapsed - self.last_draft_seconds - self.last_search_seconds, 0.0)
         return drafts
@@ -99,10 +99,10 @@ class DraftPipeline:
         if self._diffusion is not None:
             self._diffusion.release(request_id)
 
-    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
-        """Set the cost table at start-up: `verify_seconds` by rows, and the drafter's own, which is measured here."""
+    def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
+        """Set the cost table at start-up (see `StepCosts`); the drafter's part of it is measured here."""
         draft_seconds = None if self._diffusion is None else measure_passes(self._diffusion, self._clock)
-        self._planner.calibrate(verify_seconds, draft_seconds)
+        self._planner.calibrate(verify_seconds, draft_seconds, plain_seconds)
 
     def _candidate(self, request: DraftRequest) -> Candidate:
         state = self._states.get(request.request_id)
@@ -116,14 +116,14 @@ class DraftPipeline:
             state.rest_steps -= 1
         return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
-    def _draft_freely(self, candidates: Sequence[Candidate], base_rows: int) -> None:
+    def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
         if self._causal is None:
             return
         histories = [candidate.request.tokens for candidate in candidates]
         learned = [candidate.state.num_learned or len(candidate.request.tokens) for candidate in candidates]
         for candidate in candidates:
             candidate.state.num_learned = len(candidate.request.tokens)
-        least = max(LEAST_SURVIVAL, self._planner.least_survival(base_rows, len(candidates)))
+        least = max(LEAST_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
         chains = self._causal.greedy_chains(
@@ -134,7 +134,7 @@ class DraftPipeline:
                 candidate.request, chain.tokens, chain.confidences, candidate.cap
             )
 
-    def _plan_diffusion(self, candidates: Sequence[Candidate], base_rows: int) -> None:
+    def _plan_diffusion(self, candidates: Sequence[Candidate]) -> None:
         """Say which requests take part in a diffusion pass; none, while the drafter is left out."""
         diffusion = self._diffusion
         if diffusion is None:
@@ -146,7 +146,7 @@ class DraftPipeline:
         def pending_rows(request: DraftRequest) -> int:
             return diffusion.pending_rows(request.request_id, len(request.tokens))
 
-        self._planner.plan_diffusion(candidates, base_rows, diffusion.longest, pending_rows)
+        self._planner.plan_diffusion(candidates, diffusion.longest, pending_rows)
 
     def _diffuse(self, candidates: Sequence[Candidate]) -> None:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""

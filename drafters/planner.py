@@ -50,31 +50,44 @@ class DraftPlanner:
         self._forecast = DiffusionForecast(options.max_draft_tokens)
         self._copy_calibration, self._path_calibration = Calibration(1.0), Calibration(0.9)
         self._costs = StepCosts({1: 3e-3, 64: 2e-2}, GUESSED_DRAFT_SECONDS)  # until they are measured
+        self._batch = self._costs.of_batch(1)
         self._exploration_seconds = self._exploration_price = 0.0  # saved up; what the last one asked for cost
         self._drafted_steps = 0  # in a row
         self._idle_steps = [0] * (len(TEMPERATURES) + 1)  # by class: steps since one of it had a draft
 
-    def calibrate(self, verify_seconds: Mapping[int, float], draft_seconds: Mapping[int, float] | None) -> None:
-        """Set the cost table at start-up: seconds of a pass by its rows, of the target and of the drafter."""
-        self._costs = StepCosts(verify_seconds, draft_seconds or GUESSED_DRAFT_SECONDS)
+    def calibrate(
+        self,
+        verify_seconds: Mapping[int, float],
+        draft_seconds: Mapping[int, float] | None,
+        plain_seconds: Mapping[int, float] | None = None,
+    ) -> None:
+        """Set the cost table at start-up: see `StepCosts`. draft_seconds: None if there is no diffusion drafter."""
+        self._costs = StepCosts(verify_seconds, draft_seconds or GUESSED_DRAFT_SECONDS, plain_seconds)
+        self.open_step(1, 0)
 
-    def least_survival(self, base_rows: int, num_requests: int) -> float:
-        """Survival below which a token is surely not worth its row: what a row costs against what a token does."""
-        verify = self._costs.verify
-        row_seconds = (verify.at(base_rows + ROWS_AHEAD) - verify.at(base_rows)) / ROWS_AHEAD
-        return CAUTION * row_seconds * num_requests / self._costs.plain.at(base_rows)
+    def open_step(self, num_requests: int, num_prefill_rows: int) -> None:
+        """A step of so many requests begins, with prompt rows beside them; what follows is planned for it."""
+        self._batch = self._costs.of_batch(num_requests, num_prefill_rows)
+
+    def least_survival(self, num_requests: int) -> float:
+        """Survival below which a token is surely not worth its row: what a row costs against what a token does.
+
+        num_requests: that are drafted for.
+        """
+        batch = self._batch
+        row_seconds = (batch.verify_at(batch.base_rows + ROWS_AHEAD) - batch.verify_at(batch.base_rows)) / ROWS_AHEAD
+        return CAUTION * row_seconds * num_requests / batch.plain_seconds
 
     def plan_diffusion(
         self,
         candidates: Sequence[Candidate],
-        base_rows: int,
         longest: int,
         pending_rows: Callable[[DraftRequest], int],
     ) -> None:
         """Decide, before paying for it, which requests take part in a diffusion pass and with how many tokens.
 
-        base_rows: of the verification pass without drafts. longest: tokens that the drafter can propose. pending_rows:
-        clean rows that it would have to run for a request before its masks.
+        longest: tokens that the drafter can propose. pending_rows: clean rows that it would have to run for a request
+        before its masks.
         """
         adaptive = [candidate for candidate in candidates if candidate.policy == "goodput"]
         for candidate in candidates:
@@ -98,15 +111,15 @@ class DraftPlanner:
             pending = [min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) for candidate in adaptive]
             draft_rows = np.array(pending, np.float64) + [min(candidate.cap, longest) for candidate in adaptive]
             if is_worth:
-                chosen = self._choose(adaptive, draft_rows, base_rows)
+                chosen = self._choose(adaptive, draft_rows)
             if is_exploring and not chosen.all():
-                explored = self._explore(adaptive, chosen, draft_rows, base_rows, longest)
+                explored = self._explore(adaptive, chosen, draft_rows, longest)
         for i, (candidate, is_chosen) in enumerate(zip(adaptive, chosen.tolist(), strict=True)):
             if is_chosen or i == explored:
                 candidate.diffusion_length = min(candidate.cap, longest)
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
 
-    def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats, base_rows: int) -> NDArray[np.bool_]:
+    def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats) -> NDArray[np.bool_]:
         """Which candidates a diffusion pass is worth its cost for, by the forecast."""
         copied = np.array([candidate.accepted for candidate in adaptive])
         gains = np.array(
@@ -116,10 +129,10 @@ class DraftPlanner:
             ]
         )
         caps = np.array([candidate.cap for candidate in adaptive])
-        return choose_sources(copied, copied + gains, caps, draft_rows, base_rows, self._costs)
+        return choose_sources(copied, copied + gains, caps, draft_rows, self._batch)
 
     def _explore(
-        self, adaptive: Sequence[Candidate], chosen: NDArray[np.bool_], draft_rows: Floats, base_rows: int, longest: int
+        self, adaptive: Sequence[Candidate], chosen: NDArray[np.bool_], draft_rows: Floats, longest: int
     ) -> int | None:
         """Which candidate has a diffusion pass although it does not seem worth it; None while that costs too much.
 
@@ -127,9 +140,9 @@ class DraftPlanner:
         """
         waiting = np.flatnonzero(~chosen)
         index = max(waiting.tolist(), key=lambda i: adaptive[i].state.waited_steps)
-        costs, rows = self._costs, float(draft_rows[chosen].sum())
-        seconds = costs.draft.at(rows + draft_rows[index]) - costs.draft.at(rows) + costs.search_seconds
-        seconds += costs.verify.at(base_rows + min(adaptive[index].cap, longest)) - costs.plain.at(base_rows)
+        batch, rows = self._batch, float(draft_rows[chosen].sum())
+        seconds = batch.draft_at(rows + draft_rows[index]) - batch.draft_at(rows) + batch.search_seconds
+        seconds += batch.verify_at(batch.base_rows + min(adaptive[index].cap, longest)) - batch.plain_seconds
         self._exploration_price = seconds
         self._exploration_seconds = min(self._exploration_seconds, 2 * seconds)
         if self._exploration_seconds < seconds:
@@ -152,12 +165,13 @@ class DraftPlanner:
             if candidate.path is not None and not is_better:
                 candidate.drop_path()
 
-    def cut(self, candidates: Sequence[Candidate], base_rows: int, spent_seconds: float) -> list[Draft]:
+    def cut(self, candidates: Sequence[Candidate], spent_seconds: float) -> list[Draft]:
         """Turn candidates into drafts of the length that is worth verifying.
 
         spent_seconds: on drafting in this step, which no choice can bring back.
         """
         lengths = [0] * len(candidates)
+        other_rows = 0
         adaptive = []
         for i, candidate in enumerate(candidates):
             if candidate.cap == 0:
@@ -167,7 +181,7 @@ class DraftPlanner:
                 continue
             wanted = self._options.fixed_length if candidate.policy == "fixed" else candidate.state.paper.next_length
             lengths[i] = min(len(candidate.tokens), wanted, candidate.cap)
-            base_rows += lengths[i]
+            other_rows += lengths[i]
         if self._drafted_steps >= PLAIN_INTERVAL:  # what a plain pass costs must not be known from long ago
             adaptive = []
         accepted = np.zeros((len(adaptive), self._options.max_draft_tokens + 1))
@@ -178,7 +192,7 @@ class DraftPlanner:
                 caps[row] = min(len(candidate.tokens), candidate.cap)
                 known = candidate.accepted if candidate.path is None else None
                 accepted[row] = self._accepted_by_length(candidate) if known is None else known
-            chosen = choose_lengths(accepted, caps, base_rows, spent_seconds, self._costs)
+            chosen = choose_lengths(accepted, caps, other_rows, spent_seconds, self._batch)
             for row, length in enumerate(chosen.tolist()):
                 state = candidates[adaptive[row]].state
                 state.note(length > 0)
@@ -214,7 +228,10 @@ class DraftPlanner:
         """
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
-            self._costs.observe_pass(step.num_rows, step.seconds.verify, has_drafts=has_drafts)
+            if has_drafts:
+                self._costs.observe_drafted(step.num_rows, len(step.outcomes), step.seconds.verify)
+            else:
+                self._costs.observe_plain(len(step.outcomes), step.seconds.verify)
             self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
         self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
         seconds = step.seconds

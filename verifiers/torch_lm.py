@@ -121,6 +121,7 @@ class TorchVerifier:
             [request.slot for request in requests],
             [request.num_cached for request in requests],
             counts,
+            bounds_padding=device.type == "cpu",  # drafts are of very unequal lengths; a GPU minds further calls more
         )
         hidden = self._model.forward(batch, self._cache)
         self._keep_states(requests, counts, hidden)

@@ -46,5 +46,8 @@ class Drafting(Protocol):
     def release(self, request_id: str) -> None:
         """Forget a request; unknown ids are fine."""
 
-    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
-        """Take in what verification costs at start-up: seconds of a pass by its rows."""
+    def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
+        """Take in what verification costs at start-up: seconds of a pass of few requests, by its rows.
+
+        plain_seconds: of a pass without drafts, by its requests.
+        """

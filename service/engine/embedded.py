@@ -179,8 +179,8 @@ class EmbeddedEngine:
         verifier, pipeline = self._load(self._note_progress)
         self._note_progress("measuring what a step costs", 1.0)
         costs = measure_verify_seconds(verifier, pipeline.max_draft_tokens, self._loading_clock)
-        pipeline.calibrate(costs)
-        log.info("verification: %s", ", ".join(f"{n} rows {1e3 * s:.2f} ms" for n, s in costs.items()))
+        pipeline.calibrate(costs.by_rows, costs.by_requests)
+        log.info("verification: %s", ", ".join(f"{n} rows {1e3 * s:.2f} ms" for n, s in costs.by_rows.items()))
         self._parts = verifier, pipeline
         return EngineLoop(verifier, pipeline, self._limits, self._observers, self._clock, self._deliver)
 

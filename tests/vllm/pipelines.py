@@ -41,7 +41,9 @@ class Scripted:
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
 
-    def calibrate(self, verify_seconds: Mapping[int, float]) -> None: ...
+    def calibrate(
+        self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None
+    ) -> None: ...
 
 
 class Switch:

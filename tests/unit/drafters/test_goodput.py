@@ -5,17 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafters.costs import KNOTS, CostCurve, StepCosts
+from drafters.costs import KNOTS, BatchCosts, CostCurve, StepCosts
 from drafters.goodput import choose_lengths, choose_sources, hysteresis
 
 FLAT = {1: 1e-3, 64: 1e-3}  # rows are free, as on a GPU at small batches
 LINEAR = {1: 1e-3, 64: 64e-3}  # every row costs a whole step
 
 
-def costs(verify: dict[int, float], draft: dict[int, float] | None = None) -> StepCosts:
+def costs(verify: dict[int, float], requests: int, draft: dict[int, float] | None = None) -> BatchCosts:
     table = StepCosts(verify, draft or {1: 1e-5, 64: 1e-4})
     table.search_seconds = table.overhead_seconds = 0.0
-    return table
+    return table.of_batch(requests)
 
 
 def expected_accepted(rates: np.ndarray) -> np.ndarray:
@@ -36,28 +36,33 @@ def test_expected_accepted_sums_survival() -> None:
 
 
 def test_drafts_everything_when_rows_are_free() -> None:
-    lengths = choose_lengths(constant_rates(3, 0.95), caps(3), 3, 0.0, costs(FLAT))
+    lengths = choose_lengths(constant_rates(3, 0.95), caps(3), 0, 0.0, costs(FLAT, 3))
     assert lengths.tolist() == [13, 13, 13] or min(lengths) > 8
 
 
 def test_drafts_nothing_when_a_row_costs_a_step() -> None:
-    assert choose_lengths(constant_rates(4, 0.9), caps(4), 4, 0.0, costs(LINEAR)).tolist() == [0] * 4
+    assert choose_lengths(constant_rates(4, 0.9), caps(4), 0, 0.0, costs(LINEAR, 4)).tolist() == [0] * 4
 
 
 def test_drafts_nothing_from_a_useless_drafter() -> None:
-    assert choose_lengths(constant_rates(4, 0.01), caps(4), 4, 0.0, costs(FLAT)).tolist() == [0] * 4
+    assert choose_lengths(constant_rates(4, 0.01), caps(4), 0, 0.0, costs(FLAT, 4)).tolist() == [0] * 4
 
 
-def test_drafts_nothing_where_unequal_rows_cost_more_than_drafts_bring() -> None:
-    table = costs({1: 1e-3, 64: 8e-3})
-    assert choose_lengths(constant_rates(8, 0.8), caps(8), 8, 0.0, table).any()
-    table.verify = CostCurve({1: 3e-3, 64: 24e-3})
-    assert not choose_lengths(constant_rates(8, 0.8), caps(8), 8, 0.0, table).any()
+def test_a_request_costs_more_than_a_row() -> None:
+    """Drafts cost what their rows do in a pass of few requests, however much its contexts add to a plain pass."""
+    by_rows, by_requests = {1: 1e-3, 16: 2e-3, 32: 3e-3, 64: 5e-3}, {1: 1e-3, 4: 2e-3, 16: 8e-3}
+    batch = StepCosts(by_rows, {1: 1e-3}, by_requests).of_batch(16)
+    assert batch.plain_seconds == pytest.approx(8e-3)
+    assert batch.verify_at(16) == pytest.approx(8e-3)
+    assert batch.verify_at(32) == pytest.approx(9e-3)
+    beside_a_prompt = StepCosts(by_rows, {1: 1e-3}, by_requests).of_batch(16, 16)
+    assert beside_a_prompt.base_rows == 32
+    assert beside_a_prompt.plain_seconds == pytest.approx(9e-3)
 
 
 def test_draws_the_line_between_requests_of_one_batch() -> None:
     accepted = np.concatenate([constant_rates(1, 0.95), constant_rates(1, 0.02)])
-    lengths = choose_lengths(accepted, caps(2), 2, 0.0, costs({1: 1e-3, 64: 8e-3}))
+    lengths = choose_lengths(accepted, caps(2), 0, 0.0, costs({1: 1e-3, 64: 8e-3}, 2))
     assert lengths[0] > 3
     assert lengths[1] == 0
 
@@ -70,11 +75,11 @@ def test_draws_the_line_between_requests_of_one_batch() -> None:
 def test_single_request_gets_the_best_rate_by_brute_force(rates: list[float], slope: float, cap: int) -> None:
     """For one request coordinate ascent is exact up to the hysteresis: no length is better by more than that."""
     accepted = expected_accepted(np.array([(rates * 12)[:12]]))
-    table = costs({1: 1e-3, 1024: 1e-3 + 1023 * slope})
-    chosen = int(choose_lengths(accepted, np.array([cap]), 1, 0.0, table)[0])
+    table = costs({1: 1e-3, 1024: 1e-3 + 1023 * slope}, 1)
+    chosen = int(choose_lengths(accepted, np.array([cap]), 0, 0.0, table)[0])
 
     def rate(length: int) -> float:
-        return float((1.0 + accepted[0, length]) / table.verify.at(1 + length))
+        return float((1.0 + accepted[0, length]) / table.verify_at(1 + length))
 
     assert 0 <= chosen <= cap
     assert rate(chosen) >= max(rate(length) for length in range(cap + 1)) * 0.9
@@ -84,13 +89,13 @@ def test_single_request_gets_the_best_rate_by_brute_force(rates: list[float], sl
 def test_a_diffusion_pass_is_not_paid_where_copying_does() -> None:
     copied = np.concatenate([constant_rates(1, 0.95), constant_rates(1, 0.05)])
     diffused = constant_rates(2, 0.7)
-    table = costs({1: 1e-3, 64: 1.2e-3}, {1: 2e-5, 64: 1e-4})
-    assert choose_sources(copied, diffused, caps(2), np.full(2, 8.0), 2, table).tolist() == [False, True]
+    table = costs({1: 1e-3, 64: 1.2e-3}, 2, {1: 2e-5, 64: 1e-4})
+    assert choose_sources(copied, diffused, caps(2), np.full(2, 8.0), table).tolist() == [False, True]
 
 
 def test_an_expensive_pass_is_never_paid() -> None:
-    table = costs(FLAT, {1: 1.0, 64: 1.0})
-    assert not choose_sources(constant_rates(2, 0.1), constant_rates(2, 0.9), caps(2), np.full(2, 8.0), 2, table).any()
+    table = costs(FLAT, 2, {1: 1.0, 64: 1.0})
+    assert not choose_sources(constant_rates(2, 0.1), constant_rates(2, 0.9), caps(2), np.full(2, 8.0), table).any()
 
 
 def test_cost_curve_passes_through_its_measurements_and_extends_beyond() -> None:
@@ -118,14 +123,14 @@ def test_cost_curve_shrugs_off_an_outlier() -> None:
 
 
 def test_plain_passes_that_are_not_seen_follow_the_machine_in_part() -> None:
-    table = costs({1: 1e-3, 64: 10e-3})
+    table = StepCosts({1: 1e-3, 64: 10e-3}, {1: 1e-3})
+    for _ in range(300):
+        table.observe_drafted(8, 1, 4e-3)
+    assert table.of_batch(1).verify_at(8) == pytest.approx(4e-3, rel=0.05)
+    assert 1.1e-3 < table.of_batch(1).plain_seconds < 1.6e-3
     for _ in range(100):
-        table.observe_pass(8, 4e-3, has_drafts=True)
-    assert table.verify.at(8) == pytest.approx(4e-3, rel=0.05)
-    assert 1.1e-3 < table.plain.at(1) < 1.5e-3
-    for _ in range(100):
-        table.observe_pass(1, 1e-3, has_drafts=False)
-    assert table.plain.at(1) == pytest.approx(1e-3, rel=0.05)
+        table.observe_plain(1, 1e-3)
+    assert table.of_batch(1).plain_seconds == pytest.approx(1e-3, rel=0.05)
 
 
 def test_a_fuller_batch_asks_more_of_drafts() -> None:

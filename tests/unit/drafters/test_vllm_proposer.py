@@ -35,7 +35,7 @@ class CopyingPipeline:
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
 
-    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
+    def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
         self.calibrated = verify_seconds
 
 

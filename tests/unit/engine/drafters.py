@@ -42,7 +42,7 @@ class RuleDrafter:
     def release(self, request_id: str) -> None:
         self.remembered.discard(request_id)
 
-    def calibrate(self, verify_seconds: Mapping[int, float]) -> None:
+    def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
         self.costs = dict(verify_seconds)
 
 
