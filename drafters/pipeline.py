@@ -186,14 +186,17 @@ class DraftPipeline:
         if self._causal is None:
             return
         ends = set(self._causal.end_tokens.tolist())
-        going = [
-            candidate
-            for candidate in candidates
-            if candidate.policy == "goodput"
-            and candidate.request.constraint is None
-            and 0 < len(candidate.tokens) < candidate.cap
-            and candidate.tokens[-1] not in ends
-        ]
+        going = []
+        for candidate in candidates:
+            length = len(candidate.tokens)
+            if candidate.policy != "goodput" or candidate.request.constraint is not None or length >= candidate.cap:
+                continue
+            if candidate.tokens == candidate.free_tokens[:length]:  # the search has found nothing better
+                candidate.extend(candidate.free_tokens[length:], candidate.free_confidences[length:])
+            elif candidate.tokens[-1] not in ends:
+                going.append(candidate)
+        if not going:
+            return
         requests = [
             replace(candidate.request, tokens=np.append(candidate.request.tokens, np.array(candidate.tokens, np.int32)))
             for candidate in going

@@ -12,7 +12,8 @@ from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
-BEST_SUCCESSORS = 3  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
+SHARPNESS = 2.0  # of the mixture against the noise: two models that agree are surer than either; found by replay
+BEST_SUCCESSORS = 8  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
 
 
 class Search(NamedTuple):
@@ -101,7 +102,8 @@ def expand(
         score = lattice_weight * log_lattice + (1.0 - lattice_weight) * log_causal
         if is_drawn:
             score = lattice_weight * noise.lattice_scales[request] * log_lattice
-            score += (1.0 - lattice_weight) * noise.causal_scales[request] * log_causal + gumbel(key, token)
+            score += (1.0 - lattice_weight) * noise.causal_scales[request] * log_causal
+            score = SHARPNESS * score + gumbel(key, token)
         scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
         highest = max(highest, score)
     for index in range(count):

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from transformer.matrix import LANES, MOST_KERNEL_ROWS, Matrix
+from transformer.matrix import LANES, MOST_KERNEL_ROWS, MOST_ROWS_ALONE, Matrix
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 8, 12, 13, 31, MOST_KERNEL_ROWS, MOST_KERNEL_ROWS + 1])
+@pytest.mark.parametrize(
+    "rows", [1, 2, 3, 5, 6, 7, 8, 12, 13, 31, MOST_KERNEL_ROWS, MOST_KERNEL_ROWS + 1, MOST_ROWS_ALONE]
+)
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, LANES), (40, 3 * LANES), (256, 512), (33, 17)])
 def test_products_equal_the_library_s(rows: int, inputs: int, outputs: int) -> None:
     weight, given, bias, total = random(inputs, outputs), random(rows, inputs), random(outputs), random(rows, outputs)
