@@ -141,7 +141,7 @@ def run_cards(pair: Pair) -> None:
         "target_bits_per_byte": round(held_out_bits_per_byte(pair.target, pair.corpus), 4),
         "target_parameters": pair.target.num_parameters(),
         "drafter_parameters": drafter.num_parameters(),
-        "drafter": drafter_figures(drafter, held_out),
+        "drafter": drafter_figures(drafter, held_out, [free_drafts(pair.causal, data) for data in held_out]),
         "ngram": ngram_accuracy(pair.ngram, held_out),
     }
     (pair.models / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -47,11 +47,14 @@ def _target(figures: Mapping[str, Any]) -> str:
     return f"{size:,} parameters; {bits} bits per byte on held-out files.\n\n{measured}"
 
 
+ACCEPTED = ("temperature", "accepted", "accepted_looping", "accepted_other", "accepted_with_hints")
+
+
 def _drafter(figures: Mapping[str, Any]) -> str:
     rows = figures["drafter"]
     accepted = table(
-        ["temperature", "accepted per step", "looping continuations", "other continuations"],
-        [[row["temperature"], row["accepted"], row["accepted_looping"], row["accepted_other"]] for row in rows],
+        ["temperature", "accepted per step", "looping continuations", "other continuations", "with hints"],
+        [[row[name] for name in ACCEPTED] for row in rows],
     )
     survival = table(
         ["temperature", *(f"at least {i + 1}" for i in range(len(rows[0]["survival"])))],

@@ -126,11 +126,14 @@ def walk(accepted: NDArray[np.int64], length: int) -> Acceptance:
 
 
 def drafter_figures(
-    drafter: ConditionedDrafter, continuations: Sequence[Continuations], length: int = 8
+    drafter: ConditionedDrafter, continuations: Sequence[Continuations], drafts: Sequence[FreeDrafts], length: int = 8
 ) -> list[dict[str, Any]]:
-    """Acceptance of the raw argmax draft, one entry per temperature; looping and other continuations apart as well."""
+    """Acceptance of the raw argmax draft, one entry per temperature; looping and other continuations apart as well.
+
+    drafts: the free drafts, which are given as hints for one figure of each entry.
+    """
     figures = []
-    for data in continuations:
+    for data, free in zip(continuations, drafts, strict=True):
         accepted = accepted_at_every_anchor(drafter, data, length)
         repeated = np.array([repeated_share(text) for text in data.texts()])
         loops = repeated >= LOOPING_FROM
@@ -141,6 +144,7 @@ def drafter_figures(
                 "repeated_8_grams": round(float(repeated.mean()), 4),
                 "looping_continuations": round(float(loops.mean()), 4),
                 **asdict(walk(accepted, length)),
+                "accepted_with_hints": walk(accepted_at_every_anchor(drafter, data, length, free), length).accepted,
                 "accepted_looping": walk(accepted[loops], length).accepted if loops.any() else None,
                 "accepted_other": walk(accepted[~loops], length).accepted if not loops.all() else None,
             }
