@@ -12,7 +12,6 @@ from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
-SHARPNESS = 2.0  # of the mixture against the noise: two models that agree are surer than either; found by replay
 BEST_SUCCESSORS = 8  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
 
 
@@ -66,7 +65,8 @@ def expand(
 
     They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
     option's confidence is its share of their probabilities after mixing (a product of experts). Where the noise of the
-    draw is known, it is part of the mixture, and the score is the confidence's logarithm.
+    draw is known, it is part of the mixture, and the score is the confidence's logarithm; the weightier model counts in
+    full then, for two models that agree are surer than either (so it showed when held-out draws were replayed).
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
     tokens, scores = search.option_tokens, search.option_scores
@@ -103,7 +103,7 @@ def expand(
         if is_drawn:
             score = lattice_weight * noise.lattice_scales[request] * log_lattice
             score += (1.0 - lattice_weight) * noise.causal_scales[request] * log_causal
-            score = SHARPNESS * score + gumbel(key, token)
+            score = score / max(lattice_weight, 1.0 - lattice_weight) + gumbel(key, token)
         scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
         highest = max(highest, score)
     for index in range(count):
