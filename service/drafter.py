@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-USUAL_WINDOW, WINDOW_WITH_HIDDEN_STATES = 256, 64  # tokens
+USUAL_WINDOW, WINDOW_WITH_HIDDEN_STATES = 256, 32  # tokens
 
 PATHS = {
     "identical": "takes and gives the target's ids as they are",

@@ -27,6 +27,7 @@ from models.training.hints import LONGEST_HINT, Lessons
 from models.training.target import optimizers_of, rate_factor
 
 SAVE_EVERY = 250  # steps
+FIRST_GATE = 0.3  # of hints: enough that they are noticed
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DrafterRecipe:
     layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
     steps: int = 6000
-    more_steps: int = 2000  # of `train_on`
+    more_steps: int = 7600  # of `train_on`
     more_muon_rate: float = 0.012
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
@@ -71,7 +72,7 @@ class ConditionedDrafter(Qwen2ForCausalLM):
         super().__init__(config)
         self.model.target_projection = torch.nn.Linear(config.target_hidden_size, config.hidden_size, bias=False)
         torch.nn.init.zeros_(self.model.target_projection.weight)
-        self.model.hint_gates = torch.nn.Parameter(torch.zeros(2, config.hidden_size))
+        self.model.hint_gates = torch.nn.Parameter(torch.full((2, config.hidden_size), FIRST_GATE))
 
     def rows(self, batch: BlockBatch, features: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
         """Final hidden states of all rows, `[sequences, rows, hidden]`.
@@ -124,7 +125,7 @@ def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Conditione
 
 
 def load_drafter(folder: Path) -> ConditionedDrafter:
-    """A finished drafter, in float32. One from before there were hints gets gates that let none through."""
+    """A finished drafter, in float32. One from before there were hints gets gates as they begin."""
     drafter = ConditionedDrafter(Qwen2Config.from_pretrained(folder))
     drafter.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     drafter.tie_weights()
