@@ -11,7 +11,8 @@ from drafters.length import PaperLength
 from drafters.path_search import Path
 
 IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
-MOST_REST_STEPS = 8  # steps in a row in which a resting request isn't looked at: looking costs time, too
+MOST_REST_STEPS = 32  # steps in a row in which a resting request isn't looked at: looking costs time, too
+REST_STEPS_PER_REQUEST = 8  # the same, for each request of the batch
 
 _RESTING = Draft(bypass_reason="resting")
 _NO_ROOM = Draft(bypass_reason="no_room")
@@ -36,11 +37,12 @@ class RequestState:
     rest_steps: int = 0  # still to come in which it isn't looked at
     waited_steps: int = 0  # looked at without a diffusion pass, since the last one
 
-    def note(self, is_drafted: bool) -> None:
-        """After a step under `goodput`: rest ever longer while nothing is worth drafting."""
+    def note(self, is_drafted: bool, num_requests: int) -> None:
+        """After a step under `goodput`: rest ever longer while nothing is worth drafting, in full batches above all."""
         self.idle_steps = 0 if is_drafted else self.idle_steps + 1
         if self.idle_steps >= IDLE_STEPS:
-            self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), MOST_REST_STEPS)
+            longest = min(REST_STEPS_PER_REQUEST * num_requests, MOST_REST_STEPS)
+            self.rest_steps = min(2 ** min(self.idle_steps - IDLE_STEPS, 8), longest)
 
 
 @dataclass(slots=True)

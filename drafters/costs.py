@@ -13,7 +13,11 @@ Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
-SHARED = 0.5  # of a change of level: a busier machine slows plain passes and drafts' rows alike, much else does not
+SHARED_BY_PLAIN = (
+    0.5  # of a change of level: what slows plain passes, such as a busier machine, slows drafts' rows, too
+)
+SHARED_BY_DRAFTED = 0.1  # but drafts' rows may cost more by themselves: plain passes must not look dearer for it
+MOST_WEIGHT = 3.0  # of an error of a whole pass, when it is put down to the drafts' part of it
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -134,14 +138,16 @@ class StepCosts:
         """Correct the curve of plain passes, and the other one in part: it may not be seen for a while."""
         before = self.plain.level
         self.plain.observe(num_requests, seconds)
-        self.verify.level *= (self.plain.level / before) ** SHARED
+        self.verify.level *= (self.plain.level / before) ** SHARED_BY_PLAIN
 
     def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
-        """The same after a pass with drafts. rows: of drafts and requests together."""
+        """The same after a pass with drafts, mostly put down to these. rows: of drafts and requests together."""
         expected = float(seconds_at(float(rows), KNOT_ROWS, self._with_drafts(num_requests)))
+        drafts_part = max(self.verify.at(rows) - self.verify.at(num_requests), 1e-9)
+        weight = min(expected / drafts_part, MOST_WEIGHT)
         before = self.verify.level
-        self.verify.observe(rows, seconds, expected)
-        self.plain.level *= (self.verify.level / before) ** SHARED
+        self.verify.observe(rows, max(expected + weight * (seconds - expected), 0.1 * expected), expected)
+        self.plain.level *= (self.verify.level / before) ** SHARED_BY_DRAFTED
 
     def _with_drafts(self, num_requests: int) -> Floats:
         """`[KNOTS]` seconds of a pass of so many requests with drafts."""

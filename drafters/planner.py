@@ -195,7 +195,7 @@ class DraftPlanner:
             chosen = choose_lengths(accepted, caps, other_rows, spent_seconds, self._batch)
             for row, length in enumerate(chosen.tolist()):
                 state = candidates[adaptive[row]].state
-                state.note(length > 0)
+                state.note(length > 0, len(candidates))
                 lengths[adaptive[row]] = length or self._probe(state.heat, int(caps[row]))
             for heat in {candidates[i].state.heat for i in adaptive}:
                 has_draft = any(lengths[i] for i in adaptive if candidates[i].state.heat == heat)
