@@ -17,7 +17,9 @@ SHARED_BY_PLAIN = (
     0.5  # of a change of level: what slows plain passes, such as a busier machine, slows drafts' rows, too
 )
 SHARED_BY_DRAFTED = 0.1  # but drafts' rows may cost more by themselves: plain passes must not look dearer for it
-MOST_WEIGHT = 3.0  # of an error of a whole pass, when it is put down to the drafts' part of it
+MOST_STRETCH = 4.0  # times the level of plain passes, either way: where rows cost nothing, nothing else would bound it
+MOST_EXTRA = 2.0  # plain passes
+EXTRA_RATE = 0.1
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -108,7 +110,8 @@ class StepCosts:
     """Everything the policy knows about seconds.
 
     A row more costs less than a request more, which has a context to be read. So a pass with drafts is taken to cost
-    what a plain one of the same requests does, and on top of it what the rows make out in a pass of few requests.
+    what a plain one of the same requests does, on top of it what the rows make out in a pass of few requests, and what
+    drafts cost by themselves: rows of unequal numbers, draws.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class StepCosts:
         self.verify = CostCurve(verify_seconds)
         self.plain = CostCurve(plain_seconds or verify_seconds)
         self.draft = CostCurve(draft_seconds)
+        self.extra_share = 0.0  # of a plain pass: what one with any drafts takes longer, however few they are
         self.search_seconds = 1e-4  # per request
         self.overhead_seconds = 2e-4  # of a step, whatever it drafts
 
@@ -143,16 +147,18 @@ class StepCosts:
     def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
         """The same after a pass with drafts, mostly put down to these. rows: of drafts and requests together."""
         expected = float(seconds_at(float(rows), KNOT_ROWS, self._with_drafts(num_requests)))
-        drafts_part = max(self.verify.at(rows) - self.verify.at(num_requests), 1e-9)
-        weight = min(expected / drafts_part, MOST_WEIGHT)
+        error = min(seconds / expected, MOST_OUTLIER) - 1.0
+        self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
         before = self.verify.level
-        self.verify.observe(rows, max(expected + weight * (seconds - expected), 0.1 * expected), expected)
+        self.verify.observe(rows, seconds, expected)
         self.plain.level *= (self.verify.level / before) ** SHARED_BY_DRAFTED
+        lowest, highest = self.plain.level / MOST_STRETCH, self.plain.level * MOST_STRETCH
+        self.verify.level = min(max(self.verify.level, lowest), highest)
 
     def _with_drafts(self, num_requests: int) -> Floats:
         """`[KNOTS]` seconds of a pass of so many requests with drafts."""
-        seconds = self.plain.at(num_requests) - self.verify.at(num_requests) + self.verify.seconds
-        return np.maximum(seconds, 1e-9)
+        plain = self.plain.at(num_requests) * (1.0 + self.extra_share)
+        return np.maximum(plain - self.verify.at(num_requests) + self.verify.seconds, 1e-9)
 
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
         """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""

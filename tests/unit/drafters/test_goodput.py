@@ -133,6 +133,19 @@ def test_plain_passes_that_are_not_seen_follow_the_machine_in_part() -> None:
     assert table.of_batch(1).plain_seconds == pytest.approx(1e-3, rel=0.05)
 
 
+def test_what_drafts_cost_by_themselves_is_not_put_down_to_plain_passes() -> None:
+    table = StepCosts({1: 1e-3, 64: 1e-3}, {1: 1e-3})  # rows cost nothing, but to have drafts does
+    for step in range(5_000):
+        if step % 64:
+            table.observe_drafted(8, 1, 1.5e-3)
+        else:
+            table.observe_plain(1, 1e-3)
+    batch = table.of_batch(1)
+    assert batch.verify_at(8) == pytest.approx(1.5e-3, rel=0.05)
+    assert batch.plain_seconds == pytest.approx(1e-3, rel=0.05)
+    assert 0.2 < table.verify.level < 5.0
+
+
 def test_a_fuller_batch_asks_more_of_drafts() -> None:
     assert hysteresis(1) < hysteresis(4) < hysteresis(16) == hysteresis(64)
 
