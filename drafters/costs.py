@@ -20,6 +20,7 @@ SHARED_BY_DRAFTED = 0.1  # but drafts' rows may cost more by themselves: plain p
 MOST_STRETCH = 4.0  # times the level of plain passes, either way: where rows cost nothing, nothing else would bound it
 MOST_EXTRA = 2.0  # plain passes
 EXTRA_RATE = 0.1
+GUESSED_ROW_SHARE = 0.05  # of a pass of one row, for each further one, until more is known
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
@@ -47,6 +48,8 @@ class CostCurve:
         rows = sorted(measured)
         shape = np.interp(KNOTS, rows, [measured[r] for r in rows])
         slope = max((measured[rows[-1]] - measured[rows[0]]) / max(rows[-1] - rows[0], 1), 0.0)
+        if len(rows) == 1:  # there was no time for more: rows must not look free
+            slope = GUESSED_ROW_SHARE * measured[rows[0]]
         for i, knot in enumerate(KNOTS):
             if knot > rows[-1]:
                 shape[i] = measured[rows[-1]] + slope * (knot - rows[-1])

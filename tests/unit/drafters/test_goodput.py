@@ -107,6 +107,12 @@ def test_cost_curve_passes_through_its_measurements_and_extends_beyond() -> None
     assert len(curve.seconds) == len(KNOTS)
 
 
+def test_rows_do_not_look_free_when_there_was_no_time_to_measure_them() -> None:
+    curve = CostCurve({1: 0.1})
+    assert curve.at(1) == pytest.approx(0.1)
+    assert curve.at(21) > 0.19
+
+
 def test_cost_curve_follows_a_slower_machine_at_every_row_count() -> None:
     curve = CostCurve({1: 1e-3, 64: 10e-3})
     for _ in range(200):
