@@ -42,7 +42,7 @@ class RequestState:
         self.idle_steps = 0 if is_drafted else self.idle_steps + 1
         if self.idle_steps >= IDLE_STEPS:
             longest = min(REST_STEPS_PER_REQUEST * num_requests, MOST_REST_STEPS)
-            self.rest_steps = min(2 ** min(self.idle_steps - IDLE_STEPS, 8), longest)
+            self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), longest)
 
 
 @dataclass(slots=True)

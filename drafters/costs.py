@@ -13,9 +13,7 @@ Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
-SHARED_BY_PLAIN = (
-    0.5  # of a change of level: what slows plain passes, such as a busier machine, slows drafts' rows, too
-)
+SHARED_BY_PLAIN = 0.5  # of a change of level: what slows plain passes (a busier machine) slows drafts' rows, too
 SHARED_BY_DRAFTED = 0.1  # but drafts' rows may cost more by themselves: plain passes must not look dearer for it
 MOST_STRETCH = 4.0  # times the level of plain passes, either way: where rows cost nothing, nothing else would bound it
 MOST_EXTRA = 2.0  # plain passes
@@ -149,7 +147,7 @@ class StepCosts:
 
     def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
         """The same after a pass with drafts, mostly put down to these. rows: of drafts and requests together."""
-        expected = float(seconds_at(float(rows), KNOT_ROWS, self._with_drafts(num_requests)))
+        expected = self.of_batch(num_requests).verify_at(rows)
         error = min(seconds / expected, MOST_OUTLIER) - 1.0
         self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
         before = self.verify.level
