@@ -65,20 +65,22 @@ class CostCurve:
         """Seconds of a pass of so many rows; 0 for none."""
         return float(seconds_at(float(rows), KNOT_ROWS, self.seconds))
 
-    def observe(self, rows: int, seconds: float, expected: float | None = None) -> None:
+    def observe(self, rows: int, seconds: float, expected: float | None = None) -> float:
         """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates.
 
-        expected: what it was estimated to take, where that is not the curve alone.
+        expected: what it was estimated to take, where that is not the curve alone. Returns how far off that was, as a
+        share of it.
         """
         expected = self.at(rows) if expected is None else expected
         if expected <= 0.0 or seconds <= 0.0:
-            return
+            return 0.0
         error = min(seconds / expected, MOST_OUTLIER) - 1.0
         self.level *= 1.0 + self._level_rate * error
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
         self._shape[i] *= 1.0 + self._shape_rate * share * error
         self._rising = np.maximum.accumulate(self._shape)
+        return error
 
 
 def _segment(rows: float) -> tuple[int, float]:
@@ -148,10 +150,9 @@ class StepCosts:
     def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
         """The same after a pass with drafts, mostly put down to these. rows: of drafts and requests together."""
         expected = self.of_batch(num_requests).verify_at(rows)
-        error = min(seconds / expected, MOST_OUTLIER) - 1.0
-        self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
         before = self.verify.level
-        self.verify.observe(rows, seconds, expected)
+        error = self.verify.observe(rows, seconds, expected)
+        self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
         self.plain.level *= (self.verify.level / before) ** SHARED_BY_DRAFTED
         lowest, highest = self.plain.level / MOST_STRETCH, self.plain.level * MOST_STRETCH
         self.verify.level = min(max(self.verify.level, lowest), highest)
