@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drafters.kernels.tokens import contains
 from transformer.compiled import compiled
+from transformer.intrinsics import exponential
 
 _BLOCK = 64  # logits whose largest is kept, so that the search for candidates skips most of a row
 
@@ -103,28 +104,12 @@ def _order_keys(bits: Any, keys: Any) -> None:
 
 
 @compiled
-def _exponentials(logits: Any, maximum: np.float32, scales: Any, fractions: Any) -> None:
-    """`exp(logit - maximum) = 2**whole * 2**fraction`, the first as float bits, the second by its Taylor series (1e-7).
-
-    Written so that it vectorises, which the library's exponential does not: a row costs a tenth of it.
-    """
-    for index in range(len(logits)):
-        power = (logits[index] - maximum) * np.float32(1.44269504)
-        power = power if power > np.float32(-126.0) else np.float32(-126.0)
-        whole = np.int32(power - np.float32(0.5))  # truncated towards zero: the nearest integer of a number below zero
-        x = (power - np.float32(whole)) * np.float32(0.69314718)
-        series = np.float32(1 / 120) + x * np.float32(1 / 720)
-        series = np.float32(1 / 6) + x * (np.float32(1 / 24) + x * series)
-        fractions[index] = np.float32(1.0) + x * (np.float32(1.0) + x * (np.float32(0.5) + x * series))
-        scales[index] = (whole + np.int32(127)) << np.int32(23)
-
-
-@compiled
-def _dot(left: Any, right: Any) -> np.float32:
+def _log_sum(logits: Any, maximum: np.float32) -> np.float32:
+    """Natural log of the sum of all exponentials."""
     total = np.float32(0.0)
-    for index in range(len(left)):
-        total += left[index] * right[index]
-    return total
+    for index in range(len(logits)):
+        total += exponential(logits[index] - maximum)
+    return maximum + np.float32(np.log(total))
 
 
 @compiled
@@ -167,8 +152,7 @@ def _select(
     """Top tokens and log-sum-exp of every row."""
     vocabulary = logits.shape[1]
     block_best = np.empty((vocabulary + _BLOCK - 1) // _BLOCK, np.int32)
-    keys, scales = np.empty(vocabulary, np.int32), np.empty(vocabulary, np.int32)
-    fractions = np.empty(vocabulary, np.float32)
+    keys = np.empty(vocabulary, np.int32)
     best = np.empty(most, np.int32)
     for row in range(len(logits)):
         _order_keys(bits[row], keys)
@@ -177,8 +161,7 @@ def _select(
         if not -np.inf < maximum < np.inf:
             _blank(tokens[row], log_probs[row], 0)
             continue
-        _exponentials(logits[row], maximum, scales, fractions)
-        log_normalisers[row] = maximum + np.float32(np.log(_dot(scales.view(np.float32), fractions)))
+        log_normalisers[row] = _log_sum(logits[row], maximum)
         mass, width = 0.0, 0
         while width < count and (width == 0 or mass < candidate_mass) and logits[row, tokens[row, width]] > -np.inf:
             log_probs[row, width] = logits[row, tokens[row, width]] - log_normalisers[row]

@@ -73,7 +73,8 @@ def model_cost(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: 
 
 def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
     """Of the second copies of small matrices that the CPU's kernel works on."""
-    from transformer.matrix import LANES, MOST_PACKED_ENTRIES
+    from transformer.matrix import MOST_PACKED_ENTRIES
+    from transformer.product import LANES
 
     if dtype != "float32":
         return 0

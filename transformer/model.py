@@ -1,13 +1,13 @@
 """A Llama-like transformer over a key-value cache: ragged rows in, hidden states out.
 
-Written for small batches on a CPU, where a step costs its weights' memory traffic plus the overhead of every torch
-call: matrices are multiplied by a kernel for few rows (`transformer.matrix`), projections of the same input are one
-matrix, norm weights are folded into the matrix that follows, and residuals are added by the matrix product itself.
+Written for small batches on a CPU, where a step costs its weights' memory traffic plus the overhead of every call:
+projections of the same input are one matrix, norm weights are folded into the matrix that follows, residuals are added
+by the matrix product itself, and few rows of a small model go through all layers in one compiled call
+(`transformer.compiled_layers`). Prompts, large models and GPUs take torch's way, layer by layer.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -19,24 +19,13 @@ from torch.nn.functional import silu
 from transformer.attention import Attention, RowBatch
 from transformer.cache import KeyValueCache
 from transformer.checkpoint import CheckpointError, load_weights
+from transformer.compiled_layers import CompiledLayers
 from transformer.config import TransformerConfig
+from transformer.layer import Layer, folded_norm, take_layer
 from transformer.matrix import Matrix
-from transformer.rotary import interleave, rotary_table
+from transformer.rotary import rotary_table
 
 __all__ = ["CheckpointError", "RowBatch", "Transformer"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Weights of one layer; matrices are [in, out], and the two norms are folded into `qkv` and `gate_up`."""
-
-    qkv: Matrix  # [hidden, (heads + 2 * kv_heads) * head_dim]
-    qkv_bias: Tensor | None
-    query_key_norm: Tensor | None  # [heads + kv_heads, head_dim]
-    output: Matrix  # [heads * head_dim, hidden]
-    output_bias: Tensor | None
-    gate_up: Matrix  # [hidden, 2 * intermediate]
-    down: Matrix  # [intermediate, hidden]
 
 
 class Transformer:
@@ -59,6 +48,7 @@ class Transformer:
                 self._hints = torch.nn.functional.pad(gated, (0, 0, 0, 1))
             self._final_norm = folded_norm(weights.pop("model.norm.weight")).to(self.dtype)
             self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
+            self._compiled = CompiledLayers.where_possible(config, self._layers, self._final_norm)
             self._rotations = rotary_table(config, config.max_positions).to(self.device)
             self._epsilon = torch.tensor(math.sqrt(config.hidden_size * config.rms_norm_eps), device=self.device)
 
@@ -82,6 +72,11 @@ class Transformer:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether passes of few rows are one compiled call."""
+        return self._compiled is not None
+
     def new_cache(self, slots: int, length: int) -> KeyValueCache:
         """A cache for `slots` sequences of up to `length` tokens."""
         if length > len(self._rotations):
@@ -102,8 +97,6 @@ class Transformer:
         target_states: [rows, target hidden] joined to the embeddings; zeros where there are none. hints: [rows] twice,
         the tokens that another draft has in each row's place and in the next; the vocabulary's size where it has none.
         """
-        attention = Attention(rows, cache, self.config.num_heads // self.config.num_key_value_heads)
-        rotations = self._rotations[attention.positions]
         hidden = self._embedding.index_select(0, rows.tokens)
         if target_states is not None and self._target_projection is not None:
             hidden = self._target_projection.add_product(hidden, target_states)
@@ -111,6 +104,10 @@ class Transformer:
             hidden = hidden.add_(self._hints[0].index_select(0, hints[0])).add_(
                 self._hints[1].index_select(0, hints[1])
             )
+        if self._compiled is not None and self._compiled.takes(rows):
+            return self._compiled.run(hidden, rows, cache, self._rotations)
+        attention = Attention(rows, cache, self.config.num_heads // self.config.num_key_value_heads)
+        rotations = self._rotations[attention.positions]
         for index, layer in enumerate(self._layers):
             hidden = self._attend(hidden, index, layer, attention, rotations)
             gate, up = layer.gate_up.multiply(self._normalized(hidden)).chunk(2, dim=-1)
@@ -157,39 +154,3 @@ def rotate(heads: Tensor, rotations: Tensor) -> None:
         torch.view_as_complex(pairs).mul_(rotations)
     else:
         pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotations))
-
-
-def folded_norm(weight: Tensor) -> Tensor:
-    """What is left of a norm after dividing by the length: its weight times the root of the width, float32."""
-    return weight.float() * math.sqrt(len(weight))
-
-
-def take_layer(config: TransformerConfig, weights: dict[str, Tensor], name: str) -> Layer:
-    """Move one layer's weights out of `weights`, fused and transposed."""
-
-    def take(part: str) -> Tensor:
-        return weights.pop(f"{name}.{part}")
-
-    def fused(norm: str, *matrices: Tensor) -> Matrix:
-        folded = torch.cat(matrices).float() * folded_norm(take(f"{norm}.weight"))
-        return Matrix(folded.t().to(matrices[0].dtype).contiguous())
-
-    head_dim = config.head_dim
-    query, key, value = (take(f"self_attn.{part}_proj.weight") for part in "qkv")
-    bias = norm = None
-    if config.attention_bias:
-        query_bias, key_bias, value_bias = (take(f"self_attn.{part}_proj.bias") for part in "qkv")
-        bias = torch.cat([interleave(query_bias, head_dim), interleave(key_bias, head_dim), value_bias])
-    if config.query_key_norm:
-        query_norm, key_norm = (interleave(take(f"self_attn.{part}_norm.weight"), head_dim) for part in "qk")
-        counts = config.num_heads, config.num_key_value_heads
-        norm = torch.cat([w.expand(n, -1) for w, n in zip((query_norm, key_norm), counts, strict=True)])
-    return Layer(
-        qkv=fused("input_layernorm", interleave(query, head_dim), interleave(key, head_dim), value),
-        qkv_bias=bias,
-        query_key_norm=norm,
-        output=Matrix(take("self_attn.o_proj.weight").t().contiguous()),
-        output_bias=take("self_attn.o_proj.bias") if config.output_bias else None,
-        gate_up=fused("post_attention_layernorm", take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")),
-        down=Matrix(take("mlp.down_proj.weight").t().contiguous()),
-    )

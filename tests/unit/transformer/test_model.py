@@ -1,5 +1,6 @@
 """The forward pass against transformers, and against itself in other shapes."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 
 from tests.checkpoints import FAMILIES, TOKENIZER_LENGTH, Family, write_checkpoint
 from transformer.model import RowBatch, Transformer
+
+Load = Callable[..., tuple[PreTrainedModel, Transformer]]
 
 LENGTH = 90
 TOLERANCE = 1e-4
@@ -39,8 +42,22 @@ def random_tokens(count: int, seed: int = 0) -> Tensor:
     return torch.randint(TOKENIZER_LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def load(folder: Path, family: Family, **overrides: object) -> tuple[PreTrainedModel, Transformer]:
-    return write_checkpoint(folder, family, **overrides), Transformer.load(folder)  # type: ignore[arg-type]
+@pytest.fixture(params=["layer by layer", "compiled"])
+def load(request: pytest.FixtureRequest) -> Iterator[Load]:
+    """Writes a checkpoint and loads it by transformers and by us; sizes and threads say which way its passes take."""
+    is_compiled = request.param == "compiled"
+    sizes: dict[str, object] = {"hidden_size": 64, "head_dim": 16} if is_compiled else {}
+
+    def write_and_load(folder: Path, family: Family, **overrides: object) -> tuple[PreTrainedModel, Transformer]:
+        reference = write_checkpoint(folder, family, **sizes | overrides)  # type: ignore[arg-type]
+        model = Transformer.load(folder)
+        assert model.is_compiled == is_compiled
+        return reference, model
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield write_and_load
+    torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -66,7 +83,9 @@ def largest_difference(first: Tensor, second: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("family", "overrides"), VARIANTS)
-def test_logits_equal_those_of_transformers(tmp_path: Path, family: Family, overrides: dict[str, object]) -> None:
+def test_logits_equal_those_of_transformers(
+    tmp_path: Path, load: Load, family: Family, overrides: dict[str, object]
+) -> None:
     reference, model = load(tmp_path, family, **overrides)
     tokens = random_tokens(LENGTH)
     expected = reference_logits(reference, tokens)
@@ -76,7 +95,9 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, family: Family, over
 
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [70, 1, 1, 18], [1, 30, 5, 54], [33, 33, 24]])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_in_chunks_equals_prefill_in_one_go(tmp_path: Path, family: Family, chunks: list[int]) -> None:
+def test_prefill_in_chunks_equals_prefill_in_one_go(
+    tmp_path: Path, load: Load, family: Family, chunks: list[int]
+) -> None:
     reference, model = load(tmp_path, family)
     tokens = random_tokens(LENGTH)
     assert largest_difference(run_in_chunks(model, tokens, chunks), reference_logits(reference, tokens)) < TOLERANCE
@@ -97,9 +118,9 @@ def test_prefill_in_chunks_equals_prefill_in_one_go(tmp_path: Path, family: Fami
 )
 @pytest.mark.parametrize("bounded", [False, True])
 def test_ragged_batch_equals_one_by_one(
-    tiny_target: Path, slots: list[int], starts: list[int], counts: list[int], bounded: bool
+    tmp_path: Path, load: Load, slots: list[int], starts: list[int], counts: list[int], bounded: bool
 ) -> None:
-    model = Transformer.load(tiny_target)
+    _, model = load(tmp_path, "llama")
     together, alone = model.new_cache(32, LENGTH), model.new_cache(32, LENGTH)
     sequences = [
         random_tokens(start + count, seed) for seed, (start, count) in enumerate(zip(starts, counts, strict=True))
@@ -120,7 +141,7 @@ def test_ragged_batch_equals_one_by_one(
 
 @pytest.mark.parametrize("prefix", [0, 17])
 @pytest.mark.parametrize("block", [8, 32])
-def test_block_limits_equal_a_four_dimensional_mask(tmp_path: Path, prefix: int, block: int) -> None:
+def test_block_limits_equal_a_four_dimensional_mask(tmp_path: Path, load: Load, prefix: int, block: int) -> None:
     reference, model = load(tmp_path, "qwen2", tied=True)
     tokens = random_tokens(prefix + block)
     positions = torch.arange(prefix + block)
@@ -135,7 +156,7 @@ def test_block_limits_equal_a_four_dimensional_mask(tmp_path: Path, prefix: int,
     assert largest_difference(model.logits(at_once), expected) < TOLERANCE
 
 
-def test_full_attention_equals_a_four_dimensional_mask(tmp_path: Path) -> None:
+def test_full_attention_equals_a_four_dimensional_mask(tmp_path: Path, load: Load) -> None:
     reference, model = load(tmp_path, "qwen3")
     tokens = random_tokens(40)
     expected = reference_logits(reference, tokens, torch.ones(40, 40, dtype=torch.bool))
@@ -144,7 +165,7 @@ def test_full_attention_equals_a_four_dimensional_mask(tmp_path: Path) -> None:
     assert largest_difference(model.logits(hidden), expected) < TOLERANCE
 
 
-def test_limits_of_a_ragged_batch_hold_per_sequence(tmp_path: Path) -> None:
+def test_limits_of_a_ragged_batch_hold_per_sequence(tmp_path: Path, load: Load) -> None:
     _, model = load(tmp_path, "qwen2")
     sequences = [random_tokens(12, 1), random_tokens(30, 2)]
     limits = [torch.full((len(tokens),), len(tokens)) for tokens in sequences]
@@ -156,12 +177,12 @@ def test_limits_of_a_ragged_batch_hold_per_sequence(tmp_path: Path) -> None:
     assert largest_difference(model.forward(together, model.new_cache(2, LENGTH)), torch.cat(single)) < 1e-5
 
 
-def test_rows_beyond_the_trained_positions_can_be_run(tmp_path: Path) -> None:
+def test_rows_beyond_the_trained_positions_can_be_run(tmp_path: Path, load: Load) -> None:
     _, model = load(tmp_path, "llama", max_position_embeddings=16)
     assert run_in_chunks(model, random_tokens(LENGTH), [60, 30]).isfinite().all()
 
 
-def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
+def test_bfloat16_stays_near_float32(tmp_path: Path, load: Load) -> None:
     reference, _ = load(tmp_path, "qwen3")
     tokens = random_tokens(LENGTH)
     expected = reference_logits(reference, tokens)
@@ -171,8 +192,8 @@ def test_bfloat16_stays_near_float32(tmp_path: Path) -> None:
     assert (logits - expected).abs().mean() < 1.5 * (theirs - expected).abs().mean()
 
 
-def test_copied_slot_continues_like_its_source(tiny_target: Path) -> None:
-    model = Transformer.load(tiny_target)
+def test_copied_slot_continues_like_its_source(tmp_path: Path, load: Load) -> None:
+    _, model = load(tmp_path, "llama")
     cache, tokens = model.new_cache(3, LENGTH), random_tokens(30)
     model.forward(RowBatch(tokens[:29], [0], [0], [29]), cache)
     cache.copy_slot(0, 2, 29)

@@ -1,0 +1,71 @@
+"""A small model's layers as one compiled call."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transformer.attention import RowBatch
+from transformer.cache import KeyValueCache
+from transformer.config import TransformerConfig
+from transformer.kernels import LayerArrays, Numbers, Rows, run_layers
+from transformer.layer import Layer
+from transformer.matrix import suits_kernels
+from transformer.product import LANES, product_kernels
+
+
+class CompiledLayers:
+    """Layers whose matrices all have panels (see `Matrix`), for passes of few rows."""
+
+    def __init__(self, config: TransformerConfig, layers: Sequence[Layer], final_norm: Tensor) -> None:
+        self._layers = layers  # own what the addresses point to
+        self._arrays = LayerArrays(
+            products=np.array(product_kernels().addresses),
+            panels=np.array([[matrix.panels_address for matrix in layer.matrices] for layer in layers]),
+            qkv_bias=joined([layer.qkv_bias for layer in layers], 2),
+            head_norms=joined([layer.query_key_norm for layer in layers], 3) * np.float32(config.head_dim**0.5),
+            output_bias=joined([layer.output_bias for layer in layers], 2),
+            final_norm=final_norm.numpy(),
+            num_heads=config.num_heads,
+            intermediate=config.intermediate_size,
+            epsilon=config.rms_norm_eps * config.hidden_size,
+            head_epsilon=config.rms_norm_eps * config.head_dim,
+        )
+
+    @classmethod
+    def where_possible(cls, config: TransformerConfig, layers: Sequence[Layer], final_norm: Tensor) -> Self | None:
+        """None for a model that the kernels do not suit: on a GPU, in another dtype, large, or of odd sizes."""
+        has_panels = all(matrix.panels_address for layer in layers for matrix in layer.matrices)
+        group = config.num_heads // config.num_key_value_heads
+        if not has_panels or config.head_dim % LANES or group > LANES:
+            return None
+        return cls(config, layers, final_norm)
+
+    def takes(self, rows: RowBatch) -> bool:
+        """Whether so many rows are few."""
+        return suits_kernels(len(rows.tokens))
+
+    def run(self, hidden: Tensor, rows: RowBatch, cache: KeyValueCache, rotations: Tensor) -> Tensor:
+        """Carry `hidden` [rows, hidden] through the layers and the final norm, in place; see `Transformer.forward`.
+
+        rotations: complex64 [positions, 1, head_dim / 2].
+        """
+        counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        if rows.limits is None:
+            limits = np.arange(1, len(hidden) + 1) + np.repeat(starts - firsts[:-1], counts)
+        else:
+            limits = rows.limits.numpy()
+        turns = torch.view_as_real(rotations).view(len(rotations), -1).numpy()
+        slots = np.array(rows.slots, np.int64)
+        run_layers(hidden.numpy(), Rows(firsts, slots, starts, limits), self._arrays, turns, cache.entries.numpy())
+        return hidden
+
+
+def joined(weights: Sequence[Tensor | None], num_dimensions: int) -> Numbers:
+    """One array of all layers' weights; without any rows if the layers have none."""
+    known = [weight for weight in weights if weight is not None]
+    stacked = torch.stack(known) if known else torch.empty([0] * num_dimensions)
+    return stacked.numpy()

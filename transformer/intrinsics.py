@@ -1,0 +1,52 @@
+"""What compiled functions need and numba has no word for."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from transformer.compiled import compiled
+
+
+@intrinsic
+def call_product(_: Any, address: Any, rows: Any, weights: Any, out: Any, inputs: Any, outputs: Any, count: Any) -> Any:
+    """Call one of `transformer.product`'s kernels by its address; all arguments are int64."""
+    signature = types.void(*[types.int64] * 7)
+
+    def generate(context: Any, build: Any, signature: Any, arguments: Any) -> Any:
+        size = ir.IntType(64)
+        kernel = ir.FunctionType(ir.VoidType(), [size] * 6).as_pointer()
+        build.call(build.inttoptr(arguments[0], kernel), arguments[1:])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def float_of_bits(_: Any, bits: Any) -> Any:
+    """The float32 with the bits of an int32."""
+
+    def generate(context: Any, build: Any, signature: Any, arguments: Any) -> Any:
+        return build.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@compiled
+def exponential(x: Any) -> Any:
+    """`exp(x)` in float32, to 1e-7 and between 1e-38 and 1e38, written so that loops of it vectorise.
+
+    The library's exponential does not, and costs ten times as much. Here it is `2**whole` by its bits, times a Taylor
+    series of what is left. Not-a-number becomes 1e-38.
+    """
+    power = x * np.float32(1.44269504)
+    power = power if power > np.float32(-126.0) else np.float32(-126.0)
+    power = power if power < np.float32(126.0) else np.float32(126.0)
+    whole = np.int32(power + (np.float32(0.5) if power > np.float32(0.0) else np.float32(-0.5)))
+    x = (power - np.float32(whole)) * np.float32(0.69314718)
+    series = np.float32(1 / 120) + x * np.float32(1 / 720)
+    series = np.float32(1 / 6) + x * (np.float32(1 / 24) + x * series)
+    series = np.float32(1.0) + x * (np.float32(1.0) + x * (np.float32(0.5) + x * series))
+    return series * float_of_bits((whole + np.int32(127)) << np.int32(23))

@@ -1,0 +1,196 @@
+"""The layers of a small model, compiled: all that is done between its matrix products, and the order of both.
+
+A library call costs a microsecond or more, and a pass of a small model makes hundreds of them: at a few rows that is
+half of its time. Here a pass is one call. What a row becomes never depends on the other rows of the batch, to the last
+bit: each is computed by itself, and the products (`transformer.product`) keep to that, too.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transformer.compiled import compiled
+from transformer.intrinsics import call_product, exponential
+from transformer.product import LANES
+
+Numbers = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+
+class LayerArrays(NamedTuple):
+    """Weights as the kernels read them; what a model lacks has no rows."""
+
+    products: Indices  # [3] addresses of `transformer.product`'s kernels
+    panels: Indices  # [layers, 4] addresses of the panels of q/k/v, output, gate/up and down
+    qkv_bias: Numbers  # [layers, (heads + 2 * kv_heads) * head_dim]
+    head_norms: Numbers  # [layers, heads + kv_heads, head_dim] of queries and keys, times the root of head_dim
+    output_bias: Numbers  # [layers, hidden]
+    final_norm: Numbers  # [hidden]
+    num_heads: int
+    intermediate: int
+    epsilon: float  # of the norms, times the hidden size
+    head_epsilon: float  # times head_dim
+
+
+class Rows(NamedTuple):
+    """Ragged rows of several sequences, flat."""
+
+    firsts: Indices  # [sequences + 1] first row of each
+    slots: Indices  # [sequences] in the cache
+    starts: Indices  # [sequences] position of each one's first row
+    limits: Indices  # [rows]: a row sees cached positions below its limit
+
+
+@compiled
+def normalize(rows: Any, epsilon: float, out: Any) -> None:
+    """Each row over its length; the rest of the norm stands in the next matrix. `out` may be `rows`."""
+    for row in range(len(rows)):
+        total = np.float32(0.0)
+        for index in range(rows.shape[1]):
+            total += rows[row, index] * rows[row, index]
+        scale = np.float32(1.0) / np.sqrt(total + np.float32(epsilon))
+        for index in range(rows.shape[1]):
+            out[row, index] = rows[row, index] * scale
+
+
+@compiled
+def turn(head: Any, rotation: Any) -> None:
+    """Rotate a head's pairs in place (`transformer.rotary`)."""
+    for pair in range(len(head) // 2):
+        real, imaginary = head[2 * pair], head[2 * pair + 1]
+        cosine, sine = rotation[2 * pair], rotation[2 * pair + 1]
+        head[2 * pair] = real * cosine - imaginary * sine
+        head[2 * pair + 1] = real * sine + imaginary * cosine
+
+
+@compiled
+def gate(gate_up: Any, out: Any) -> None:
+    """`silu(gate) * up` of rows that hold one after the other."""
+    width = out.shape[1]
+    for row in range(len(out)):
+        for index in range(width):
+            x = gate_up[row, index]
+            out[row, index] = x / (np.float32(1.0) + exponential(-x)) * gate_up[row, width + index]
+
+
+@compiled
+def soften(scores: Any, longest: int, limits: Any, highest: Any, totals: Any) -> None:
+    """Make `scores[:longest]` [positions, LANES] shares of each lane's attention, up to the factor `1 / totals`.
+
+    A lane that sees a score that is not a finite number has not-a-number for its total.
+    """
+    for lane in range(LANES):
+        highest[lane], totals[lane] = np.float32(-np.inf), np.float32(0.0)
+    for position in range(longest):
+        for lane in range(LANES):
+            is_seen = position < limits[lane]
+            score = scores[position, lane]
+            highest[lane] = max(highest[lane], score if is_seen else np.float32(-np.inf))
+            totals[lane] += (score if is_seen else np.float32(0.0)) * np.float32(0.0)
+    for position in range(longest):
+        for lane in range(LANES):
+            share = exponential(scores[position, lane] - highest[lane])
+            share = share if position < limits[lane] else np.float32(0.0)
+            scores[position, lane] = share
+            totals[lane] += share
+
+
+@compiled
+def attend(
+    products: Any, qkv: Any, first: int, stop: int, keys_values: Any, limits: Any, group: int, scores: Any, out: Any
+) -> None:
+    """What rows `first` to `stop` of one sequence read from its keys and values [2 * kv_heads, length, head_dim].
+
+    Queries that share keys stand side by side in the lanes of a panel: the scores are a product of the keys with it.
+    """
+    num_shared, head_dim = keys_values.shape[0] // 2, keys_values.shape[2]
+    panel, read = np.empty((head_dim, LANES), np.float32), np.empty((LANES, head_dim), np.float32)
+    lane_limits, highest, totals = np.empty(LANES, np.int32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    scale = np.float32(1.0 / np.sqrt(head_dim))
+    rows_at_once = LANES // group
+    for shared in range(num_shared):
+        for part in range(first, stop, rows_at_once):
+            count = min(rows_at_once, stop - part) * group
+            panel[:] = np.float32(0.0)
+            lane_limits[:] = 0
+            longest = 0
+            for lane in range(count):
+                row, head = part + lane // group, shared * group + lane % group
+                longest = max(longest, limits[row])
+                lane_limits[lane] = limits[row]
+                for index in range(head_dim):
+                    panel[index, lane] = qkv[row, head * head_dim + index] * scale
+            call_product(
+                products[0], keys_values[shared].ctypes.data, panel.ctypes.data, scores.ctypes.data,
+                head_dim, LANES, longest,
+            )  # fmt: skip
+            soften(scores, longest, lane_limits, highest, totals)
+            call_product(
+                products[2], scores.ctypes.data, keys_values[num_shared + shared].ctypes.data, read.ctypes.data,
+                longest, head_dim, count,
+            )  # fmt: skip
+            for lane in range(count):
+                row, head = part + lane // group, shared * group + lane % group
+                for index in range(head_dim):
+                    out[row, head * head_dim + index] = read[lane, index] / totals[lane]
+
+
+@compiled
+def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any) -> None:
+    """Carry `hidden` [rows, hidden] through all layers and the final norm, in place.
+
+    rotations: [positions, head_dim] cosine and sine of every pair. entries: the cache [layers, slots, 2 * kv_heads,
+    length, head_dim], which gets all rows' keys and values.
+    """
+    num_rows, width = hidden.shape
+    num_layers, _, num_kept, _, head_dim = entries.shape
+    num_heads, num_turned = arrays.num_heads, arrays.num_heads + num_kept // 2
+    qkv = np.empty((num_rows, (num_heads + num_kept) * head_dim), np.float32)
+    normalized, attended = np.empty_like(hidden), np.empty((num_rows, num_heads * head_dim), np.float32)
+    gate_up = np.empty((num_rows, 2 * arrays.intermediate), np.float32)
+    gated = np.empty((num_rows, arrays.intermediate), np.float32)
+    scores = np.empty((rows.limits.max(), LANES), np.float32)
+    store, add = arrays.products[0], arrays.products[1]
+    for layer in range(num_layers):
+        normalize(hidden, arrays.epsilon, normalized)
+        if len(arrays.qkv_bias):
+            qkv[:] = arrays.qkv_bias[layer]
+        call_product(
+            add if len(arrays.qkv_bias) else store, normalized.ctypes.data, arrays.panels[layer, 0], qkv.ctypes.data,
+            width, qkv.shape[1], num_rows,
+        )  # fmt: skip
+        for sequence in range(len(rows.slots)):
+            first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
+            kept = entries[layer, rows.slots[sequence]]
+            for row in range(first, stop):
+                position = start + row - first
+                heads = qkv[row].reshape((num_heads + num_kept, head_dim))
+                for head in range(num_turned):
+                    if len(arrays.head_norms):
+                        normalize(heads[head : head + 1], arrays.head_epsilon, heads[head : head + 1])
+                        heads[head] *= arrays.head_norms[layer, head]
+                    turn(heads[head], rotations[position])
+                for head in range(num_kept):
+                    kept[head, position] = heads[num_heads + head]
+            attend(arrays.products, qkv, first, stop, kept, rows.limits, num_heads * 2 // num_kept, scores, attended)
+        call_product(
+            add, attended.ctypes.data, arrays.panels[layer, 1], hidden.ctypes.data,
+            num_heads * head_dim, width, num_rows,
+        )  # fmt: skip
+        if len(arrays.output_bias):
+            hidden += arrays.output_bias[layer]
+        normalize(hidden, arrays.epsilon, normalized)
+        call_product(
+            store, normalized.ctypes.data, arrays.panels[layer, 2], gate_up.ctypes.data,
+            width, gate_up.shape[1], num_rows,
+        )  # fmt: skip
+        gate(gate_up, gated)
+        call_product(
+            add, gated.ctypes.data, arrays.panels[layer, 3], hidden.ctypes.data,
+            arrays.intermediate, width, num_rows,
+        )  # fmt: skip
+    normalize(hidden, arrays.epsilon, hidden)
+    for row in range(num_rows):
+        for index in range(width):
+            hidden[row, index] *= arrays.final_norm[index]
