@@ -128,7 +128,7 @@ class CausalModel:
 
 def no_noise(count: int) -> Noise:
     """Nothing is known of the noise of `count` requests: each is drafted for as if it were greedy."""
-    return Noise(np.zeros(count, np.uint64), np.zeros(count, np.int64), np.zeros(count), np.zeros(count))
+    return Noise(np.zeros((count, 2), np.uint64), np.zeros((count, 2)))
 
 
 def join(histories: Sequence[Tokens]) -> tuple[Tokens, NDArray[np.int64]]:

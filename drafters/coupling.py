@@ -13,9 +13,7 @@ import numpy as np
 from drafters.base import DraftRequest
 from drafters.kernels.chains import Noise
 
-CAUSAL_TEMPERATURE = (
-    1.1  # of the target's distribution that the causal model stands for; found by replaying held-out draws
-)
+CAUSAL_TEMPERATURE = 1.1  # of the target's distribution that the causal model stands for; from replayed draws
 
 
 def known_noise(requests: Sequence[DraftRequest], lattice_temperature: float = 1.0) -> Noise:
@@ -23,11 +21,10 @@ def known_noise(requests: Sequence[DraftRequest], lattice_temperature: float = 1
 
     lattice_temperature: of the target's distribution that the diffusion model was trained on.
     """
-    temperatures = np.array([0.0 if request.seed is None else request.temperature for request in requests])
-    sharpness = np.where(temperatures > 0.0, 1.0 / np.maximum(temperatures, 0.01), 0.0)
-    return Noise(
-        seeds=np.array([(request.seed or 0) % 2**64 for request in requests], np.uint64),
-        positions=np.array([len(request.tokens) for request in requests], np.int64),
-        causal_scales=CAUSAL_TEMPERATURE * sharpness,
-        lattice_scales=lattice_temperature * sharpness,
-    )
+    places, scales = [], []
+    for request in requests:
+        is_known = request.seed is not None and request.temperature > 0.0
+        sharpness = 1.0 / max(request.temperature, 0.01) if is_known else 0.0
+        places.append(((request.seed or 0) % 2**64, len(request.tokens)))
+        scales.append((CAUSAL_TEMPERATURE * sharpness, lattice_temperature * sharpness))
+    return Noise(np.array(places, np.uint64).reshape(-1, 2), np.array(scales, np.float64).reshape(-1, 2))

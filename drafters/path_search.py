@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from drafters.base import Tokens
 from drafters.causal_scorer import CausalModel, join, no_noise
 from drafters.kernels.chains import Noise
-from drafters.kernels.search import BEST_SUCCESSORS, Found, Search, search_paths
+from drafters.kernels.search import (
+    IS_BROKEN,
+    LENGTH,
+    MEAN_WIDTH,
+    RAW_LENGTH,
+    RAW_SCORE,
+    SCORE,
+    Found,
+    Search,
+    search_paths,
+)
 from drafters.lattice import DraftLattice
 
 LOG_FLOOR = -20.0  # nats
@@ -72,73 +82,57 @@ class PathSearch:
         self.beam_width = beam_width
         self.lattice_weight, self.lattice_weight_decay = lattice_weight, lattice_weight_decay
         self.mode = mode
+        self._weights: NDArray[np.float64] = np.empty(0)  # of the lattice, by position
 
     def search(self, histories: Sequence[Tokens], lattice: DraftLattice, noise: Noise | None = None) -> list[Path]:
         """Choose a path for every request; `histories` and `noise` in the order of the lattice's requests.
 
-        Raises ValueError if their numbers differ.
+        Raises ValueError if their numbers differ, or if a row of the lattice has no largest number though not all of it
+        is -inf: a failure of the drafter.
         """
         if len(histories) != lattice.num_requests:
             raise ValueError(f"{len(histories)} histories for a lattice of {lattice.num_requests} requests")
         if not histories:
             return []
         text, starts = join(histories)
-        longest = max(lattice.longest, 1)
-        found = Found(
-            tokens=np.zeros((len(histories), longest), np.int32),
-            details=np.zeros((len(histories), longest, 4)),
-            lengths=np.zeros(len(histories), np.int64),
-            scores=np.zeros((len(histories), 2)),
-            raw_lengths=np.zeros(len(histories), np.int64),
-            mean_widths=np.zeros(len(histories)),
-        )
-        causal = self.causal
-        search_paths(
-            text, starts, causal.ngram.arrays, causal.copy_weights, causal.use_copy, self.mode == "search",
-            self._arguments(lattice, longest, noise or no_noise(len(histories))), causal.workspace, found,
-        )  # fmt: skip
-        return _paths(found)
-
-    def _lattice_weights(self, longest: int) -> NDArray[np.float64]:
-        powers: NDArray[np.float64] = np.power(self.lattice_weight_decay, np.arange(longest, dtype=np.float64))
-        return self.lattice_weight * powers
-
-    def _arguments(self, lattice: DraftLattice, longest: int, noise: Noise) -> Search:
-        most_options = lattice.tokens.shape[1] + 1 + 2 * BEST_SUCCESSORS
-        return Search(
+        count, longest, causal = len(histories), max(lattice.longest, 1), self.causal
+        search = Search(
             row_starts=lattice.row_starts,
-            candidates=lattice.tokens,
-            widths=lattice.widths,
             logits=lattice.logits,
-            log_normalisers=lattice.log_normalisers,
+            candidate_mass=lattice.candidate_mass,
+            most_candidates=lattice.most_candidates,
+            lattice_ends=lattice.end_tokens,
             ends=self.end_tokens,
-            noise=noise,
+            noise=noise or no_noise(count),
             lattice_weights=self._lattice_weights(longest),
             log_floor=LOG_FLOOR,
-            option_tokens=np.empty(most_options, np.int64),
-            option_scores=np.empty((most_options, 4)),
-            paths=np.empty((2, self.beam_width + 1, longest), np.int32),
-            details=np.empty((2, self.beam_width + 1, longest, 4)),
-            sums=np.empty((2, self.beam_width)),
-            picks=np.empty((self.beam_width, 2), np.int64),
-            pick_scores=np.empty((self.beam_width, 4)),
+            beam_width=self.beam_width,
+            use_copy=causal.use_copy,
+            use_beams=self.mode == "search",
         )
+        found = Found(np.empty((count, longest), np.int32), np.empty((count, longest, 4)), np.zeros((count, 6)))
+        search_paths(text, starts, causal.ngram.arrays, causal.copy_weights, search, causal.workspace, found)
+        if found.summary[:, IS_BROKEN].any():
+            raise ValueError("the diffusion drafter's logits are not numbers")
+        return [
+            _path(*parts) for parts in zip(found.tokens.tolist(), found.details, found.summary.tolist(), strict=True)
+        ]
+
+    def _lattice_weights(self, longest: int) -> NDArray[np.float64]:
+        if longest > len(self._weights):
+            self._weights = self.lattice_weight * np.power(self.lattice_weight_decay, np.arange(longest))
+        return self._weights[:longest]
 
 
-def _paths(found: Found) -> list[Path]:
-    columns = (found.lengths, found.scores, found.raw_lengths, found.mean_widths)
-    return [
-        Path(
-            tokens=tuple(tokens[:length]),
-            confidences=np.ascontiguousarray(details[:length, 3]),
-            log_lattice=details[:length, 1],
-            log_causal=details[:length, 2],
-            score=scores[0],
-            raw_score=scores[1],
-            raw_length=raw_length,
-            lattice_width=mean_width,
-        )
-        for tokens, details, length, scores, raw_length, mean_width in zip(
-            found.tokens.tolist(), found.details, *(column.tolist() for column in columns), strict=True
-        )
-    ]
+def _path(tokens: list[int], details: NDArray[np.float64], summary: list[float]) -> Path:
+    length = int(summary[LENGTH])
+    return Path(
+        tokens=tuple(tokens[:length]),
+        confidences=np.ascontiguousarray(details[:length, 3]),
+        log_lattice=details[:length, 1],
+        log_causal=details[:length, 2],
+        score=summary[SCORE],
+        raw_score=summary[RAW_SCORE],
+        raw_length=int(summary[RAW_LENGTH]),
+        lattice_width=summary[MEAN_WIDTH],
+    )

@@ -20,10 +20,10 @@ class Noise(NamedTuple):
     The target takes the token with the largest `log p / temperature + noise`; so does a draft, with its estimate of p.
     """
 
-    seeds: NDArray[np.uint64]  # [requests]
-    positions: NDArray[np.int64]  # [requests] absolute position of the first drafted token
-    causal_scales: NDArray[np.float64]  # [requests] on the causal model's log probabilities; 0: no noise, as if greedy
-    lattice_scales: NDArray[np.float64]  # [requests] on the lattice's log probabilities
+    places: NDArray[np.uint64]  # [requests, 2] seed, and absolute position of the first drafted token
+    scales: NDArray[
+        np.float64
+    ]  # [requests, 2] on the causal model's log probabilities and on the lattice's; 0: no noise
 
 
 @compiled
@@ -99,9 +99,9 @@ def greedy_chains(
             weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
-            if noise.causal_scales[request] > 0.0 and best != NO_TOKEN:
-                key = noise_key(noise.seeds[request], noise.positions[request] + step)
-                scale, least = noise.causal_scales[request], confidence * LEAST_SHARE
+            if noise.scales[request, 0] > 0.0 and best != NO_TOKEN:
+                key = noise_key(noise.places[request, 0], np.int64(noise.places[request, 1]) + step)
+                scale, least = noise.scales[request, 0], confidence * LEAST_SHARE
                 best, confidence = _likely_draw(ngram, found, rest, copied, weight, least, scale, key, work)
             leave_context(ngram, found, work)
             survival *= confidence

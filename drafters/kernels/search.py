@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from drafters.kernels.chains import Noise
 from drafters.kernels.copying import clear_text, find_copy, index_text
+from drafters.kernels.lattice import is_broken, new_select_room, select_row
 from drafters.kernels.ngram import enter_context, leave_context
 from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
@@ -16,17 +17,41 @@ BEST_SUCCESSORS = 8  # of each of the two longest contexts, that join the lattic
 
 
 class Search(NamedTuple):
-    """What one beam search reads besides the texts and the causal model, and the room it works in."""
+    """What a batch's search reads besides the texts and the causal model."""
 
     row_starts: NDArray[np.int64]  # [requests + 1]
-    candidates: NDArray[np.int32]  # [rows, most candidates]
-    widths: NDArray[np.int64]  # [rows]
     logits: NDArray[np.float32]  # [rows, drafter's vocabulary]
-    log_normalisers: NDArray[np.float32]  # [rows]
+    candidate_mass: float
+    most_candidates: int
+    lattice_ends: NDArray[np.int64]  # always candidates
     ends: NDArray[np.int32]
     noise: Noise
     lattice_weights: NDArray[np.float64]  # [longest] by position of the draft
     log_floor: float  # nats
+    beam_width: int
+    use_copy: bool
+    use_beams: bool
+
+
+class Found(NamedTuple):
+    """Results of a search, filled by the kernel."""
+
+    tokens: NDArray[np.int32]  # [requests, longest]
+    details: NDArray[np.float64]  # [requests, longest, 4] score, log lattice, log causal, confidence
+    summary: NDArray[np.float64]  # [requests, 6] by the places below
+
+
+LENGTH, RAW_LENGTH, SCORE, RAW_SCORE, MEAN_WIDTH, IS_BROKEN = range(6)
+"""Tokens of the path; tokens of the raw argmax before its first end token; nats per token of the path and of the raw
+argmax, 0 if empty; lattice candidates per position; whether a row is no distribution."""
+
+
+class SearchRoom(NamedTuple):
+    """Working memory of one call: its rows' candidates, the options of one position, and the beams."""
+
+    candidates: NDArray[np.int32]  # [longest, most candidates]
+    widths: NDArray[np.int64]  # [longest]
+    log_normalisers: NDArray[np.float32]  # [longest]
     option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
     option_scores: NDArray[np.float64]  # [most options, 4] score, log lattice, log causal, confidence
     paths: NDArray[np.int32]  # [2, beam width + 1, longest] before and after a position
@@ -36,15 +61,23 @@ class Search(NamedTuple):
     pick_scores: NDArray[np.float64]  # [beam width, 4]
 
 
-class Found(NamedTuple):
-    """Results of a search, filled by the kernel."""
-
-    tokens: NDArray[np.int32]  # [requests, longest]
-    details: NDArray[np.float64]  # [requests, longest, 4] score, log lattice, log causal, confidence
-    lengths: NDArray[np.int64]  # [requests]
-    scores: NDArray[np.float64]  # [requests, 2] nats per token: of the path, of the raw argmax path; 0 of an empty one
-    mean_widths: NDArray[np.float64]  # [requests] lattice candidates per position
-    raw_lengths: NDArray[np.int64]  # [requests]
+@compiled
+def _new_room(search: Any) -> Any:
+    width, longest = search.beam_width, len(search.lattice_weights)
+    most = search.most_candidates + len(search.lattice_ends)
+    most_options = most + 1 + 2 * BEST_SUCCESSORS
+    return SearchRoom(
+        np.empty((longest, most), np.int32),
+        np.empty(longest, np.int64),
+        np.empty(longest, np.float32),
+        np.empty(most_options, np.int64),
+        np.empty((most_options, 4), np.float64),
+        np.empty((2, width + 1, longest), np.int32),
+        np.empty((2, width + 1, longest, 4), np.float64),
+        np.empty((2, width), np.float64),
+        np.empty((width, 2), np.int64),
+        np.empty((width, 4), np.float64),
+    )
 
 
 @compiled
@@ -58,10 +91,10 @@ def _join(tokens: Any, count: np.int64, token: np.int64, vocabulary: int) -> np.
 
 @compiled
 def expand(
-    search: Any, row: int, request: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int,
-    use_copy: bool, work: Any,
+    search: Any, room: Any, row: int, request: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int,
+    work: Any,
 ) -> np.int64:  # fmt: skip
-    """Fill the options for the token after `text + path[:length]`; return their number.
+    """Fill the room's options for the token after `text + path[:length]`, whose lattice row is `row`; their number.
 
     They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
     option's confidence is its share of their probabilities after mixing (a product of experts). Where the noise of the
@@ -69,30 +102,30 @@ def expand(
     full then, for two models that agree are surer than either (so it showed when held-out draws were replayed).
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
-    tokens, scores = search.option_tokens, search.option_scores
+    tokens, scores, width = room.option_tokens, room.option_scores, room.widths[length]
     lattice_weight = search.lattice_weights[length]
     match, copied = np.int64(0), np.int64(NO_TOKEN)
-    if use_copy:
+    if search.use_copy:
         match, copied = find_copy(text, path, length, work)
     weight = copy_weights[match]
     found, rest = enter_context(ngram, text, path, length, work)
     count = np.int64(0)
-    for index in range(search.widths[row]):
-        count = _join(tokens, count, np.int64(search.candidates[row, index]), vocabulary)
+    for index in range(width):
+        count = _join(tokens, count, np.int64(room.candidates[length, index]), vocabulary)
     if weight > 0.0:
         count = _join(tokens, count, copied, vocabulary)
     for index in range(max(found - 2, 0), found):  # the two longest contexts
         for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
             count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
-    noise = search.noise
-    is_drawn = noise.causal_scales[request] > 0.0
-    key = noise_key(noise.seeds[request], noise.positions[request] + length)
+    causal_scale, lattice_scale = search.noise.scales[request]
+    is_drawn = causal_scale > 0.0
+    key = noise_key(search.noise.places[request, 0], np.int64(search.noise.places[request, 1]) + length)
     total, highest = 0.0, -np.inf
     for index in range(count):
         token = tokens[index]
         log_lattice = search.log_floor
-        if search.widths[row] > 0:
-            value = float(search.logits[row, token] - search.log_normalisers[row])
+        if width > 0:
+            value = float(search.logits[row, token] - room.log_normalisers[length])
             if value > search.log_floor:  # not-a-number is not
                 log_lattice = min(value, 0.0)
         probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
@@ -101,8 +134,8 @@ def expand(
         log_causal = max(np.log(max(probability, 1e-30)), search.log_floor)
         score = lattice_weight * log_lattice + (1.0 - lattice_weight) * log_causal
         if is_drawn:
-            score = lattice_weight * noise.lattice_scales[request] * log_lattice
-            score += (1.0 - lattice_weight) * noise.causal_scales[request] * log_causal
+            score = lattice_weight * lattice_scale * log_lattice
+            score += (1.0 - lattice_weight) * causal_scale * log_causal
             score = score / max(lattice_weight, 1.0 - lattice_weight) + gumbel(key, token)
         scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
         highest = max(highest, score)
@@ -133,21 +166,40 @@ def _append(tokens: Any, details: Any, length: int, token: int, scores: Any) -> 
 
 
 @compiled
-def raw_argmax(search: Any, first: int, stop: int, vocabulary: int, path: Any) -> int:
-    """The lattice's first candidates, up to an end token (which is included), or to a row without a usable one."""
-    for row in range(first, stop):
-        if search.widths[row] == 0 or search.candidates[row, 0] >= vocabulary:
-            return row - first
-        path[row - first] = search.candidates[row, 0]
-        if contains(search.ends, len(search.ends), path[row - first]):
-            return row - first + 1
-    return stop - first
+def _select(search: Any, room: Any, select_room: Any, request: int, found: Any) -> np.int64:
+    """Fill the room with the candidates of the request's rows; how many rows there are before one without any."""
+    first, last = search.row_starts[request], search.row_starts[request + 1]
+    count, total = np.int64(0), np.int64(0)
+    for row in range(first, last):
+        width, log_normaliser = select_row(
+            search.logits[row], search.candidate_mass, search.lattice_ends, select_room, room.candidates[row - first]
+        )
+        room.widths[row - first], room.log_normalisers[row - first] = width, log_normaliser
+        total += width
+        if width > 0 and count == row - first:
+            count += 1
+        if width == 0 and is_broken(search.logits[row]):
+            found.summary[request, IS_BROKEN] = 1.0
+    found.summary[request, MEAN_WIDTH] = total / max(last - first, 1)
+    return count
 
 
 @compiled
-def _keep_best(search: Any, side: int, num_kept: int, score: float, beam: int, option: int) -> int:
+def _raw_argmax(room: Any, ends: Any, count: int, vocabulary: int, path: Any) -> np.int64:
+    """The best candidates of `count` rows, up to an end token (which is included), or to a row without a usable one."""
+    for step in range(count):
+        if room.candidates[step, 0] >= vocabulary:
+            return np.int64(step)
+        path[step] = room.candidates[step, 0]
+        if contains(ends, len(ends), path[step]):
+            return np.int64(step + 1)
+    return np.int64(count)
+
+
+@compiled
+def _keep_best(room: Any, side: int, num_kept: int, score: float, beam: int, option: int) -> int:
     """Sort one option of one beam into the new beams, if it is good enough; return their number."""
-    sums, picks, pick_scores = search.sums[1 - side], search.picks, search.pick_scores
+    sums, picks, pick_scores = room.sums[1 - side], room.picks, room.pick_scores
     width = len(picks)
     at = num_kept
     while at > 0 and sums[at - 1] < score:
@@ -159,83 +211,75 @@ def _keep_best(search: Any, side: int, num_kept: int, score: float, beam: int, o
         sums[later], picks[later, 0], picks[later, 1] = sums[later - 1], picks[later - 1, 0], picks[later - 1, 1]
         for part in range(4):
             pick_scores[later, part] = pick_scores[later - 1, part]
-    sums[at], picks[at, 0], picks[at, 1] = score, beam, search.option_tokens[option]
+    sums[at], picks[at, 0], picks[at, 1] = score, beam, room.option_tokens[option]
     for part in range(4):
-        pick_scores[at, part] = search.option_scores[option, part]
+        pick_scores[at, part] = room.option_scores[option, part]
     return num_kept
 
 
 @compiled
-def search_paths(
-    flat: Any, starts: Any, ngram: Any, copy_weights: Any, use_copy: bool, use_beams: bool, search: Any, work: Any,
-    found: Any,
-) -> None:  # fmt: skip
-    """Beam search (Eq. 8) for every request; without `use_beams` the raw argmax path is only scored.
+def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: Any, work: Any, found: Any) -> None:
+    """Beam search (Eq. 8) for every request; without beams the raw argmax path is only scored.
 
     The raw argmax path is scored along, and takes part at the end, so that the search never ends below it. Behind the
     beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
     """
-    width = len(search.picks)
-    raw_path, raw_details = search.paths[0, width], search.details[0, width]
-    finished_path, finished_details = search.paths[1, width], search.details[1, width]
+    width, room = search.beam_width, _new_room(search)
+    select_room = new_select_room(search.logits.shape[1], search.most_candidates)
+    raw_path, raw_details = room.paths[0, width], room.details[0, width]
+    finished_path, finished_details = room.paths[1, width], room.details[1, width]
     for request in range(len(starts) - 1):
         text = flat[starts[request] : starts[request + 1]]
-        if use_copy:
+        if search.use_copy:
             index_text(text, 0, len(text), work)
-        first, last = search.row_starts[request], search.row_starts[request + 1]
-        stop = first
-        while stop < last and search.widths[stop] > 0:  # a row without candidates ends the draft
-            stop += 1
-        raw_length = raw_argmax(search, first, stop, len(ngram.unigram), raw_path)
+        summary, first = found.summary[request], search.row_starts[request]
+        num_steps = _select(search, room, select_room, request, found)
+        raw_length = _raw_argmax(room, search.ends, num_steps, len(ngram.unigram), raw_path)
         raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
-        side, num_beams, length = np.int64(0), np.int64(1 if use_beams else 0), np.int64(0)  # not literals: one kernel
-        search.sums[0, 0] = 0.0
-        for row in range(first, stop):
-            step = row - first
+        side, num_beams, length = np.int64(0), np.int64(1 if search.use_beams else 0), np.int64(0)
+        room.sums[0, 0] = 0.0
+        for step in range(num_steps):
             num_new = np.int64(0)
             for beam in range(width + 1):
                 if beam >= num_beams and not (beam == width and step < raw_length):
                     continue
-                path = raw_path if beam == width else search.paths[side, beam]
-                count = expand(search, row, request, ngram, copy_weights, text, path, step, use_copy, work)
+                path = raw_path if beam == width else room.paths[side, beam]
+                count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, work)
                 for option in range(count):
-                    token = search.option_tokens[option]
+                    token = room.option_tokens[option]
                     if beam == width:
                         if token == raw_path[step]:
-                            raw_sum += search.option_scores[option, 0]
-                            _append(raw_path, raw_details, step, token, search.option_scores[option])
+                            raw_sum += room.option_scores[option, 0]
+                            _append(raw_path, raw_details, step, token, room.option_scores[option])
                         continue
-                    score = search.sums[side, beam] + search.option_scores[option, 0]
+                    score = room.sums[side, beam] + room.option_scores[option, 0]
                     if not contains(search.ends, len(search.ends), token):
-                        num_new = _keep_best(search, side, num_new, score, beam, option)
+                        num_new = _keep_best(room, side, num_new, score, beam, option)
                     elif score / (step + 1) > finished_score:
                         finished_score, finished_length = score / (step + 1), step + 1
-                        _copy_path(path, search.details[side, beam], step, finished_path, finished_details)
-                        _append(finished_path, finished_details, step, token, search.option_scores[option])
+                        _copy_path(path, room.details[side, beam], step, finished_path, finished_details)
+                        _append(finished_path, finished_details, step, token, room.option_scores[option])
             for beam in range(num_new):
-                parent, new_path = search.picks[beam, 0], search.paths[1 - side, beam]
-                new_details = search.details[1 - side, beam]
-                _copy_path(search.paths[side, parent], search.details[side, parent], step, new_path, new_details)
-                _append(new_path, new_details, step, search.picks[beam, 1], search.pick_scores[beam])
+                parent, new_path = room.picks[beam, 0], room.paths[1 - side, beam]
+                new_details = room.details[1 - side, beam]
+                _copy_path(room.paths[side, parent], room.details[side, parent], step, new_path, new_details)
+                _append(new_path, new_details, step, room.picks[beam, 1], room.pick_scores[beam])
             if num_new > 0:
                 side, length = np.int64(1) - side, np.int64(step + 1)
             num_beams = num_new
         best, best_side, best_score, best_length = np.int64(width), np.int64(0), -np.inf, np.int64(0)
         if raw_length > 0:
             best_score, best_length = raw_sum / raw_length, np.int64(raw_length)
-            found.scores[request, 1] = best_score
+            summary[RAW_SCORE] = best_score
             ended = contains(search.ends, len(search.ends), raw_path[raw_length - 1])
-            found.raw_lengths[request] = raw_length - 1 if ended else raw_length
+            summary[RAW_LENGTH] = raw_length - 1 if ended else raw_length
         if finished_score > best_score:
             best_side, best_score, best_length = np.int64(1), finished_score, np.int64(finished_length)
-        if length > 0 and search.sums[side, 0] / length > best_score:
-            best, best_side, best_score, best_length = np.int64(0), side, search.sums[side, 0] / length, length
+        if length > 0 and room.sums[side, 0] / length > best_score:
+            best, best_side, best_score, best_length = np.int64(0), side, room.sums[side, 0] / length, length
         if best_length > 0:
-            found.scores[request, 0] = best_score
-            found.lengths[request] = best_length
-            path, details = search.paths[best_side, best], search.details[best_side, best]
+            summary[SCORE], summary[LENGTH] = best_score, best_length
+            path, details = room.paths[best_side, best], room.details[best_side, best]
             _copy_path(path, details, best_length, found.tokens[request], found.details[request])
-        for row in range(first, last):
-            found.mean_widths[request] += search.widths[row] / (last - first)
-        if use_copy:
+        if search.use_copy:
             clear_text(text, work)

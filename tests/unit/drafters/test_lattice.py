@@ -30,10 +30,11 @@ def test_candidates_are_the_smallest_top_set_that_reaches_the_mass(
     log_probs = torch.log_softmax(logits.double(), -1).numpy()
     for row in range(rows):
         order = np.argsort(-logits[row].numpy(), kind="stable")
-        width = int(lattice.widths[row])
-        assert lattice.tokens[row, :width].tolist() == order[:width].tolist()
-        assert (lattice.tokens[row, width:] == -1).all()
-        np.testing.assert_allclose(lattice.log_probs[row, :width], log_probs[row, order[:width]], atol=2e-5)
+        width = int(lattice.candidates.widths[row])
+        assert lattice.candidates.tokens[row, :width].tolist() == order[:width].tolist()
+        assert (lattice.candidates.tokens[row, width:] == -1).all()
+        found = [lattice.log_prob(row, token) for token in order[:width]]
+        np.testing.assert_allclose(found, log_probs[row, order[:width]], atol=2e-5)
         reached = np.exp(log_probs[row, order]).cumsum()
         assert 1 <= width <= min(most, vocabulary)
         if width < min(most, vocabulary):
@@ -56,19 +57,19 @@ def test_end_tokens_are_always_candidates_with_their_own_log_probability() -> No
     logits[0, 7] = 30.0  # a top token already: not twice
     lattice = DraftLattice.from_logits(logits, [4], LatticeOptions(0.8, 3, end_tokens=(7, 9, 4000)))
     for row in range(4):
-        kept = lattice.tokens[row, : lattice.widths[row]].tolist()
+        kept = lattice.candidates.tokens[row, : lattice.candidates.widths[row]].tolist()
         assert kept.count(7) == 1
         assert kept.count(9) == 1
         expected = torch.log_softmax(logits[row], -1)[7]
-        assert lattice.log_probs[row, kept.index(7)] == pytest.approx(float(expected), abs=1e-5)
+        assert lattice.log_prob(row, 7) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_excluded_tokens_are_never_candidates() -> None:
     logits = torch.full((2, 40), float("-inf"))
     logits[:, 5], logits[:, 6] = 1.0, 0.0
     lattice = DraftLattice.from_logits(logits, [2], LatticeOptions(1.0, 10, end_tokens=(3,)))
-    assert lattice.tokens[0, :3].tolist() == [5, 6, -1]
-    assert lattice.widths.tolist() == [2, 2]
+    assert lattice.candidates.tokens[0, :3].tolist() == [5, 6, -1]
+    assert lattice.candidates.widths.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
@@ -76,30 +77,20 @@ def test_rows_without_a_finite_maximum_have_no_candidates(value: float) -> None:
     logits = random_logits(2, 3, 130)
     logits[1] = value
     lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(end_tokens=(0,)))
-    assert lattice.widths[1] == 0
-    assert (lattice.tokens[1] == -1).all()
-    assert (lattice.widths[[0, 2]] > 0).all()
+    assert lattice.candidates.widths[1] == 0
+    assert (lattice.candidates.tokens[1] == -1).all()
+    assert (lattice.candidates.widths[[0, 2]] > 0).all()
 
 
 def test_not_a_number_among_numbers_is_no_candidate() -> None:
     logits = random_logits(3, 1, 130)
     logits[0, ::2] = float("nan")
     lattice = DraftLattice.from_logits(logits, [1], LatticeOptions(1.0, 100))
-    kept = lattice.tokens[0, : lattice.widths[0]]
+    kept = lattice.candidates.tokens[0, : lattice.candidates.widths[0]]
     assert len(kept) == 65
     assert (kept % 2 == 1).all()
     expected = torch.logsumexp(logits[0, 1::2], 0)
-    assert lattice.log_normalisers[0] == pytest.approx(float(expected), abs=1e-5)
-
-
-@pytest.mark.parametrize(("value", "is_broken"), [(float("nan"), True), (float("inf"), True), (float("-inf"), False)])
-def test_a_row_that_ends_the_draft_is_told_apart_from_a_broken_one(value: float, is_broken: bool) -> None:
-    logits = random_logits(2, 3, 130)
-    assert not DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows
-    logits[1] = value
-    assert DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows == is_broken
-    logits[1, :129] = float("-inf")  # all but one token refused by a structure
-    assert DraftLattice.from_logits(logits, [3], LatticeOptions()).has_broken_rows == is_broken
+    assert lattice.candidates.log_normalisers[0] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_lengths_and_options_are_checked() -> None:

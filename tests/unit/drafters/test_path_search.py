@@ -116,6 +116,21 @@ def assert_same(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
+@pytest.mark.parametrize(("value", "is_broken"), [(float("nan"), True), (float("inf"), True), (float("-inf"), False)])
+def test_a_row_that_ends_the_draft_is_told_apart_from_a_broken_one(value: float, is_broken: bool) -> None:
+    search, history = PathSearch(CausalModel(VOCABULARY)), [np.zeros(1, np.int32)]
+    logits = torch.zeros(3, VOCABULARY)
+    logits[1] = value
+    for _ in range(2):
+        lattice = DraftLattice.from_logits(logits, [3], LatticeOptions())
+        if is_broken:
+            with pytest.raises(ValueError, match="not numbers"):
+                search.search(history, lattice)
+        else:
+            assert len(search.search(history, lattice)[0].tokens) == 1
+        logits[1, :-1] = -torch.inf  # all but one token refused by a structure
+
+
 def test_the_raw_length_counts_tokens_before_the_first_end_token() -> None:
     logits = torch.zeros(6, VOCABULARY)
     for row, token in enumerate([1, 2, 0, END, 1, END]):
@@ -144,7 +159,7 @@ def test_the_text_overrules_a_hesitant_drafter() -> None:
     logits[:, 20] = 1.0
     lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(0.01, 1))
     (path,) = PathSearch(CausalModel(50)).search([history], lattice)
-    assert lattice.tokens[:, 0].tolist() == [20, 20, 20]
+    assert lattice.candidates.tokens[:, 0].tolist() == [20, 20, 20]
     assert path.tokens == (7, 8, 9)
     assert path.gain > 1.0
 
@@ -157,10 +172,9 @@ def test_confidences_are_shares_of_the_candidates() -> None:
     assert path.confidences[0] == pytest.approx(float(torch.softmax(logits[0], 0)[0]), abs=1e-5)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
-def test_a_drafter_that_answers_garbage_gives_short_paths(value: float) -> None:
+def test_a_path_ends_before_a_row_that_is_refused_altogether() -> None:
     logits = random_logits(0, 4, 20)
-    logits[2:] = value
+    logits[2:] = -torch.inf
     lattice = DraftLattice.from_logits(logits, [4], LatticeOptions())
     (path,) = PathSearch(CausalModel(20, use_copy=False)).search([np.zeros(2, np.int32)], lattice)
     assert path.tokens == tuple(logits[:2].argmax(-1).tolist())
