@@ -102,20 +102,29 @@ class CausalModel:
         if not histories:
             return []
         text, starts = join(histories)
-        caps = np.array(max_tokens, np.int64)
-        tokens = np.zeros((len(histories), max(int(caps.max()), 1)), np.int32)
-        confidences = np.zeros(tokens.shape)
-        lengths = np.zeros(len(caps), np.int64)
-        floors = np.zeros(len(caps)) if least_survival is None else np.array(least_survival, np.float64)
-        noise = noise or no_noise(len(caps))
-        sizes = np.diff(starts)
-        firsts = sizes
-        if num_learned is not None and self.use_copy:
-            firsts = np.clip(np.array(num_learned) - [len(history) for history in histories] + sizes, 0, sizes)
+        bounds, longest = [], 1
+        for request, (history, most) in enumerate(zip(histories, max_tokens, strict=True)):
+            start, stop = starts[request], starts[request + 1]
+            behind = len(history) if num_learned is None or not self.use_copy else num_learned[request]
+            first = max(stop - start - max(len(history) - behind, 0), 0)
+            bounds.append((start, stop, first, most))
+            longest = max(longest, most)
+        count = len(bounds)
+        tokens, lengths = np.empty((count, longest), np.int32), np.zeros(count, np.int64)
+        confidences = np.empty((count, longest))
         greedy_chains(
-            text, starts, firsts, caps, floors, self.end_tokens, noise, self.ngram.arrays, self._copying,
-            self.workspace, lengths, tokens, confidences,
-        )  # fmt: skip
+            text,
+            np.array(bounds, np.int64),
+            np.zeros(count) if least_survival is None else np.array(least_survival, np.float64),
+            self.end_tokens,
+            noise or no_noise(count),
+            self.ngram.arrays,
+            self._copying,
+            self.workspace,
+            lengths,
+            tokens,
+            confidences,
+        )
         return [
             Chain(tuple(row[:length].tolist()), confidence[:length])
             for row, confidence, length in zip(tokens, confidences, lengths.tolist(), strict=True)
@@ -131,8 +140,8 @@ def no_noise(count: int) -> Noise:
     return Noise(np.zeros((count, 2), np.uint64), np.zeros((count, 2)))
 
 
-def join(histories: Sequence[Tokens]) -> tuple[Tokens, NDArray[np.int64]]:
+def join(histories: Sequence[Tokens]) -> tuple[Tokens, list[int]]:
     """The last WINDOW tokens of each history in one array, and where each starts: [requests + 1]."""
     windows = [history[-WINDOW:] for history in histories]
-    starts = np.array([0, *accumulate(len(window) for window in windows)], np.int64)
-    return np.concatenate(windows).astype(np.int32, copy=False), starts
+    text = windows[0] if len(windows) == 1 else np.concatenate(windows)
+    return np.ascontiguousarray(text, np.int32), [0, *accumulate(len(window) for window in windows)]

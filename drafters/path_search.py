@@ -111,7 +111,9 @@ class PathSearch:
             use_beams=self.mode == "search",
         )
         found = Found(np.empty((count, longest), np.int32), np.empty((count, longest, 4)), np.zeros((count, 6)))
-        search_paths(text, starts, causal.ngram.arrays, causal.copy_weights, search, causal.workspace, found)
+        search_paths(
+            text, np.array(starts, np.int64), causal.ngram.arrays, causal.copy_weights, search, causal.workspace, found
+        )
         if found.summary[:, IS_BROKEN].any():
             raise ValueError("the diffusion drafter's logits are not numbers")
         return [

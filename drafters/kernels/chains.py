@@ -83,18 +83,21 @@ def _likely_draw(
 
 @compiled
 def greedy_chains(
-    flat: Any, starts: Any, firsts: Any, caps: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copying: Any,
-    work: Any, lengths: Any, tokens: Any, confidences: Any,
+    flat: Any, bounds: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copying: Any, work: Any,
+    lengths: Any, tokens: Any, confidences: Any,
 ) -> None:  # fmt: skip
-    """Per text, learn from its tokens behind `firsts`, then follow the mixture's most probable token (or likely draw).
+    """Per text, learn from its last tokens, then follow the mixture's most probable token (or likely draw).
 
-    Up to `caps` times, to an end token, or until the product of the confidences falls below `floors`.
+    bounds: [requests, 4] where each text starts and stops in `flat`, the first of its own tokens to learn from, and the
+    most tokens to draft. A chain also stops at an end token, or when the product of its confidences falls below its
+    floor.
     """
-    for request in range(len(caps)):
-        text, path = flat[starts[request] : starts[request + 1]], tokens[request]
-        learn_copying(text, firsts[request], ngram, copying, work)
+    for request in range(len(bounds)):
+        start, stop, first, most = bounds[request]
+        text, path = flat[start:stop], tokens[request]
+        learn_copying(text, first, ngram, copying, work)
         survival = 1.0
-        for step in range(caps[request]):
+        for step in range(most):
             match, copied = find_copy(text, path, step, work)
             weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
