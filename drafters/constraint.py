@@ -24,6 +24,8 @@ def mask_logits(logits: Tensor, requests: Sequence[DraftRequest], lengths: Seque
     Each position is judged as if the drafter's best allowed tokens stood before it. That is exact for the first one,
     and for the others as long as the search takes those; a path that leaves them is cut by `keep_to_structure`.
     """
+    if all(request.constraint is None for request in requests):
+        return
     ends = list(accumulate(lengths))
     for request, length, end in zip(requests, lengths, ends, strict=True):
         if request.constraint is None:

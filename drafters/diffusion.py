@@ -230,6 +230,8 @@ class DiffusionDrafter:
             bounds_padding=True,
         )
         hidden = self._model.forward(rows, self._cache, self._target_states(blocks), self._hints(blocks))
+        if len(blocks) == 1:  # a slice is no copy
+            return self._for_target(self._model.logits(hidden[predicting[0] : predicting[-1] + 1]))
         return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
 
     def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
@@ -271,9 +273,11 @@ class DiffusionDrafter:
     def _for_target(self, logits: Tensor) -> Tensor:
         """Give the logits the target's width, with -inf where it has no token or the drafter none."""
         missing = self._vocabulary_size - logits.shape[1]
-        logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+        if missing > 0:
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         logits = logits[:, : self._vocabulary_size]
-        logits[:, self._first_padding :] = -torch.inf
+        if self._first_padding < self._vocabulary_size:
+            logits[:, self._first_padding :] = -torch.inf
         if self._excluded:
             logits[:, self._excluded] = -torch.inf
         return logits

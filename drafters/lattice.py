@@ -1,12 +1,12 @@
 """The candidates per draft position (Eq. 7)."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -62,15 +62,15 @@ class DraftLattice:
         row_starts = np.array([0, *accumulate(lengths)], np.int64)
         if logits.ndim != 2 or len(logits) != row_starts[-1]:
             raise ValueError(f"lengths sum to {row_starts[-1]} rows, but the logits have shape {tuple(logits.shape)}")
-        vocabulary = logits.shape[1]
-        ends = sorted({token for token in options.end_tokens if 0 <= token < vocabulary})
+        values = np.ascontiguousarray(logits.numpy(force=True), np.float32)
+        vocabulary = values.shape[1]
         return cls(
             row_starts=row_starts,
             longest=max(lengths, default=0),
-            logits=logits.detach().to("cpu", torch.float32).contiguous().numpy(),
+            logits=values,
             candidate_mass=options.candidate_mass,
             most_candidates=min(options.max_candidates, vocabulary),
-            end_tokens=np.array(ends, np.int64),
+            end_tokens=known_ids(options.end_tokens, vocabulary),
         )
 
     @property
@@ -89,3 +89,11 @@ class DraftLattice:
     def log_prob(self, row: int, token: int) -> float:
         """Natural log of the drafter's probability of any token in a row."""
         return float(self.logits[row, token] - self.candidates.log_normalisers[row])
+
+
+@functools.cache
+def known_ids(tokens: tuple[int, ...], vocabulary_size: int) -> NDArray[np.int64]:
+    """Those in the vocabulary, in order, each once."""
+    ids = np.array(sorted({token for token in tokens if 0 <= token < vocabulary_size}), np.int64)
+    ids.setflags(write=False)
+    return ids

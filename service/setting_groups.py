@@ -134,7 +134,7 @@ class SpeculationSettings(SettingsGroup):
     )
     diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
     copying: bool = Field(default=True, description="Let copies of the request's own text and n-grams draft.")
-    beam_width: int = Field(default=3, ge=1, le=64, description="Paths kept while searching (the paper's B).")
+    beam_width: int = Field(default=2, ge=1, le=64, description="Paths kept while searching (the paper's B, 3 there).")
     candidate_mass: float = Field(
         default=0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ)."
     )

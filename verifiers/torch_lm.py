@@ -13,7 +13,7 @@ from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
 from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
 from verifiers.distribution import token_weights
-from verifiers.draws import NO_TOKEN, draw
+from verifiers.draws import NO_TOKEN, draw, most_probable
 from verifiers.logprobs import token_logprobs
 from verifiers.sampling import apply_rules, changes_logits, restrict
 
@@ -158,9 +158,7 @@ class TorchVerifier:
                     except Exception:  # whatever is wrong with one request's rules stays with that request
                         log.exception("the sampling rules of a request failed")
                         rows.fill_(-torch.inf)
-        best = allowed.max(dim=-1)
-        # Not a number wins every maximum, and -inf only one where everything is banned.
-        tokens = torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
+        tokens = most_probable(allowed)
         sampled = [
             (row, request, len(request.tokens) + index)
             for request, span in zip(requests, spans, strict=True)

@@ -221,8 +221,10 @@ def _keep_best(room: Any, side: int, num_kept: int, score: float, beam: int, opt
 def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: Any, work: Any, found: Any) -> None:
     """Beam search (Eq. 8) for every request; without beams the raw argmax path is only scored.
 
-    The raw argmax path is scored along, and takes part at the end, so that the search never ends below it. Behind the
-    beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
+    The raw argmax path is scored along, mostly as one of the beams, and takes part at the end, so that the search never
+    ends below it.
+
+    Behind the beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
     """
     width, room = search.beam_width, _new_room(search)
     select_room = new_select_room(search.logits.shape[1], search.most_candidates)
@@ -238,19 +240,21 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
         raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
         side, num_beams, length = np.int64(0), np.int64(1 if search.use_beams else 0), np.int64(0)
         room.sums[0, 0] = 0.0
+        twin = num_beams - 1  # the beam that is the raw argmax path so far, or -1
         for step in range(num_steps):
-            num_new = np.int64(0)
+            num_new, next_twin = np.int64(0), np.int64(-1)
             for beam in range(width + 1):
-                if beam >= num_beams and not (beam == width and step < raw_length):
+                is_raw = step < raw_length and beam == (twin if twin >= 0 else width)
+                if beam >= num_beams and not is_raw:
                     continue
                 path = raw_path if beam == width else room.paths[side, beam]
                 count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, work)
                 for option in range(count):
                     token = room.option_tokens[option]
+                    if is_raw and token == raw_path[step]:
+                        raw_sum += room.option_scores[option, 0]
+                        _append(raw_path, raw_details, step, token, room.option_scores[option])
                     if beam == width:
-                        if token == raw_path[step]:
-                            raw_sum += room.option_scores[option, 0]
-                            _append(raw_path, raw_details, step, token, room.option_scores[option])
                         continue
                     score = room.sums[side, beam] + room.option_scores[option, 0]
                     if not contains(search.ends, len(search.ends), token):
@@ -264,6 +268,9 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
                 new_details = room.details[1 - side, beam]
                 _copy_path(room.paths[side, parent], room.details[side, parent], step, new_path, new_details)
                 _append(new_path, new_details, step, room.picks[beam, 1], room.pick_scores[beam])
+                if parent == twin and step < raw_length and room.picks[beam, 1] == raw_path[step]:
+                    next_twin = np.int64(beam)
+            twin = next_twin
             if num_new > 0:
                 side, length = np.int64(1) - side, np.int64(step + 1)
             num_beams = num_new

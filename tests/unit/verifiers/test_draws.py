@@ -10,7 +10,7 @@ from scipy import stats
 from tests.unit.verifiers.distributions import exact_probabilities
 from verifiers.base import SamplingRules
 from verifiers.distribution import token_weights
-from verifiers.draws import NO_TOKEN, draw
+from verifiers.draws import NO_TOKEN, draw, most_probable
 
 NUM_DRAWS = 200_000
 SMALLEST_P_VALUE = 1e-4  # the inputs are fixed, so this either holds for good or is a defect
@@ -67,3 +67,15 @@ def test_draws_follow_the_exact_distribution(rules: SamplingRules, varied: str) 
     assert stats.chisquare(counts[kept], expected[kept] * NUM_DRAWS).pvalue > SMALLEST_P_VALUE
     wrong = exact_probabilities(logits[0].double().numpy(), SamplingRules(0, temperature=rules.temperature * 1.05))
     assert stats.chisquare(counts, wrong * NUM_DRAWS).pvalue < 1e-10  # the test can tell
+
+
+def test_the_most_probable_token_of_a_row_with_anything_not_finite_is_none() -> None:
+    logits = torch.randn((9, 300), generator=torch.Generator().manual_seed(1))
+    logits[1, 5], logits[2, 0], logits[3, -1] = torch.nan, torch.nan, torch.nan
+    logits[4, 7], logits[5] = torch.inf, -torch.inf
+    logits[6, [9, 200]] = 50.0  # the first among equals
+    logits[7, 30:] = -torch.inf
+    expected = [int(logits[0].argmax()), *[NO_TOKEN] * 5, 9, int(logits[7].argmax()), int(logits[8].argmax())]
+    assert most_probable(logits) == expected
+    assert most_probable(torch.cat([logits, logits], 1)[:, :300]) == expected
+    assert most_probable(logits.double()) == expected  # as on a GPU
