@@ -32,7 +32,7 @@ def most_probable(logits: Tensor) -> list[int]:
     """
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         best = logits.max(dim=-1)
-        return torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()  # type: ignore[no-any-return]
+        return torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
     tokens = np.empty(len(logits), np.int64)
     _most_probable(logits.numpy(), tokens)
     return tokens.tolist()
