@@ -44,6 +44,11 @@ class SamplingRules:
         """Whether the most probable token is taken rather than drawn."""
         return self.temperature < LEAST_TEMPERATURE
 
+    @property
+    def temperature_alone(self) -> bool:
+        """Whether the temperature alone says how tokens are drawn from what the other rules leave."""
+        return self.top_k == 0 and self.top_p >= 1.0 and self.min_p == 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

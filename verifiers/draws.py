@@ -5,10 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from transformer.compiled import compiled
+from transformer.intrinsics import exponential
 from transformer.noise import draw_tokens, noise_keys
+from verifiers.base import SamplingRules
+from verifiers.distribution import token_weights
 
 NO_TOKEN = -1  # drawn where a row allows no token
 
@@ -18,11 +22,57 @@ def draw(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Ten
 
     Seeds count modulo 2^64. A weight of zero is never drawn; NO_TOKEN where a row has no other.
     """
-    words = np.array([seed % 2**64 for seed in seeds], np.uint64)
-    keys = noise_keys(words, np.array(positions, np.int64))
+    keys = _keys(seeds, positions)
     tokens = np.empty(len(keys), np.int64)
     draw_tokens(weights.float().cpu().contiguous().numpy(), keys, tokens)
     return torch.from_numpy(tokens)
+
+
+def draw_rows(
+    logits: Tensor, rows: Sequence[int], rules: Sequence[SamplingRules], positions: Sequence[int]
+) -> list[int]:
+    """The tokens that the rules draw from `logits[rows]` `[any, vocabulary]`, each of which has a finite largest.
+
+    Where there is a temperature and nothing else, that is one compiled call on the CPU. Which way a row takes depends
+    on its own rules alone.
+    """
+    has_kernel = logits.device.type == "cpu" and logits.dtype == torch.float32
+    tokens = np.full(len(rows), NO_TOKEN, np.int64)
+    simple: list[int] = []
+    others: list[int] = []
+    for index, rule in enumerate(rules):
+        (simple if has_kernel and rule.temperature_alone else others).append(index)
+    if simple:
+        keys = _keys([rules[i].seed for i in simple], [positions[i] for i in simple])
+        temperatures = np.array([rules[i].temperature for i in simple], np.float32)
+        drawn = np.empty(len(simple), np.int64)
+        _draw_by_temperature(logits.numpy(), np.array([rows[i] for i in simple]), temperatures, keys, drawn)
+        tokens[simple] = drawn
+    if others:
+        weights = token_weights(logits[[rows[i] for i in others]], [rules[i] for i in others])
+        tokens[others] = draw(weights, [rules[i].seed for i in others], [positions[i] for i in others]).numpy()
+    return tokens.tolist()
+
+
+def _keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
+    """What the noise of each seed (modulo 2^64) at each position is made from."""
+    keys: NDArray[np.uint64] = noise_keys(
+        np.array([seed % 2**64 for seed in seeds], np.uint64), np.array(positions, np.int64)
+    )
+    return keys
+
+
+@compiled
+def _draw_by_temperature(logits: Any, rows: Any, temperatures: Any, keys: Any, tokens: Any) -> None:
+    """Softmax with a temperature, then `draw_tokens`; what is -inf has a weight that is never drawn beside the rest."""
+    weights = np.empty((1, logits.shape[1]), np.float32)
+    for index in range(len(rows)):
+        row, largest = logits[rows[index]], np.float32(-np.inf)
+        for value in row:
+            largest = max(largest, value)
+        for token in range(len(row)):
+            weights[0, token] = exponential((row[token] - largest) / temperatures[index])
+        draw_tokens(weights, keys[index : index + 1], tokens[index : index + 1])
 
 
 def most_probable(logits: Tensor) -> list[int]:

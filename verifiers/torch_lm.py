@@ -12,8 +12,7 @@ from transformer.cache import lazy_zeros
 from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
 from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
-from verifiers.distribution import token_weights
-from verifiers.draws import NO_TOKEN, draw, most_probable
+from verifiers.draws import NO_TOKEN, draw_rows, most_probable
 from verifiers.logprobs import token_logprobs
 from verifiers.sampling import apply_rules, changes_logits, restrict
 
@@ -169,9 +168,8 @@ class TorchVerifier:
         if sampled:
             rows_taken = [row for row, _, _ in sampled]
             rules = [request.rules for _, request, _ in sampled]
-            weights = token_weights(allowed[rows_taken], rules)
-            drawn = draw(weights, [rule.seed for rule in rules], [position for _, _, position in sampled])
-            for row, token in zip(rows_taken, drawn.tolist(), strict=True):
+            drawn = draw_rows(allowed, rows_taken, rules, [position for _, _, position in sampled])
+            for row, token in zip(rows_taken, drawn, strict=True):
                 tokens[row] = token
         return tokens
 

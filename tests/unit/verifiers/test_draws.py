@@ -1,5 +1,7 @@
 """Draws, against exact distributions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,7 @@ from scipy import stats
 
 from tests.unit.verifiers.distributions import exact_probabilities
 from verifiers.base import SamplingRules
-from verifiers.distribution import token_weights
-from verifiers.draws import NO_TOKEN, draw, most_probable
+from verifiers.draws import NO_TOKEN, draw, draw_rows, most_probable
 
 NUM_DRAWS = 200_000
 SMALLEST_P_VALUE = 1e-4  # the inputs are fixed, so this either holds for good or is a defect
@@ -59,14 +60,36 @@ def test_other_tokens_weights_matter_only_where_they_win(seed: int, position: in
 def test_draws_follow_the_exact_distribution(rules: SamplingRules, varied: str) -> None:
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 1.5
     expected = exact_probabilities(logits[0].double().numpy(), rules)
-    keys = ([11] * NUM_DRAWS, range(NUM_DRAWS)) if varied == "positions" else (range(NUM_DRAWS), [11] * NUM_DRAWS)
-    drawn = draw(token_weights(logits, [rules]).expand(NUM_DRAWS, -1), *keys)
-    counts = np.bincount(drawn.numpy(), minlength=40)
+    seeds, positions = [11] * NUM_DRAWS, range(NUM_DRAWS)
+    if varied == "seeds":
+        seeds, positions = list(positions), range(11, 12)
+    seeded = [replace(rules, seed=seed) for seed in seeds]
+    drawn = draw_rows(logits, [0] * NUM_DRAWS, seeded, [*positions] * (NUM_DRAWS // len(positions)))
+    counts = np.bincount(drawn, minlength=40)
     kept = expected > 0
     assert counts[~kept].sum() == 0
     assert stats.chisquare(counts[kept], expected[kept] * NUM_DRAWS).pvalue > SMALLEST_P_VALUE
     wrong = exact_probabilities(logits[0].double().numpy(), SamplingRules(0, temperature=rules.temperature * 1.05))
     assert stats.chisquare(counts, wrong * NUM_DRAWS).pvalue < 1e-10  # the test can tell
+
+
+def test_a_row_draws_the_same_among_any_others_and_never_what_is_banned() -> None:
+    logits = torch.randn((12, 90), generator=torch.Generator().manual_seed(5))
+    logits[:, ::2] = -torch.inf
+    kinds = (
+        SamplingRules(3),
+        SamplingRules(4, temperature=0.01),
+        SamplingRules(5, top_k=7),
+        SamplingRules(6, min_p=0.2),
+    )
+    rows, rules = [11, 3, 3, 0, 7, 8], [kinds[i] for i in (0, 1, 2, 3, 0, 2)]
+    together = draw_rows(logits, rows, rules, range(40, 46))
+    alone = [
+        draw_rows(logits, [row], [rule], [40 + i])[0] for i, (row, rule) in enumerate(zip(rows, rules, strict=True))
+    ]
+    assert together == alone
+    assert all(token % 2 == 1 for token in together)
+    assert together[1] == int(logits[3].argmax())
 
 
 def test_the_most_probable_token_of_a_row_with_anything_not_finite_is_none() -> None:
