@@ -1,6 +1,8 @@
 """One request's draft in the making, and what is remembered of the request from step to step."""
 
+import operator
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -90,11 +92,12 @@ class Candidate:
         if length == 0:
             none = _NOT_WORTH_IT if self.tokens else _NO_CANDIDATES
             return none if path is None else replace(none, **_found(path))
+        chances = calibrated.tolist()
         return Draft(
             tokens=self.tokens[:length],
             source="diffusion" if path else "copy",
-            confidences=tuple(calibrated.tolist()),
-            expected_accepted=float(calibrated.cumprod().sum()),
+            confidences=tuple(chances),
+            expected_accepted=sum(accumulate(chances, operator.mul)),
             **({} if path is None else _found(path)),
         )
 

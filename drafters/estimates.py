@@ -33,14 +33,15 @@ class Calibration:
 
         rate: least weight of a draft token.
         """
-        self._confidences: Floats = np.linspace(0.0, 1.0, self.KNOTS)
-        self._rates: Floats = np.outer(PRIORS, self._confidences * prior_scale)
+        self._rates: Floats = np.outer(PRIORS, np.linspace(0.0, prior_scale, self.KNOTS))
         self._seen: Floats = np.full(self._rates.shape, PRIOR_STRENGTH)
         self._rate = rate
 
-    def estimate(self, confidences: NDArray[np.floating], heat: int) -> Floats:
+    def estimate(self, confidences: Floats, heat: int) -> Floats:
         """Acceptance of each token, given that all before it are accepted. heat: from `temperature_class`."""
-        return np.asarray(np.interp(confidences, self._confidences, self._rates[heat]))
+        estimates = np.empty(len(confidences))
+        _estimate(confidences, self._rates[heat], estimates)
+        return estimates
 
     def accumulate(
         self, confidences: Floats, heat: int, factor: float, accepted: Floats, first: int = 0, survival: float = 1.0
@@ -52,9 +53,24 @@ class Calibration:
         """
         return float(_accumulate_accepted(confidences, self._rates[heat], factor, accepted, first, survival))
 
-    def observe(self, confidences: NDArray[np.floating], num_accepted: int, heat: int) -> None:
+    def observe(self, confidences: Floats, num_accepted: int, heat: int) -> None:
         """Take in one verified draft: its first `num_accepted` tokens were right, the next one (if any) was not."""
         _observe_draft(confidences, num_accepted, self._rate, self._rates[heat], self._seen[heat])
+
+
+@compiled
+def _rate_at(confidence: float, rates: Floats) -> float:
+    """On the lines between the knots."""
+    place = min(max(confidence, 0.0), 1.0) * (len(rates) - 1)
+    knot = min(int(place), len(rates) - 2)
+    return float(rates[knot] + (place - knot) * (rates[knot + 1] - rates[knot]))
+
+
+@compiled
+def _estimate(confidences: Floats, rates: Floats, estimates: Floats) -> None:
+    """`Calibration.estimate` in one class of temperatures."""
+    for index in range(len(confidences)):
+        estimates[index] = _rate_at(confidences[index], rates)
 
 
 @compiled
@@ -79,13 +95,9 @@ def _accumulate_accepted(
     """`Calibration.accumulate`, compiled: it runs for every request in every step."""
     total = accepted[first] if first > 0 else 0.0
     accepted[first] = total
-    last = len(rates) - 1
     for position in range(first, len(accepted) - 1):
         if position - first < len(confidences):
-            place = min(max(confidences[position - first], 0.0), 1.0) * last
-            knot = min(int(place), last - 1)
-            rate = rates[knot] + (place - knot) * (rates[knot + 1] - rates[knot])
-            survival *= min(rate * factor, 0.99)
+            survival *= min(_rate_at(confidences[position - first], rates) * factor, 0.99)
             total += survival
         accepted[position + 1] = total
     return survival
@@ -132,14 +144,15 @@ class DiffusionForecast:
         accepted = np.concatenate([[0.0], np.cumsum(prior ** np.arange(1, longest + 1))])
         promised = np.array([0.0, *self.PROMISES])[:, None]
         self._gains: Floats = np.tile(np.maximum(accepted - promised, 0.0), (shape[0], 1, 1))  # [..., 1 + longest]
-        self._most: Floats = self._gains.max(-1)
+        self._most: list[list[float]] = self._gains.max(-1).tolist()
         self._seen = np.full(shape, PRIOR_STRENGTH)
         self._rate = rate
         self._kept = [[Agreement(memory=0.98) for _ in range(shape[1])] for _ in range(shape[0])]
 
     def is_worth(self, where: tuple[int, int], factor: float, least: float) -> bool:
         """Whether any draft gains at least `least` tokens, in the light of a request's `factor`."""
-        return bool(factor * self._kept[where[0]][where[1]].factor * self._most[where] >= least)
+        heat, promise = where
+        return factor * self._kept[heat][promise].factor * self._most[heat][promise] >= least
 
     def classes(self, heat: int, promise: float) -> tuple[int, int]:
         """heat: from `temperature_class`. promise: expected accepted tokens of the free draft."""
@@ -162,7 +175,7 @@ class DiffusionForecast:
         self._seen[where] += 1.0
         stored = self._gains[where][: cap + 1]
         stored += max(self._rate, 1.0 / self._seen[where]) * (gains[: cap + 1] - stored)
-        self._most[where] = self._gains[where].max()
+        self._most[where[0]][where[1]] = float(stored.max())
 
 
 @dataclass(slots=True)

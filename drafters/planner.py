@@ -105,15 +105,16 @@ class DraftPlanner:
             candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
             is_worth |= self._forecast.is_worth(where, candidate.state.agreement.forecast.factor, LEAST_GAIN)
         is_exploring = self._exploration_seconds >= self._exploration_price
-        chosen = np.zeros(len(adaptive), np.bool_)
+        if not is_worth and not is_exploring:
+            for candidate in adaptive:
+                candidate.state.waited_steps += 1
+            return
+        pending = [min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) for candidate in adaptive]
+        draft_rows = np.array(pending, np.float64) + [min(candidate.cap, longest) for candidate in adaptive]
+        chosen = self._choose(adaptive, draft_rows) if is_worth else np.zeros(len(adaptive), np.bool_)
         explored = None
-        if is_worth or is_exploring:
-            pending = [min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) for candidate in adaptive]
-            draft_rows = np.array(pending, np.float64) + [min(candidate.cap, longest) for candidate in adaptive]
-            if is_worth:
-                chosen = self._choose(adaptive, draft_rows)
-            if is_exploring and not chosen.all():
-                explored = self._explore(adaptive, chosen, draft_rows, longest)
+        if is_exploring and not chosen.all():
+            explored = self._explore(adaptive, chosen, draft_rows, longest)
         for i, (candidate, is_chosen) in enumerate(zip(adaptive, chosen.tolist(), strict=True)):
             if is_chosen or i == explored:
                 candidate.diffusion_length = min(candidate.cap, longest)
