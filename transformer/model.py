@@ -31,8 +31,11 @@ __all__ = ["CheckpointError", "RowBatch", "Transformer"]
 class Transformer:
     """Weights on one device, in one dtype. Stateless: sequences live in the cache."""
 
-    def __init__(self, config: TransformerConfig, weights: dict[str, Tensor]) -> None:
-        """Take over `weights` (hub names, as `load_weights` gives them); the dictionary is emptied on the way."""
+    def __init__(self, config: TransformerConfig, weights: dict[str, Tensor], by_layer: bool = False) -> None:
+        """Take over `weights` (hub names, as `load_weights` gives them); the dictionary is emptied on the way.
+
+        by_layer: never take the compiled way, to compare with.
+        """
         self.config = config
         with torch.inference_mode():
             self._embedding = weights.pop("model.embed_tokens.weight")
@@ -48,7 +51,8 @@ class Transformer:
                 self._hints = torch.nn.functional.pad(gated, (0, 0, 0, 1))
             self._final_norm = folded_norm(weights.pop("model.norm.weight")).to(self.dtype)
             self._layers = [take_layer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)]
-            self._compiled = CompiledLayers.where_possible(config, self._layers, self._final_norm)
+            possible = CompiledLayers.where_possible(config, self._layers, self._final_norm)
+            self._compiled = None if by_layer else possible
             self._rotations = rotary_table(config, config.max_positions).to(self.device)
             self._epsilon = torch.tensor(math.sqrt(config.hidden_size * config.rms_norm_eps), device=self.device)
 

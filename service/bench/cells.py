@@ -11,6 +11,7 @@ from torch import Tensor
 from drafters import prompt_lookup
 from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
+from drafters.ngram import NgramModel
 from drafters.pipeline import DraftPipeline
 from drafters.planner import LengthOptions
 from service.bench.records import Role
@@ -21,7 +22,7 @@ from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-Kind = Literal["service", "copy", "prompt-lookup"]
+Kind = Literal["service", "copy", "ngram", "prompt-lookup"]
 DrafterUse = Literal["none", "real", "garbage"]
 
 
@@ -61,6 +62,7 @@ CELLS = (
     Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
     Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),
     Cell("copy", "the request's own text, length policy goodput", kind="copy"),
+    Cell("ngram", "the n-gram model alone, length policy goodput", kind="ngram"),
     Cell(
         "free",
         "the request's own text and n-grams, length policy goodput: the best draft without a model",
@@ -136,11 +138,12 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     speculation = settings.speculation.model_copy(update=dict(cell.overrides))
     if cell.kind == "prompt-lookup":
         return PromptLookupDrafting(speculation.fixed_draft_tokens)
-    if cell.kind == "copy":
-        target = models.target
-        causal = CausalModel(target.vocabulary_size, end_tokens=target.end_token_ids)
+    if cell.kind in ("copy", "ngram"):
+        target, folder = models.target, settings.model.ngram_folder
+        ngram = NgramModel.load(folder) if cell.kind == "ngram" and folder is not None else None
+        causal = CausalModel(target.vocabulary_size, ngram, end_tokens=target.end_token_ids, use_copy=ngram is None)
         lengths = LengthOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
-        return DraftPipeline(causal, None, None, lengths, "copy")
+        return DraftPipeline(causal, None, None, lengths, cell.kind)
     changed = settings.model_copy(update={"speculation": speculation})
     return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
 
