@@ -1,7 +1,6 @@
 """Drafts that keep to a request's structure: what may not be written is not drafted, what must be written is."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -64,4 +63,4 @@ def keep_path_to_structure(request: DraftRequest, path: Path, most: int) -> Path
     if request.constraint is None:
         return path
     tokens, confidences = keep_to_structure(request, path.tokens, path.confidences, most)
-    return replace(path, tokens=tokens, confidences=confidences)
+    return path._replace(tokens=tokens, confidences=confidences)

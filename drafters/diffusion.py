@@ -231,8 +231,11 @@ class DiffusionDrafter:
         )
         hidden = self._model.forward(rows, self._cache, self._target_states(blocks), self._hints(blocks))
         if len(blocks) == 1:  # a slice is no copy
-            return self._for_target(self._model.logits(hidden[predicting[0] : predicting[-1] + 1]))
-        return self._for_target(self._model.logits(hidden[torch.tensor(predicting, device=device)]))
+            predicted = hidden[predicting[0] : predicting[-1] + 1]
+        else:
+            predicted = hidden[torch.tensor(predicting, device=device)]
+        width = min(self._vocabulary_size, self._model.config.vocabulary_size)  # the masks' own logits are of no use
+        return self._for_target(self._model.logits(predicted, width))
 
     def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
         """What the target knew at every row: `[rows, target hidden]`, zero for masks and where it is unknown."""
@@ -271,11 +274,10 @@ class DiffusionDrafter:
         return [*range(block.start + 1, block.clean_end + 1), *[block.end] * (len(block.tokens) - num_clean)]
 
     def _for_target(self, logits: Tensor) -> Tensor:
-        """Give the logits the target's width, with -inf where it has no token or the drafter none."""
+        """Fill the logits up to the target's width; -inf where it has no token, or the drafter none."""
         missing = self._vocabulary_size - logits.shape[1]
         if missing > 0:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-        logits = logits[:, : self._vocabulary_size]
         if self._first_padding < self._vocabulary_size:
             logits[:, self._first_padding :] = -torch.inf
         if self._excluded:

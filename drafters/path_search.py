@@ -10,8 +10,7 @@ and finished and unfinished paths are compared by their mean score per token, wh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +34,7 @@ from drafters.lattice import DraftLattice
 LOG_FLOOR = -20.0  # nats
 
 
-@dataclass(frozen=True, slots=True)
-class Path:
+class Path(NamedTuple):
     """What the search chose for one request, with what it knew of every token."""
 
     tokens: tuple[int, ...]  # ends with an end token, or where the lattice does

@@ -29,8 +29,8 @@ class FaultyTransformer(Transformer):
         self.fault = fault
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = super().logits(hidden)
+    def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
+        logits = super().logits(hidden, num_tokens)
         if self.fault == "none":
             return logits
         self.num_faults += 1

@@ -29,14 +29,20 @@ class Matrix:
         """Where the panels are, for compiled callers; 0 if there are none."""
         return 0 if self._panels is None else self._panels.data_ptr()
 
+    def multiply_first(self, rows: Tensor, num_outputs: int) -> Tensor:
+        """The first columns of `rows [n, in] @ weight`, as `[n, num_outputs]`."""
+        if num_outputs % LANES or not self._takes(rows):
+            return rows @ self._weight[:, :num_outputs]
+        product = rows.new_empty(len(rows), num_outputs)
+        self._run(self._kernels.store, rows, product)
+        return product
+
     def multiply(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """`rows [n, in] @ weight + bias`, as `[n, out]`."""
-        if not self._takes(rows):
-            return rows @ self._weight if bias is None else torch.addmm(bias, rows, self._weight)
         if bias is None:
-            product = rows.new_empty(len(rows), self._outputs)
-            self._run(self._kernels.store, rows, product)
-            return product
+            return self.multiply_first(rows, self._outputs)
+        if not self._takes(rows):
+            return torch.addmm(bias, rows, self._weight)
         return self.add_product(bias.expand(len(rows), -1).clone(memory_format=torch.contiguous_format), rows)
 
     def add_product(self, total: Tensor, rows: Tensor) -> Tensor:
@@ -54,7 +60,7 @@ class Matrix:
         assert rows.shape[1] == self._inputs
         assert out.is_contiguous()
         rows = rows.contiguous()
-        kernel(rows.data_ptr(), self._panels.data_ptr(), out.data_ptr(), self._inputs, self._outputs, len(rows))
+        kernel(rows.data_ptr(), self._panels.data_ptr(), out.data_ptr(), self._inputs, out.shape[1], len(rows))
 
 
 def suits_kernels(num_rows: int) -> bool:

@@ -119,9 +119,9 @@ class Transformer:
         return self._normalized(hidden) * self._final_norm
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states [n, hidden], float32 [n, vocabulary]."""
-        return self._head.multiply(hidden).float()
+    def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Logits of hidden states [n, hidden], float32 [n, vocabulary]; num_tokens: of so many first ones alone."""
+        return self._head.multiply_first(hidden, num_tokens or self.config.vocabulary_size).float()
 
     def _attend(self, hidden: Tensor, index: int, layer: Layer, attention: Attention, rotations: Tensor) -> Tensor:
         normalized = self._normalized(hidden)

@@ -152,8 +152,8 @@ class ShiftedTransformer(Transformer):
     """A drafter's weights made useless: every logit is given to the next token id."""
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        return super().logits(hidden).roll(1, dims=1)
+    def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
+        return super().logits(hidden, num_tokens).roll(1, dims=1)
 
 
 class PromptLookupDrafting:
