@@ -172,8 +172,9 @@ def _select(search: Any, room: Any, select_room: Any, request: int, found: Any) 
     count, total = np.int64(0), np.int64(0)
     for row in range(first, last):
         width, log_normaliser = select_row(
-            search.logits[row], search.candidate_mass, search.lattice_ends, select_room, room.candidates[row - first]
-        )
+            search.logits[row], search.candidate_mass, search.most_candidates, search.lattice_ends, select_room,
+            room.candidates[row - first],
+        )  # fmt: skip
         room.widths[row - first], room.log_normalisers[row - first] = width, log_normaliser
         total += width
         if width > 0 and count == row - first:
@@ -227,7 +228,7 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
     Behind the beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
     """
     width, room = search.beam_width, _new_room(search)
-    select_room = new_select_room(search.logits.shape[1], search.most_candidates)
+    select_room = new_select_room(search.logits.shape[1])
     raw_path, raw_details = room.paths[0, width], room.details[0, width]
     finished_path, finished_details = room.paths[1, width], room.details[1, width]
     for request in range(len(starts) - 1):
