@@ -50,7 +50,7 @@ class CompiledLayers:
     def run(self, hidden: Tensor, rows: RowBatch, cache: KeyValueCache, rotations: Tensor) -> Tensor:
         """Carry `hidden` [rows, hidden] through the layers and the final norm, in place; see `Transformer.forward`.
 
-        rotations: complex64 [positions, 1, head_dim / 2].
+        rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError for rows that don't fit the cache.
         """
         counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
         firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -60,7 +60,9 @@ class CompiledLayers:
             limits = rows.limits.numpy()
         turns = torch.view_as_real(rotations).view(len(rotations), -1).numpy()
         slots = np.array(rows.slots, np.int64)
-        run_layers(hidden.numpy(), Rows(firsts, slots, starts, limits), self._arrays, turns, cache.entries.numpy())
+        places = Rows(firsts, slots, starts, limits)
+        if not run_layers(hidden.numpy(), places, self._arrays, turns, cache.entries.numpy()):
+            raise IndexError(f"rows beyond the cache of {cache.num_slots} slots of {cache.length} positions")
         return hidden
 
 

@@ -137,13 +137,28 @@ def attend(
 
 
 @compiled
-def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any) -> None:
-    """Carry `hidden` [rows, hidden] through all layers and the final norm, in place.
+def fits(rows: Any, num_rows: int, entries: Any) -> bool:
+    """Whether all rows have their place in the cache: the loops below do not look."""
+    _, num_slots, _, length, _ = entries.shape
+    if rows.firsts[len(rows.slots)] != num_rows or len(rows.limits) != num_rows:
+        return False
+    for sequence in range(len(rows.slots)):
+        first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
+        if not (0 <= rows.slots[sequence] < num_slots and 0 <= first < stop and 0 <= start <= length - (stop - first)):
+            return False
+    return num_rows > 0 and rows.limits.min() > 0 and rows.limits.max() <= length
+
+
+@compiled
+def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any) -> bool:
+    """Carry `hidden` [rows, hidden] through all layers and the final norm, in place; False if rows don't fit the cache.
 
     rotations: [positions, head_dim] cosine and sine of every pair. entries: the cache [layers, slots, 2 * kv_heads,
     length, head_dim], which gets all rows' keys and values.
     """
     num_rows, width = hidden.shape
+    if not fits(rows, num_rows, entries) or len(rotations) < entries.shape[3]:
+        return False
     num_layers, _, num_kept, _, head_dim = entries.shape
     num_heads, num_turned = arrays.num_heads, arrays.num_heads + num_kept // 2
     qkv = np.empty((num_rows, (num_heads + num_kept) * head_dim), np.float32)
@@ -194,3 +209,4 @@ def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any
     for row in range(num_rows):
         for index in range(width):
             hidden[row, index] *= arrays.final_norm[index]
+    return True

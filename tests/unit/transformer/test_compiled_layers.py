@@ -80,6 +80,19 @@ def test_what_is_no_number_stays_so_and_stays_with_its_sequence(tmp_path: Path, 
     assert not rows[10:].isfinite().all(dim=1).any()
 
 
+@pytest.mark.parametrize(
+    ("slot", "start", "count", "limits"),
+    [(0, 195, 6, None), (2, 0, 3, None), (-1, 0, 3, None), (0, -1, 3, None), (0, 0, 3, [1, 2, 201]), (0, 0, 3, [1, 2])],
+)
+def test_rows_beyond_the_cache_are_refused(
+    tmp_path: Path, slot: int, start: int, count: int, limits: list[int] | None
+) -> None:
+    model = load(tmp_path, "llama")
+    bounds = None if limits is None else torch.tensor(limits)
+    with pytest.raises(IndexError, match="2 slots of 200 positions"):
+        model.forward(RowBatch(random_tokens(count), [slot], [start], [count], bounds), model.new_cache(2, LENGTH))
+
+
 def test_models_that_the_kernels_do_not_suit_go_layer_by_layer(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama", hidden_size=64, head_dim=16)
     assert not Transformer.load(tmp_path, dtype=torch.bfloat16).is_compiled
