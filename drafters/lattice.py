@@ -62,7 +62,7 @@ class DraftLattice:
         row_starts = np.array([0, *accumulate(lengths)], np.int64)
         if logits.ndim != 2 or len(logits) != row_starts[-1]:
             raise ValueError(f"lengths sum to {row_starts[-1]} rows, but the logits have shape {tuple(logits.shape)}")
-        values = np.ascontiguousarray(logits.numpy(force=True), np.float32)
+        values = np.ascontiguousarray(logits.float().numpy(force=True))
         vocabulary = values.shape[1]
         return cls(
             row_starts=row_starts,
@@ -79,7 +79,7 @@ class DraftLattice:
 
     @cached_property
     def candidates(self) -> Candidates:
-        """All candidates, to look at."""
+        """All candidates, to look at: what a search would select."""
         rows, width = len(self.logits), self.most_candidates + len(self.end_tokens)
         tokens, widths = np.empty((rows, width), np.int32), np.empty(rows, np.int64)
         log_normalisers = np.empty(rows, np.float32)

@@ -26,7 +26,7 @@ from service.setting_groups import NO_DRAFTER
 from service.settings import Settings
 from service.text.tokenizer import TextTokenizer
 from transformer.config import CheckpointError, TransformerConfig
-from verifiers.base import Verifier
+from verifiers.base import SamplingRules, Verifier, VerifyRequest
 
 if TYPE_CHECKING:
     from drafters.causal_scorer import CausalModel
@@ -128,7 +128,6 @@ def load_parts(
     import torch
 
     from transformer.model import Transformer
-    from verifiers.draws import draw
     from verifiers.torch_lm import TorchVerifier
 
     model = settings.model
@@ -155,8 +154,14 @@ def load_parts(
     progress("compiling the drafting kernels (kept for the next start)", 0.9)
     pipeline = build_pipeline(settings, target.config, drafter, on_drafter)
     warm_up(pipeline)
-    draw(torch.ones(1, 2), [0], [0])
+    warm_up_verifier(verifier)
     return verifier, pipeline
+
+
+def warm_up_verifier(verifier: Verifier) -> None:
+    """Draw once in every way, for the same reason."""
+    for rules in (SamplingRules(0, temperature=0.0), SamplingRules(0), SamplingRules(0, top_p=0.5)):
+        verifier.verify([VerifyRequest(0, [0, 0], 2, 0, 2, (0, 0), rules)])
 
 
 def warm_up(pipeline: "DraftPipeline") -> None:

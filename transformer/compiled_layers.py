@@ -29,6 +29,8 @@ class CompiledLayers:
             output_bias=joined([layer.output_bias for layer in layers], 2),
             final_norm=final_norm.numpy(),
             num_heads=config.num_heads,
+            num_shared=config.num_key_value_heads,
+            head_dim=config.head_dim,
             intermediate=config.intermediate_size,
             epsilon=config.rms_norm_eps * config.hidden_size,
             head_epsilon=config.rms_norm_eps * config.head_dim,
@@ -50,7 +52,7 @@ class CompiledLayers:
     def run(self, hidden: Tensor, rows: RowBatch, cache: KeyValueCache, rotations: Tensor) -> Tensor:
         """Carry `hidden` [rows, hidden] through the layers and the final norm, in place; see `Transformer.forward`.
 
-        rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError for rows that don't fit the cache.
+        rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError for rows, or a cache, that do not fit.
         """
         counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
         firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -62,7 +64,7 @@ class CompiledLayers:
         slots = np.array(rows.slots, np.int64)
         places = Rows(firsts, slots, starts, limits)
         if not run_layers(hidden.numpy(), places, self._arrays, turns, cache.entries.numpy()):
-            raise IndexError(f"rows beyond the cache of {cache.num_slots} slots of {cache.length} positions")
+            raise IndexError(f"rows that do not fit the cache of {cache.num_slots} slots of {cache.length} positions")
         return hidden
 
 

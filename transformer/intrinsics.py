@@ -41,11 +41,11 @@ def exponential(x: Any) -> Any:
     The library's exponential does not, and costs ten times as much. Here it is `2**whole` by its bits, times a Taylor
     series of what is left. Not-a-number becomes 1e-38.
     """
+    x = x if x > np.float32(-87.3) else np.float32(-87.3)
+    x = x if x < np.float32(87.3) else np.float32(87.3)
     power = x * np.float32(1.44269504)
-    power = power if power > np.float32(-126.0) else np.float32(-126.0)
-    power = power if power < np.float32(126.0) else np.float32(126.0)
     whole = np.int32(power + (np.float32(0.5) if power > np.float32(0.0) else np.float32(-0.5)))
-    x = (power - np.float32(whole)) * np.float32(0.69314718)
+    x = (x - np.float32(whole) * np.float32(0.693359375)) + np.float32(whole) * np.float32(2.12194440e-4)  # ln 2, twice
     series = np.float32(1 / 120) + x * np.float32(1 / 720)
     series = np.float32(1 / 6) + x * (np.float32(1 / 24) + x * series)
     series = np.float32(1.0) + x * (np.float32(1.0) + x * (np.float32(0.5) + x * series))

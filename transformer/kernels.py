@@ -28,6 +28,8 @@ class LayerArrays(NamedTuple):
     output_bias: Numbers  # [layers, hidden]
     final_norm: Numbers  # [hidden]
     num_heads: int
+    num_shared: int  # key-value heads
+    head_dim: int
     intermediate: int
     epsilon: float  # of the norms, times the hidden size
     head_epsilon: float  # times head_dim
@@ -137,16 +139,21 @@ def attend(
 
 
 @compiled
-def fits(rows: Any, num_rows: int, entries: Any) -> bool:
-    """Whether all rows have their place in the cache: the loops below do not look."""
-    _, num_slots, _, length, _ = entries.shape
-    if rows.firsts[len(rows.slots)] != num_rows or len(rows.limits) != num_rows:
+def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) -> bool:
+    """Whether the cache is the model's and all rows have their place in it: the loops below do not look."""
+    num_layers, num_slots, num_kept, length, head_dim = entries.shape
+    if (num_layers, num_kept, head_dim) != (len(arrays.panels), 2 * arrays.num_shared, arrays.head_dim):
         return False
-    for sequence in range(len(rows.slots)):
+    sequences = len(rows.slots)
+    if len(rows.firsts) != sequences + 1 or len(rows.starts) != sequences or len(rotations) < length:
+        return False
+    if num_rows == 0 or rows.firsts[sequences] != num_rows or len(rows.limits) != num_rows:
+        return False
+    for sequence in range(sequences):
         first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
         if not (0 <= rows.slots[sequence] < num_slots and 0 <= first < stop and 0 <= start <= length - (stop - first)):
             return False
-    return num_rows > 0 and rows.limits.min() > 0 and rows.limits.max() <= length
+    return bool(rows.limits.min() > 0 and rows.limits.max() <= length)
 
 
 @compiled
@@ -157,7 +164,7 @@ def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any
     length, head_dim], which gets all rows' keys and values.
     """
     num_rows, width = hidden.shape
-    if not fits(rows, num_rows, entries) or len(rotations) < entries.shape[3]:
+    if not fits(rows, num_rows, arrays, rotations, entries):
         return False
     num_layers, _, num_kept, _, head_dim = entries.shape
     num_heads, num_turned = arrays.num_heads, arrays.num_heads + num_kept // 2

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from transformer.product import LANES, Kernel, product_kernels
+from transformer.product import LANES, Kernel, has_fast_sums, product_kernels
 
 MOST_KERNEL_ROWS = 48  # beyond it the library can use several threads; where there is one, the kernel is faster
 MOST_ROWS_ALONE = 256  # up to here
@@ -18,7 +18,7 @@ class Matrix:
         self._weight = weight
         self._inputs, self._outputs = weight.shape
         self._panels: Tensor | None = None
-        small = weight.numel() <= MOST_PACKED_ENTRIES and self._outputs % LANES == 0
+        small = has_fast_sums() and weight.numel() <= MOST_PACKED_ENTRIES and self._outputs % LANES == 0
         if small and weight.device.type == "cpu" and weight.dtype == torch.float32:
             panels = weight.view(self._inputs, self._outputs // LANES, LANES)
             self._panels = panels.permute(1, 0, 2).contiguous()
@@ -58,6 +58,9 @@ class Matrix:
     def _run(self, kernel: Kernel, rows: Tensor, out: Tensor) -> None:
         assert self._panels is not None
         assert rows.shape[1] == self._inputs
+        assert len(out) == len(rows)
+        assert out.shape[1] <= self._outputs
+        assert rows.dtype == out.dtype == torch.float32
         assert out.is_contiguous()
         rows = rows.contiguous()
         kernel(rows.data_ptr(), self._panels.data_ptr(), out.data_ptr(), self._inputs, out.shape[1], len(rows))

@@ -121,7 +121,8 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
         """Logits of hidden states [n, hidden], float32 [n, vocabulary]; num_tokens: of so many first ones alone."""
-        return self._head.multiply_first(hidden, num_tokens or self.config.vocabulary_size).float()
+        width = self.config.vocabulary_size if num_tokens is None else num_tokens
+        return self._head.multiply_first(hidden, width).float()
 
     def _attend(self, hidden: Tensor, index: int, layer: Layer, attention: Attention, rotations: Tensor) -> Tensor:
         normalized = self._normalized(hidden)

@@ -39,6 +39,12 @@ class Kernels:
 
 
 @functools.cache
+def has_fast_sums() -> bool:
+    """Whether this machine multiplies and adds in one instruction; emulated, the kernels would be of no use."""
+    return bool(llvm.get_host_cpu_features().get("fma", True))  # a feature's name on x86 alone
+
+
+@functools.cache
 def product_kernels() -> Kernels:
     """Compiled for this machine; takes about a second."""
     module = ir.Module()

@@ -29,14 +29,21 @@ def draw(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Ten
 
 
 def draw_rows(
-    logits: Tensor, rows: Sequence[int], rules: Sequence[SamplingRules], positions: Sequence[int]
+    logits: Tensor,
+    rows: Sequence[int],
+    rules: Sequence[SamplingRules],
+    positions: Sequence[int],
+    num_tokens: int | None = None,
 ) -> list[int]:
     """The tokens that the rules draw from `logits[rows]` `[any, vocabulary]`, each of which has a finite largest.
+
+    num_tokens: ids from there on are never drawn.
 
     Where there is a temperature and nothing else, that is one compiled call on the CPU. Which way a row takes depends
     on its own rules alone.
     """
     has_kernel = logits.device.type == "cpu" and logits.dtype == torch.float32
+    width = num_tokens or logits.shape[1]
     tokens = np.full(len(rows), NO_TOKEN, np.int64)
     simple: list[int] = []
     others: list[int] = []
@@ -46,10 +53,11 @@ def draw_rows(
         keys = _keys([rules[i].seed for i in simple], [positions[i] for i in simple])
         temperatures = np.array([rules[i].temperature for i in simple], np.float32)
         drawn = np.empty(len(simple), np.int64)
-        _draw_by_temperature(logits.numpy(), np.array([rows[i] for i in simple]), temperatures, keys, drawn)
+        chosen = np.array([rows[i] for i in simple])
+        _draw_by_temperature(logits.contiguous().numpy(), width, chosen, temperatures, keys, drawn)
         tokens[simple] = drawn
     if others:
-        weights = token_weights(logits[[rows[i] for i in others]], [rules[i] for i in others])
+        weights = token_weights(logits[[rows[i] for i in others], :width], [rules[i] for i in others])
         tokens[others] = draw(weights, [rules[i].seed for i in others], [positions[i] for i in others]).numpy()
     return tokens.tolist()
 
@@ -63,11 +71,11 @@ def _keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
 
 
 @compiled
-def _draw_by_temperature(logits: Any, rows: Any, temperatures: Any, keys: Any, tokens: Any) -> None:
+def _draw_by_temperature(logits: Any, width: int, rows: Any, temperatures: Any, keys: Any, tokens: Any) -> None:
     """Softmax with a temperature, then `draw_tokens`; what is -inf has a weight that is never drawn beside the rest."""
-    weights = np.empty((1, logits.shape[1]), np.float32)
+    weights = np.empty((1, width), np.float32)
     for index in range(len(rows)):
-        row, largest = logits[rows[index]], np.float32(-np.inf)
+        row, largest = logits[rows[index], :width], np.float32(-np.inf)
         for value in row:
             largest = max(largest, value)
         for token in range(len(row)):
@@ -75,24 +83,26 @@ def _draw_by_temperature(logits: Any, rows: Any, temperatures: Any, keys: Any, t
         draw_tokens(weights, keys[index : index + 1], tokens[index : index + 1])
 
 
-def most_probable(logits: Tensor) -> list[int]:
+def most_probable(logits: Tensor, num_tokens: int | None = None) -> list[int]:
     """The token with the largest of each row of `logits` `[rows, vocabulary]`, the first among equals.
+
+    num_tokens: of so many first ones.
 
     NO_TOKEN where the largest is not finite: not a number counts as such, and -inf only where everything is banned.
     """
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        best = logits.max(dim=-1)
+        best = logits[:, :num_tokens].max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
     tokens = np.empty(len(logits), np.int64)
-    _most_probable(logits.numpy(), tokens)
+    _most_probable(logits.contiguous().numpy(), num_tokens or logits.shape[1], tokens)
     return tokens.tolist()
 
 
 @compiled
-def _most_probable(logits: Any, tokens: Any) -> None:
+def _most_probable(logits: Any, width: int, tokens: Any) -> None:
     for row in range(len(logits)):
         best, largest, doubt = np.int64(NO_TOKEN), -np.float32(np.inf), np.float32(0.0)
-        for token in range(logits.shape[1]):
+        for token in range(width):
             value = logits[row, token]
             if value > largest:
                 best, largest = np.int64(token), value

@@ -149,20 +149,20 @@ class TorchVerifier:
 
     def _draw(self, requests: Sequence[VerifyRequest], logits: Tensor, spans: Sequence[RowSpan]) -> list[int]:
         """The target's own token for each row of `logits`; NO_TOKEN where there is none."""
-        allowed = logits[:, : self._num_tokens]
+        allowed = logits
         changed = [changes_logits(request.rules) or request.allowed is not None for request in requests]
         if any(changed):
-            allowed = allowed.clone()  # log probabilities are reported from the raw ones
+            allowed = logits.clone()  # log probabilities are reported from the raw ones
             for request, span, is_changed in zip(requests, spans, changed, strict=True):
                 if is_changed and span.drawn.stop > span.drawn.start:
-                    rows = allowed[span.drawn]
+                    rows = allowed[span.drawn, : self._num_tokens]
                     try:
                         restrict(rows, request.allowed)
                         apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
                     except Exception:  # whatever is wrong with one request's rules stays with that request
                         log.exception("the sampling rules of a request failed")
                         rows.fill_(-torch.inf)
-        tokens = most_probable(allowed)
+        tokens = most_probable(allowed, self._num_tokens)
         sampled = [
             (row, request, len(request.tokens) + index)
             for request, span in zip(requests, spans, strict=True)
@@ -173,7 +173,8 @@ class TorchVerifier:
         if sampled:
             rows_taken = [row for row, _, _ in sampled]
             rules = [request.rules for _, request, _ in sampled]
-            drawn = draw_rows(allowed, rows_taken, rules, [position for _, _, position in sampled])
+            positions = [position for _, _, position in sampled]
+            drawn = draw_rows(allowed, rows_taken, rules, positions, self._num_tokens)
             for row, token in zip(rows_taken, drawn, strict=True):
                 tokens[row] = token
         return tokens
@@ -189,11 +190,12 @@ class TorchVerifier:
         if NO_TOKEN in drawn:
             self._cache.clear_slot(request.slot, len(request.tokens) + drawn.index(NO_TOKEN))
         verification = accept(request.draft, drawn)
-        if verification.next_token == NO_TOKEN and request.draft and not logits[span.drawn.start].isfinite().all():
-            return self._without_draft(request)
         if verification.next_token == NO_TOKEN:
+            row = logits[span.drawn.start + verification.num_accepted]
+            if request.draft and not row.isfinite().all():
+                return self._without_draft(request)
             self._cache.clear_slot(request.slot)
-            error, is_request_at_fault = self._complaint(request, logits[span.drawn.start])
+            error, is_request_at_fault = self._complaint(request, row, verification.num_accepted)
             return VerifyResult(None, prompt_logprobs, error, is_request_at_fault)
         if request.rules.logprobs is not None:
             committed = drawn[: verification.num_accepted + 1]
@@ -203,21 +205,22 @@ class TorchVerifier:
         return VerifyResult(verification, prompt_logprobs)
 
     def _without_draft(self, request: VerifyRequest) -> VerifyResult:
-        """Verify again: a draft token whose own row overflows spoils the rows before it, which never look at it.
+        """Verify again: a draft token whose own row overflows spoils rows before it, which never look at it.
 
-        They multiply its keys and values by zero, which leaves what is not a number.
+        Those that share its attention call multiply its keys and values by zero, which leaves what is not a number.
         """
         self._cache.clear_slot(request.slot, request.num_cached)
         allowed = None if request.allowed is None else request.allowed[:1]
         return self.verify([replace(request, draft=(), allowed=allowed)])[0]
 
-    def _complaint(self, request: VerifyRequest, logits: Tensor) -> tuple[str, bool]:
-        """Why the row `logits` [vocabulary] gives no token, and whether the request's rules are to blame."""
-        position = len(request.tokens)
+    def _complaint(self, request: VerifyRequest, logits: Tensor, num_accepted: int) -> tuple[str, bool]:
+        """Why the row behind so many accepted tokens, `logits` [vocabulary], gives none; whether rules are to blame."""
+        position = len(request.tokens) + num_accepted
         if not bool(logits.isfinite().all()):
             return f"The model's output at position {position} is not a number.", False
+        allowed = None if request.allowed is None else request.allowed[num_accepted : num_accepted + 1]
         try:
-            restrict(logits.clone().unsqueeze(0), None if request.allowed is None else request.allowed[:1])
+            restrict(logits.clone().unsqueeze(0), allowed)
             apply_rules(logits.clone().unsqueeze(0), request.rules, request.tokens, request.num_prompt, ())
         except Exception:
             return f"The rules of the request could not be applied at position {position}.", False

@@ -141,7 +141,8 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     if cell.kind in ("copy", "ngram"):
         target, folder = models.target, settings.model.ngram_folder
         ngram = NgramModel.load(folder) if cell.kind == "ngram" and folder is not None else None
-        causal = CausalModel(target.vocabulary_size, ngram, end_tokens=target.end_token_ids, use_copy=ngram is None)
+        copies = cell.kind == "copy"  # without an n-gram model the other knows nothing
+        causal = CausalModel(target.vocabulary_size, ngram, end_tokens=target.end_token_ids, use_copy=copies)
         lengths = LengthOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
         return DraftPipeline(causal, None, None, lengths, cell.kind)
     changed = settings.model_copy(update={"speculation": speculation})

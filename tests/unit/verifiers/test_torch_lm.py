@@ -39,9 +39,19 @@ RULES = {
 }
 
 
+WIDE: dict[str, int] = {"hidden_size": 64, "head_dim": 16}  # wide enough for compiled passes
+
+
+@pytest.fixture(scope="module", params=["layer by layer", "compiled"])
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    write_checkpoint(folder, **(WIDE if request.param == "compiled" else {}))
+    return folder
+
+
 @pytest.fixture(scope="module")
-def verifier(tiny_target: Path) -> TorchVerifier:
-    return TorchVerifier(Transformer.load(tiny_target), NUM_SLOTS, CONTEXT, TOKENIZER_LENGTH)
+def verifier(target: Path) -> TorchVerifier:
+    return TorchVerifier(Transformer.load(target), NUM_SLOTS, CONTEXT, TOKENIZER_LENGTH)
 
 
 class Decoding:
@@ -181,13 +191,13 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tiny_target: Path) -> None:
     assert max(decode(TorchVerifier(model, 1, CONTEXT, 120), 60, bias).output) in range(100, 120)
 
 
-def test_logprobs_are_those_of_the_raw_logits(tiny_target: Path, verifier: TorchVerifier) -> None:
+def test_logprobs_are_those_of_the_raw_logits(target: Path, verifier: TorchVerifier) -> None:
     rules = replace(RULES["all cuts"], logit_bias={3: 5.0}, logprobs=4)
     plain = decode(verifier, 40, rules)
     drafted = Decoding(2, PROMPT, rules)
     while len(drafted.output) < 40:
         advance(verifier, [drafted], [some_draft(plain.output, len(drafted.output), random.Random(5))])
-    reference = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     with torch.inference_mode():
         expected = torch.log_softmax(reference(torch.tensor([plain.tokens])).logits[0, len(PROMPT) - 1 : -1], dim=-1)
     for decoding in (plain, drafted):
@@ -223,10 +233,13 @@ def test_rules_that_ban_everything_fail_that_request_alone(verifier: TorchVerifi
     assert results[1].verification.next_token == decode(verifier, 1, RULES["sampled"]).output[0]
 
 
+@pytest.mark.parametrize("sizes", [{}, WIDE])
 @pytest.mark.parametrize("rules", [RULES["greedy"], RULES["sampled"], RULES["penalties"]])
-def test_logits_that_are_not_numbers_fail_that_request_alone(tmp_path: Path, rules: SamplingRules) -> None:
+def test_logits_that_are_not_numbers_fail_that_request_alone(
+    tmp_path: Path, rules: SamplingRules, sizes: dict[str, int]
+) -> None:
     """One embedding row is broken: whoever reads that token fails, and nothing of it stays behind."""
-    model = write_checkpoint(tmp_path, tied=False)
+    model = write_checkpoint(tmp_path, tied=False, **sizes)
     with torch.no_grad():
         model.get_input_embeddings().weight[200] = float("nan")
     model.save_pretrained(tmp_path)
@@ -246,6 +259,13 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(tmp_path: Path, rul
     assert results[1].verification is not None
     assert results[1].verification.next_token == expected[0]
     assert results[2].verification == results[1].verification
+    far, plain = Decoding(0, PROMPT, rules), Decoding(1, PROMPT, rules)
+    (result,) = broken.verify([far.request([*expected[:9], 200, 200])])  # right for longer than one call of attention
+    assert result.error == ""
+    assert result.verification is not None
+    assert result.verification.next_token == expected[0]
+    advance(broken, [far, plain], [(), ()])
+    assert far.output == plain.output
 
 
 def test_no_requests_need_no_pass(verifier: TorchVerifier) -> None:
