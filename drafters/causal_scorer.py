@@ -73,6 +73,7 @@ class CausalModel:
         self.vocabulary_size = vocabulary_size
         self.ngram = ngram or NgramModel.uniform(vocabulary_size)
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
+        self.ends = frozenset(end_tokens)
         self.use_copy = use_copy
         self._copying = copying or new_copying()
         if not use_copy:

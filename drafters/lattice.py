@@ -37,7 +37,7 @@ class Candidates:
     log_normalisers: NDArray[np.float32]  # [rows] log q(token) = logits[row, token] - log_normalisers[row]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DraftLattice:
     """A drafter's distributions for a ragged batch: the rows of request 0, then those of request 1, and so on.
 
@@ -62,7 +62,7 @@ class DraftLattice:
         row_starts = np.array([0, *accumulate(lengths)], np.int64)
         if logits.ndim != 2 or len(logits) != row_starts[-1]:
             raise ValueError(f"lengths sum to {row_starts[-1]} rows, but the logits have shape {tuple(logits.shape)}")
-        values = np.ascontiguousarray(logits.float().numpy(force=True))
+        values = np.ascontiguousarray(logits.float().cpu().numpy())
         vocabulary = values.shape[1]
         return cls(
             row_starts=row_starts,

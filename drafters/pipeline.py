@@ -183,7 +183,6 @@ class DraftPipeline:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
         if self._causal is None:
             return
-        ends = set(self._causal.end_tokens.tolist())
         going = []
         for candidate in candidates:
             length = len(candidate.tokens)
@@ -191,7 +190,7 @@ class DraftPipeline:
                 continue
             if candidate.tokens == candidate.free_tokens[:length]:  # the search has found nothing better
                 candidate.extend(candidate.free_tokens[length:], candidate.free_confidences[length:])
-            elif candidate.tokens[-1] not in ends:
+            elif candidate.tokens[-1] not in self._causal.ends:
                 going.append(candidate)
         if not going:
             return
