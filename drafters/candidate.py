@@ -70,6 +70,11 @@ class Candidate:
     def num_searched(self) -> int:
         return 0 if self.path is None else len(self.path.tokens)
 
+    @property
+    def no_draft(self) -> Draft:
+        """What stands for a draft where none may be made."""
+        return _RESTING if self.is_resting else _NO_ROOM
+
     def take_path(self, path: Path) -> None:
         """Draft what the search has found instead of the free draft."""
         self.free_tokens, self.free_confidences = self.tokens, self.confidences
@@ -87,7 +92,7 @@ class Candidate:
     def draft(self, length: int, calibrated: Floats) -> Draft:
         """The draft, cut to `length` tokens, whose estimated acceptance is `calibrated` `[length]`; none if 0."""
         if self.cap == 0:
-            return _RESTING if self.is_resting else _NO_ROOM
+            return self.no_draft
         path = self.path
         if length == 0:
             none = _NOT_WORTH_IT if self.tokens else _NO_CANDIDATES

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,26 +45,29 @@ class CostCurve:
     def __init__(self, measured: Mapping[int, float], shape_rate: float = 0.02, level_rate: float = 0.1) -> None:
         """Start from `measured` seconds by rows (at least one entry); the rest is filled in along straight lines."""
         rows = sorted(measured)
-        shape = np.interp(KNOTS, rows, [measured[r] for r in rows])
+        shape: list[float] = np.interp(KNOTS, rows, [measured[r] for r in rows]).tolist()
         slope = max((measured[rows[-1]] - measured[rows[0]]) / max(rows[-1] - rows[0], 1), 0.0)
         if len(rows) == 1:  # there was no time for more: rows must not look free
             slope = GUESSED_ROW_SHARE * measured[rows[0]]
         for i, knot in enumerate(KNOTS):
             if knot > rows[-1]:
                 shape[i] = measured[rows[-1]] + slope * (knot - rows[-1])
-        self._shape: NDArray[np.float64] = shape
+        self._shape = shape
         self._shape_rate, self._level_rate = shape_rate, level_rate
         self.level = 1.0  # how slow passes are just now, against when they were measured
-        self._rising: NDArray[np.float64] = np.maximum.accumulate(shape)
+        self._rising = list(accumulate(shape, max))
 
     @property
     def seconds(self) -> NDArray[np.float64]:
         """By knot: [len(KNOTS)]."""
-        return self._rising * self.level
+        return np.array(self._rising) * self.level
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
-        return float(seconds_at(float(rows), KNOT_ROWS, self.seconds))
+        if rows <= 0:
+            return 0.0
+        i, share = _segment(rows)
+        return self.level * (self._rising[i - 1] + share * (self._rising[i] - self._rising[i - 1]))
 
     def observe(self, rows: int, seconds: float, expected: float | None = None) -> float:
         """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates.
@@ -79,7 +83,7 @@ class CostCurve:
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
         self._shape[i] *= 1.0 + self._shape_rate * share * error
-        self._rising = np.maximum.accumulate(self._shape)
+        self._rising = list(accumulate(self._shape, max))
         return error
 
 

@@ -72,12 +72,14 @@ class DraftPipeline:
         self.last_diffusion_rows = self._last_searches = 0
         candidates = [self._candidate(request) for request in requests]
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
-        self._planner.open_step(len(requests), num_prefill_rows)
         if drafting:
+            self._planner.open_step(len(requests), num_prefill_rows)
             self._draft_freely(drafting)
             self._plan_diffusion(drafting)
             self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
-        drafts = self._planner.cut(candidates, self.last_draft_seconds + self.last_search_seconds)
+            drafts = self._planner.cut(candidates, self.last_draft_seconds + self.last_search_seconds)
+        else:
+            drafts = [candidate.no_draft for candidate in candidates]
         elapsed = self._clock() - started
         self._last_overhead_seconds = max(elapsed - self.last_draft_seconds - self.last_search_seconds, 0.0)
         return drafts

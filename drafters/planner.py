@@ -234,7 +234,8 @@ class DraftPlanner:
             else:
                 self._costs.observe_plain(len(step.outcomes), step.seconds.verify)
             self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
-        self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
+        if step.num_diffusion_rows:
+            self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
         seconds = step.seconds
         self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)
         self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + overhead_seconds)
