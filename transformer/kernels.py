@@ -1,8 +1,8 @@
 """The layers of a small model, compiled: all that is done between its matrix products, and the order of both.
 
 A library call costs a microsecond or more, and a pass of a small model makes hundreds of them: at a few rows that is
-half of its time. Here a pass is one call. What a row becomes never depends on the other rows of the batch, to the last
-bit: each is computed by itself, and the products (`transformer.product`) keep to that, too.
+half of its time. Here a pass is one call. What a row becomes does not depend on the other rows of the batch, to the
+last bit, as long as all are finite: each is computed by itself, as the products (`transformer.product`) do, too.
 """
 
 from typing import Any, NamedTuple
