@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from drafters.base import DraftRequest
+from drafters.causal_scorer import no_noise
 from drafters.kernels.chains import Noise
 
 CAUSAL_TEMPERATURE = 1.1  # of the target's distribution that the causal model stands for; from replayed draws
@@ -21,6 +22,8 @@ def known_noise(requests: Sequence[DraftRequest], lattice_temperature: float = 1
 
     lattice_temperature: of the target's distribution that the diffusion model was trained on.
     """
+    if all(request.seed is None or request.temperature <= 0.0 for request in requests):
+        return no_noise(len(requests))
     places, scales = [], []
     for request in requests:
         is_known = request.seed is not None and request.temperature > 0.0

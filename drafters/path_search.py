@@ -39,12 +39,21 @@ class Path(NamedTuple):
 
     tokens: tuple[int, ...]  # ends with an end token, or where the lattice does
     confidences: NDArray[np.float64]  # [tokens] share of the mixed probability among the position's candidates
-    log_lattice: NDArray[np.float64]  # [tokens] nats, floored
-    log_causal: NDArray[np.float64]  # [tokens] nats, floored
+    details: NDArray[np.float64]  # [tokens, 4] score, log lattice, log causal (nats, floored), confidence
     score: float  # nats per token (Eq. 8); 0 for an empty path
     raw_score: float  # the same of the raw argmax path
     raw_length: int  # tokens before the first end token in the raw argmax (Eq. 9)
     lattice_width: float  # mean candidates per position
+
+    @property
+    def log_lattice(self) -> NDArray[np.float64]:
+        """[tokens] nats, floored."""
+        return self.details[:, 1]
+
+    @property
+    def log_causal(self) -> NDArray[np.float64]:
+        """[tokens] nats, floored."""
+        return self.details[:, 2]
 
     @property
     def gain(self) -> float:
@@ -112,11 +121,10 @@ class PathSearch:
         search_paths(
             text, np.array(starts, np.int64), causal.ngram.arrays, causal.copy_weights, search, causal.workspace, found
         )
-        if found.summary[:, IS_BROKEN].any():
+        summaries = found.summary.tolist()
+        if any(summary[IS_BROKEN] for summary in summaries):
             raise ValueError("the diffusion drafter's logits are not numbers")
-        return [
-            _path(*parts) for parts in zip(found.tokens.tolist(), found.details, found.summary.tolist(), strict=True)
-        ]
+        return [_path(*parts) for parts in zip(found.tokens.tolist(), found.details, summaries, strict=True)]
 
     def _lattice_weights(self, longest: int) -> NDArray[np.float64]:
         if longest > len(self._weights):
@@ -129,8 +137,7 @@ def _path(tokens: list[int], details: NDArray[np.float64], summary: list[float])
     return Path(
         tokens=tuple(tokens[:length]),
         confidences=np.ascontiguousarray(details[:length, 3]),
-        log_lattice=details[:length, 1],
-        log_causal=details[:length, 2],
+        details=details[:length],
         score=summary[SCORE],
         raw_score=summary[RAW_SCORE],
         raw_length=int(summary[RAW_LENGTH]),

@@ -35,7 +35,7 @@ def step(names: list[str], seconds: float = STEP) -> StepRecord:
 
 def path(tokens: tuple[int, ...], confidence: float) -> Path:
     known = np.full(len(tokens), confidence)
-    return Path(tokens, known, known, known, 0.0, 0.0, len(tokens), 1.0)
+    return Path(tokens, known, np.tile(known[:, None], 4), 0.0, 0.0, len(tokens), 1.0)
 
 
 def test_exploring_takes_its_share_of_the_time_and_everybody_in_turn() -> None:
