@@ -1,7 +1,7 @@
 """What a pass costs, by its rows: measured at start-up, corrected by every step while serving."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -23,8 +23,7 @@ GUESSED_ROW_SHARE = 0.05  # of a pass of one row, for each further one, until mo
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
 
 
-@compiled
-def seconds_at(rows: float, knots: Floats, seconds: Floats) -> float:
+def seconds_on_lines(rows: float, knots: Floats | Sequence[int], seconds: Floats | Sequence[float]) -> float:
     """Seconds of a pass of so many rows, on the straight lines between the knots; 0 for none."""
     if rows <= 0.0:
         return 0.0
@@ -33,6 +32,9 @@ def seconds_at(rows: float, knots: Floats, seconds: Floats) -> float:
         i += 1
     share = max((rows - knots[i - 1]) / (knots[i] - knots[i - 1]), 0.0)
     return float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1]))
+
+
+seconds_at = compiled(seconds_on_lines)
 
 
 class CostCurve:
@@ -64,10 +66,7 @@ class CostCurve:
 
     def at(self, rows: float) -> float:
         """Seconds of a pass of so many rows; 0 for none."""
-        if rows <= 0:
-            return 0.0
-        i, share = _segment(rows)
-        return self.level * (self._rising[i - 1] + share * (self._rising[i] - self._rising[i - 1]))
+        return self.level * seconds_on_lines(rows, KNOTS, self._rising)
 
     def observe(self, rows: int, seconds: float, expected: float | None = None) -> float:
         """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates.

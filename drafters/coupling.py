@@ -22,12 +22,12 @@ def known_noise(requests: Sequence[DraftRequest], lattice_temperature: float = 1
 
     lattice_temperature: of the target's distribution that the diffusion model was trained on.
     """
-    if all(request.seed is None or request.temperature <= 0.0 for request in requests):
+    known = [request.seed is not None and request.temperature > 0.0 for request in requests]
+    if not any(known):
         return no_noise(len(requests))
     places, scales = [], []
-    for request in requests:
-        is_known = request.seed is not None and request.temperature > 0.0
+    for request, is_known in zip(requests, known, strict=True):
         sharpness = 1.0 / max(request.temperature, 0.01) if is_known else 0.0
         places.append(((request.seed or 0) % 2**64, len(request.tokens)))
         scales.append((CAUSAL_TEMPERATURE * sharpness, lattice_temperature * sharpness))
-    return Noise(np.array(places, np.uint64).reshape(-1, 2), np.array(scales, np.float64).reshape(-1, 2))
+    return Noise(np.array(places, np.uint64), np.array(scales, np.float64))
