@@ -19,7 +19,7 @@ class Matrix:
         self._inputs, self._outputs = weight.shape
         self._panels: Tensor | None = None
         small = has_fast_sums() and weight.numel() <= MOST_PACKED_ENTRIES and self._outputs % LANES == 0
-        if small and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        if small and is_plain(weight):
             panels = weight.view(self._inputs, self._outputs // LANES, LANES)
             self._panels = panels.permute(1, 0, 2).contiguous()
             self._kernels = product_kernels()
@@ -69,3 +69,8 @@ class Matrix:
 def suits_kernels(num_rows: int) -> bool:
     """Whether a product with so many rows is better left to our kernels than to the library."""
     return num_rows <= MOST_KERNEL_ROWS or (num_rows <= MOST_ROWS_ALONE and torch.get_num_threads() == 1)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether compiled code can read it where it is: float32, on the CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from transformer.compiled import compiled
 from transformer.intrinsics import exponential
+from transformer.matrix import is_plain
 from transformer.noise import draw_tokens, noise_keys
 from verifiers.base import SamplingRules
 from verifiers.distribution import token_weights
@@ -42,7 +43,7 @@ def draw_rows(
     Where there is a temperature and nothing else, that is one compiled call on the CPU. Which way a row takes depends
     on its own rules alone.
     """
-    has_kernel = logits.device.type == "cpu" and logits.dtype == torch.float32
+    has_kernel = is_plain(logits)
     width = num_tokens or logits.shape[1]
     tokens = np.full(len(rows), NO_TOKEN, np.int64)
     simple: list[int] = []
@@ -90,7 +91,7 @@ def most_probable(logits: Tensor, num_tokens: int | None = None) -> list[int]:
 
     NO_TOKEN where the largest is not finite: not a number counts as such, and -inf only where everything is banned.
     """
-    if logits.device.type != "cpu" or logits.dtype != torch.float32:
+    if not is_plain(logits):
         best = logits[:, :num_tokens].max(dim=-1)
         return torch.where(best.values.isfinite(), best.indices, NO_TOKEN).tolist()
     tokens = np.empty(len(logits), np.int64)

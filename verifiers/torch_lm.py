@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer.cache import lazy_zeros
+from transformer.matrix import is_plain
 from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
 from verifiers.base import TokenIds, TokenLogprobs, VerifyRequest, VerifyResult
@@ -134,7 +135,7 @@ class TorchVerifier:
             return
         states: Any = self._states
         rows: Any = hidden
-        if hidden.device.type == "cpu" and hidden.dtype == torch.float32:  # numpy assigns at a third of torch's cost
+        if is_plain(hidden):  # numpy assigns at a third of torch's cost
             states, rows = states.numpy(), rows.numpy()
         first_row = 0
         for request, count in zip(requests, counts, strict=True):
