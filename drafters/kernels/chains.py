@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import clear_text, find_copy, learn_copying
+from drafters.kernels.copying import clear_text, find_copy, index_token, learn_copying
 from drafters.kernels.ngram import enter_context, leave_context
 from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
@@ -98,7 +98,7 @@ def greedy_chains(
         learn_copying(text, first, ngram, copying, work)
         survival = 1.0
         for step in range(most):
-            match, copied = find_copy(text, path, step, work)
+            match, copied = find_copy(text, path, step, step, work)
             weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
@@ -112,6 +112,8 @@ def greedy_chains(
                 break
             path[step], confidences[request, step] = best, confidence
             lengths[request] = step + 1
+            index_token(stop - start + step, best, work)
             if contains(ends, len(ends), best):
                 break
         clear_text(text, work)
+        clear_text(path[: lengths[request]], work)

@@ -25,10 +25,15 @@ class Copying(NamedTuple):
 def index_text(text: Any, first: int, stop: int, work: Any) -> None:
     """Chain the positions of equal tokens, so that a match is looked for only where its last token stands."""
     for position in range(first, stop):
-        token = text[position]
-        if 0 <= token < len(work.last):
-            work.previous[position] = work.last[token]
-            work.last[token] = position
+        index_token(position, text[position], work)
+
+
+@compiled
+def index_token(position: int, token: int, work: Any) -> None:
+    """Chain one more position behind those that are chained already."""
+    if 0 <= token < len(work.last):
+        work.previous[position] = work.last[token]
+        work.last[token] = position
 
 
 @compiled
@@ -52,10 +57,11 @@ def _match_length(text: Any, path: Any, position: int, end: int) -> int:
 
 
 @compiled
-def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, np.int64]:
+def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) -> tuple[np.int64, np.int64]:
     """Longest earlier match of the end of `text + path[:length]`: (match length, token after it), or (0, -1).
 
-    The most recent of equally long matches wins. A match may end, and its continuation lie, in the path itself.
+    All of the text is indexed, and `num_indexed` tokens of the path. The most recent of equally long matches wins. A
+    match may end, and its continuation lie, in the path itself.
     """
     end = len(text) + length
     if end < 2:
@@ -64,11 +70,13 @@ def find_copy(text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, n
     if not 0 <= last_token < len(work.last):
         return np.int64(0), np.int64(NO_TOKEN)
     best, best_position = 0, -1
-    for position in range(end - 2, len(text) - 1, -1):  # the path is short and not chained
+    for position in range(end - 2, len(text) + num_indexed - 1, -1):
         match = _match_length(text, path, position, end)
         if match > best:
             best, best_position = match, position
-    position = work.last[last_token] if length > 0 else work.previous[len(text) - 1]
+        if best == MAX_MATCH:
+            break
+    position = work.last[last_token] if length > num_indexed else work.previous[end - 1]
     while position >= 0 and best < MAX_MATCH:
         match = _match_length(text, path, position, end)
         if match > best:
@@ -98,7 +106,7 @@ def learn_copying(text: Any, first: int, ngram: Any, copying: Any, work: Any) ->
     index_text(text, 0, first, work)
     for position in range(first, len(text)):
         before = text[:position]
-        match, copied = find_copy(before, before, 0, work)
+        match, copied = find_copy(before, before, 0, 0, work)
         if match > 0:
             credit = 0.0
             if copied == text[position]:

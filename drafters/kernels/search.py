@@ -106,7 +106,7 @@ def expand(
     lattice_weight = search.lattice_weights[length]
     match, copied = np.int64(0), np.int64(NO_TOKEN)
     if search.use_copy:
-        match, copied = find_copy(text, path, length, work)
+        match, copied = find_copy(text, path, length, 0, work)
     weight = copy_weights[match]
     found, rest = enter_context(ngram, text, path, length, work)
     count = np.int64(0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafters.causal_scorer import WINDOW, CausalModel, new_copying
-from drafters.kernels.copying import MAX_MATCH
+from drafters.kernels.copying import MAX_MATCH, index_token
 from drafters.kernels.copying import find_copy as compiled_find_copy
 from drafters.kernels.copying import index_text as compiled_index_text
 from drafters.kernels.ngram import new_workspace
@@ -57,8 +57,11 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
     for history in (text, (text[:period] * 12)[:40]):
         work = new_workspace(VOCABULARY, WINDOW)
         compiled_index_text(tokens(history), 0, len(history), work)
-        found = compiled_find_copy(tokens(history), tokens(path), len(path), work)
-        assert (int(found[0]), int(found[1])) == find_copy(history + path)
+        for num_indexed in range(len(path) + 1):
+            found = compiled_find_copy(tokens(history), tokens(path), len(path), num_indexed, work)
+            assert (int(found[0]), int(found[1])) == find_copy(history + path)
+            if num_indexed < len(path):
+                index_token(len(history) + num_indexed, path[num_indexed], work)
 
 
 @settings(deadline=None, max_examples=50)
