@@ -1,6 +1,5 @@
 """Passes as one compiled call: what they promise beyond equal logits (which `test_model` sees to)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,6 @@ from transformer.model import RowBatch, Transformer
 from transformer.product import LANES, product_kernels
 
 LENGTH = 200
-
-
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def load(folder: Path, family: Family, **overrides: object) -> Transformer:

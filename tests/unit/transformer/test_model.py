@@ -1,6 +1,6 @@
 """The forward pass against transformers, and against itself in other shapes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ def random_tokens(count: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(params=["layer by layer", "compiled"])
-def load(request: pytest.FixtureRequest) -> Iterator[Load]:
+def load(request: pytest.FixtureRequest) -> Load:
     """Writes a checkpoint and loads it by transformers and by us; sizes and threads say which way its passes take."""
     is_compiled = request.param == "compiled"
     sizes: dict[str, object] = {"hidden_size": 64, "head_dim": 16} if is_compiled else {}
@@ -54,10 +54,7 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
         assert model.is_compiled == is_compiled
         return reference, model
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield write_and_load
-    torch.set_num_threads(threads)
+    return write_and_load
 
 
 @torch.inference_mode()
