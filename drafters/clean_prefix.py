@@ -43,15 +43,25 @@ class CleanPrefixes:
     """The prefixes of all requests: one slot each, windows that move, refreshes. Knows no model and no tensor."""
 
     def __init__(
-        self, num_slots: int, window: int, grid: int, is_approximate: bool, refresh_interval: int, reuse: bool
+        self,
+        num_slots: int,
+        window: int,
+        grid: int,
+        is_approximate: bool,
+        refresh_interval: int,
+        reuse: bool,
+        fresh: int | None = None,
     ) -> None:
         """Start with `num_slots` free slots.
 
         window: most clean tokens that are read. grid: windows begin, and cached prefixes end, at its multiples (the
         length of a block that sees itself; else 1). is_approximate: attention is `full`. refresh_interval: passes
-        until an approximate prefix is read anew; 0: never. reuse: False reads everything at every pass.
+        until an approximate prefix is read anew; 0: never. reuse: False reads everything at every pass. fresh: tokens
+        that a window begins with, for a drafter that needs few: rather than catch up with more, it begins a new window;
+        None: all that fit in at first, and half of it later.
         """
         self.window, self.grid, self.is_approximate = window, grid, is_approximate
+        self._fresh = None if fresh is None else max(min(fresh, window), grid)
         self._refresh_interval, self._reuse = refresh_interval, reuse
         self._free = list(reversed(range(num_slots)))
         self._of_request: dict[str, CleanPrefix] = {}
@@ -64,7 +74,7 @@ class CleanPrefixes:
         """Clean rows that a pass for this request, now of `num_tokens` tokens, would have to run before its masks."""
         prefix = self._of_request.get(request_id)
         if prefix is None:
-            return num_tokens - self._offset(num_tokens, self.window)
+            return num_tokens - self._offset(num_tokens, self._first)
         if self._must_move(prefix, num_tokens):
             return num_tokens - self._offset(num_tokens, self._kept)
         return num_tokens - prefix.offset - (0 if self._must_refresh(prefix) else prefix.length)
@@ -76,7 +86,7 @@ class CleanPrefixes:
             if not self._free:
                 raise RuntimeError("the drafter has no free slot")
             prefix = self._of_request[request_id] = CleanPrefix(self._free.pop())
-            prefix.offset = self._offset(num_tokens, self.window)
+            prefix.offset = self._offset(num_tokens, self._first)
         if self._must_move(prefix, num_tokens):
             prefix.offset = self._offset(num_tokens, self._kept)
             prefix.length = 0
@@ -112,13 +122,22 @@ class CleanPrefixes:
         return prefix.slot
 
     @property
+    def _first(self) -> int:
+        """Tokens of a request's first window."""
+        return self.window if self._fresh is None or not self._reuse else self._fresh
+
+    @property
     def _kept(self) -> int:
         """Tokens that are left in a window that moves: half, so that it need not move again at once."""
-        return max(self.window // 2, self.grid) if self._reuse else self.window
+        if not self._reuse:
+            return self.window
+        return max(self.window // 2, self.grid) if self._fresh is None else self._fresh
 
     def _must_move(self, prefix: CleanPrefix, num_tokens: int) -> bool:
         """Whether the window begins elsewhere for a context of `num_tokens`."""
-        return not self._reuse or num_tokens - prefix.offset > self.window
+        length = num_tokens - prefix.offset
+        is_behind = self._fresh is not None and length - prefix.length > self._fresh
+        return not self._reuse or length > self.window or is_behind
 
     def _must_refresh(self, prefix: CleanPrefix) -> bool:
         """Whether a prefix that is an approximation is to be read anew."""

@@ -32,7 +32,7 @@ class Workspace(NamedTuple):
     starts: NDArray[np.int64]  # [MAX_ORDER] first successor of each context found, shortest first
     stops: NDArray[np.int64]  # [MAX_ORDER]
     last: NDArray[np.int32]  # [vocabulary] last position of a token in the text at hand, or -1
-    previous: NDArray[np.int32]  # [window] previous position of the same token, or -1; of a text and what is drafted after it
+    previous: NDArray[np.int32]  # [window] of a text and what is drafted after it: previous position of a token, or -1
 
 
 def new_workspace(vocabulary_size: int, window: int) -> Workspace:
