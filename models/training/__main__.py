@@ -19,14 +19,8 @@ from drafters.ngram import NgramModel
 from models.training.cards import write_cards
 from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
 from models.training.data import Corpus
-from models.training.drafter import (
-    DrafterRecipe,
-    facts_of,
-    load_drafter,
-    save_drafter,
-    train_drafter,
-    train_on,
-)
+from models.training.distillation import train_drafter, train_on
+from models.training.drafter import DrafterRecipe, facts_of, load_drafter, save_drafter
 from models.training.evaluate import drafter_figures, held_out_continuations, ngram_accuracy
 from models.training.hints import Lessons, free_drafts
 from models.training.ngram import fit_ngram

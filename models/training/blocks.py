@@ -35,15 +35,21 @@ def attach_blocks(
     offsets: torch.Tensor,
     blocks: torch.Tensor,
     mask_token_ids: torch.Tensor,
+    contexts: torch.Tensor | None = None,
 ) -> BlockBatch:
     """Attach mask rows to `tokens` `[sequences, length]`.
 
     `anchors`, `offsets`, `blocks` `[sequences, mask rows]`: where each row's block hangs, its place in it, its number.
+    `contexts` `[sequences, length + mask rows]`: how many clean tokens each row sees at most, up to its own place or
+    its anchor; None: all.
     """
     length = tokens.shape[1]
     masks = mask_token_ids[(offsets - 1).clamp(min=0)]
     clean = torch.arange(length).expand(len(tokens), length)
-    sees_clean = torch.cat([clean, anchors], 1)[:, :, None] >= torch.arange(length)
+    distances = torch.cat([clean, anchors], 1)[:, :, None] - torch.arange(length)
+    sees_clean = distances >= 0
+    if contexts is not None:
+        sees_clean &= distances < contexts[:, :, None]
     own = torch.cat([torch.full_like(clean, -1), blocks], 1)
     sees_masks = own[:, :, None] == blocks[:, None, :]
     return BlockBatch(

@@ -25,7 +25,7 @@ READ_TOGETHER = 64  # rows of the corpus in one pass
 class ContinuationRecipe:
     """Sizes of the run. A row is a prompt from the corpus and the target's continuation, `length` tokens together."""
 
-    shards: int = 64
+    shards: int = 168
     rows: int = 128  # per shard
     length: int = 288
     shortest_prompt: int = 32

@@ -21,6 +21,7 @@ from models.training.hints import FreeDrafts
 
 PROMPT_LENGTH = 192  # tokens
 NEW_TOKENS = 128
+CONTEXT = 24  # clean tokens that a draft sees: serving has between 12 and 32
 LOOPING_FROM = 0.2  # share of repeated 8-grams from which a continuation counts as looping
 
 
@@ -49,10 +50,12 @@ def drafts_at(
     anchors: torch.Tensor,
     length: int,
     drafts: NDArray[np.int16] | None = None,
+    context: int | None = None,
 ) -> torch.Tensor:
     """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`.
 
-    drafts: `[sequences, tokens, any]` free drafts at all places, given as hints; none without.
+    drafts: `[sequences, tokens, any]` free drafts at all places, given as hints; none without. context: clean tokens
+    that a draft sees; None: all.
     """
     vocabulary_size = drafter.config.vocab_size - BLOCK_SIZE
     sequences, clean = tokens.shape
@@ -64,6 +67,7 @@ def drafts_at(
         (torch.arange(masks) + 1).repeat(len(anchors)).expand(shape),
         torch.arange(len(anchors)).repeat_interleave(masks).expand(shape),
         torch.arange(vocabulary_size, drafter.config.vocab_size),
+        None if context is None else torch.full((sequences, clean + shape[1]), context),
     )
     hints = torch.full((*shape, 2), -1)
     if drafts is not None:
@@ -95,7 +99,7 @@ def accepted_at_every_anchor(
         *(torch.split(all_rows, 4) for all_rows in (tokens, features, truth, torch.from_numpy(free))), strict=True
     )
     hits = [
-        (drafts_at(drafter, rows, states, part, length, known.numpy()) == true).cumprod(2).sum(2)
+        (drafts_at(drafter, rows, states, part, length, known.numpy(), CONTEXT) == true).cumprod(2).sum(2)
         for rows, states, trues, known in groups
         for part, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
     ]

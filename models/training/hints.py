@@ -23,11 +23,11 @@ LEARN_ROWS = 64  # rows that the weights of copying are learned from before the 
 @dataclass(frozen=True)
 class FreeDrafts:
     """`tokens` int16 `[rows, anchors, LONGEST_HINT]`, NO_HINT behind each draft's end and at anchors inside prompts;
-    `accepted` int8 `[rows, anchors]`: how many of its tokens the row goes on with.
+    `promised` float16 `[rows, anchors]`: how many of its tokens it expects to be accepted, by its own confidences.
     """
 
     tokens: NDArray[np.int16]
-    accepted: NDArray[np.int8]
+    promised: NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
     """The free drafts of all anchors from each prompt's last token on."""
     rows, length = data.tokens.shape
     tokens = np.full((rows, length, LONGEST_HINT), NO_HINT, np.int16)
+    promised = np.zeros((rows, length), np.float16)
     texts = data.tokens.astype(np.int32)
     for text in texts[:: max(rows // LEARN_ROWS, 1)]:
         causal.learn(text, 1)
@@ -60,12 +61,5 @@ def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
         )
         for anchor, chain in enumerate(chains, start=first):
             tokens[row, anchor, : len(chain.tokens)] = chain.tokens
-    return FreeDrafts(tokens, num_accepted(tokens, data.tokens))
-
-
-def num_accepted(drafts: NDArray[np.int16], tokens: NDArray[np.int16]) -> NDArray[np.int8]:
-    """Leading tokens of `drafts` `[rows, anchors, most]` that `tokens` `[rows, anchors]` goes on with."""
-    padded = np.pad(tokens, ((0, 0), (1, drafts.shape[2])), constant_values=NO_HINT - 1)
-    following = np.lib.stride_tricks.sliding_window_view(padded, drafts.shape[2], axis=1)[:, 2 : 2 + tokens.shape[1]]
-    accepted: NDArray[np.int8] = (drafts == following).cumprod(2).sum(2).astype(np.int8)
-    return accepted
+            promised[row, anchor] = chain.confidences.cumprod().sum()
+    return FreeDrafts(tokens, promised)

@@ -43,8 +43,8 @@ def fit_ngram(
     tokens: Sequence[NDArray[np.int32]],
     vocabulary_size: int,
     folder: Path | None = None,
-    order: int = 5,
-    max_bytes: int = 3_000_000,
+    order: int = 6,
+    max_bytes: int = 6_000_000,
 ) -> NgramModel:
     """Fit on token arrays (n-grams do not cross from one to the next) and save to `folder`, if given.
 

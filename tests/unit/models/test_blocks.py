@@ -33,6 +33,15 @@ def test_a_row_sees_what_it_would_see_when_drafting() -> None:
     ]
 
 
+def test_a_bounded_context_ends_at_the_row_or_at_its_anchor() -> None:
+    tokens = torch.arange(1, 7)[None]
+    anchors, offsets, blocks = torch.tensor([[3, 3, 5]]), torch.tensor([[1, 2, 1]]), torch.tensor([[0, 0, 1]])
+    contexts = torch.tensor([[2, 2, 2, 2, 2, 2, 3, 3, 1]])
+    batch = attach_blocks(tokens, anchors, offsets, blocks, MASKS, contexts)
+    visible = [set(np.flatnonzero(row)) for row in batch.visible[0, 0].numpy()]
+    assert visible == [{0}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, {1, 2, 3, 6, 7}, {1, 2, 3, 6, 7}, {5, 8}]
+
+
 def test_drawn_blocks_are_whole_and_inside_the_continuation() -> None:
     prompt_lengths, length, rows = np.array([10, 60]), 100, 200
     anchors, offsets, blocks = draw_blocks(prompt_lengths, length, rows, 5.0, 0.1, np.random.default_rng(1))

@@ -15,9 +15,11 @@ from drafters.masked import MaskedRequest
 from drafters.pipeline import LEAST_SURVIVAL
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
-from models.training.drafter import Phase, build_drafter, distil, missing_features, save_drafter, train_drafter
+from models.training.distillation import Phase, distil, train_drafter
+from models.training.drafter import build_drafter, save_drafter
 from models.training.evaluate import accepted_at_every_anchor, drafts_at, walk
-from models.training.hints import NO_HINT, FreeDrafts, Lessons, free_drafts, num_accepted
+from models.training.examples import drawn_contexts, missing_features
+from models.training.hints import NO_HINT, FreeDrafts, Lessons, free_drafts
 from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE, lessons_of
 from transformer.model import Transformer
 
@@ -70,7 +72,7 @@ def test_hints_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, 
     rows.features[:] = 0
     following = np.pad(rows.tokens, ((0, 0), (0, 4)), constant_values=NO_HINT)
     drafts = np.lib.stride_tricks.sliding_window_view(following, 4, axis=1)[:, 1:].astype(np.int16)
-    known = FreeDrafts(drafts, num_accepted(drafts, rows.tokens))
+    known = FreeDrafts(drafts, np.zeros(rows.tokens.shape, np.float16))
     recipe = replace(RECIPE, start_steps=0, steps=200, muon_rate=0.05, adam_rate=2e-2, unhinted_share=0.0)
     drafter = train_drafter(tiny_target, Lessons(rows, known), Lessons(rows, known), tmp_path, recipe).eval()
     rows.tokens[:, :1] = 1
@@ -93,13 +95,21 @@ def test_free_drafts_are_those_of_serving(toy_continuations: Continuations, toy_
     (chain,) = causal.greedy_chains([request.tokens], [16], [LEAST_SURVIVAL], known_noise([request]))
     known = [token for token in drafts.tokens[row, 59].tolist() if token != NO_HINT]
     assert tuple(known) == chain.tokens
+    assert drafts.promised[row, 59] == np.float16(chain.confidences.cumprod().sum())
     assert (drafts.tokens[row, : toy_continuations.prompt_lengths[row] - 1] == NO_HINT).all()
 
 
-def test_accepted_tokens_are_counted_from_the_token_behind_the_anchor() -> None:
-    tokens = np.array([[5, 6, 7, 8]], np.int16)
-    drafts = np.array([[[6, 7, 9], [7, 8, 1], [9, 9, 9], [1, 1, 1]]], np.int16)
-    assert num_accepted(drafts, tokens).tolist() == [[2, 2, 0, 0]]
+def test_drafts_see_a_bounded_context_in_most_sequences() -> None:
+    recipe = replace(RECIPE, contexts=(4, 7), whole_share=0.25)
+    blocks = np.tile(np.repeat(np.arange(5), 3), (2000, 1))
+    contexts = drawn_contexts(50, blocks, recipe, np.random.default_rng(0))
+    is_whole = (contexts == 50).all(1)
+    assert 0.22 < is_whole.mean() < 0.28
+    bounded = contexts[~is_whole]
+    assert (bounded[:, :50] == 7).all()
+    of_blocks = bounded[:, 50:].reshape(-1, 5, 3)
+    assert (of_blocks == of_blocks[:, :, :1]).all()
+    assert set(np.unique(of_blocks)) == {4, 5, 6, 7}
 
 
 def test_hidden_states_are_withheld_from_the_beginning_of_some_sequences() -> None:
