@@ -21,7 +21,6 @@ PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit
 MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
 ROWS_AHEAD = 8  # of a draft, over which the cost of one row is taken
 CAUTION = 0.5  # confidences are not calibrated yet when a free draft ends
-LEAST_GAIN = 0.1  # accepted tokens: no pass is worth less, so that nothing need be weighed
 EXPLORATION = 0.005  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
 GUESSED_DRAFT_SECONDS = {1: 5e-4, 64: 4e-3}  # by rows, until they are measured
 PLAIN_INTERVAL = 64  # steps with drafts in a row, until one goes without: drafts are weighed against plain passes
@@ -98,12 +97,12 @@ class DraftPlanner:
         if not adaptive:
             return
         longest = min(longest, self._options.diffusion_length)
-        is_worth = False
+        is_worth, least = False, self._least_gain(len(candidates), longest)
         for candidate in adaptive:
             candidate.accepted = self._accepted_by_length(candidate)
             promise = candidate.accepted[min(candidate.cap, PROMISED_TOKENS)]
             candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
-            is_worth |= self._forecast.is_worth(where, candidate.state.agreement.forecast.factor, LEAST_GAIN)
+            is_worth |= self._forecast.is_worth(where, candidate.state.agreement.forecast.factor, least)
         is_exploring = self._exploration_seconds >= self._exploration_price
         if not is_worth and not is_exploring:
             for candidate in adaptive:
@@ -119,6 +118,12 @@ class DraftPlanner:
             if is_chosen or i == explored:
                 candidate.diffusion_length = min(candidate.cap, longest)
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
+
+    def _least_gain(self, num_requests: int, longest: int) -> float:
+        """Accepted tokens that a pass must add per request: what it costs at least, against what plain tokens do."""
+        batch = self._batch
+        seconds = batch.draft_at(num_requests * longest) + num_requests * batch.search_seconds
+        return seconds / (batch.overhead_seconds + batch.plain_seconds)
 
     def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats) -> NDArray[np.bool_]:
         """Which candidates a diffusion pass is worth its cost for, by the forecast."""

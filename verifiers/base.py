@@ -118,8 +118,11 @@ class Verifier(Protocol):
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
         """Run one forward pass over all rows of all requests and check their drafts."""
 
-    def hidden_states(self, slot: int, length: int) -> "Tensor | None":
-        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`; None if it is not kept."""
+    def hidden_states(self, slot: int) -> "Tensor | None":
+        """What each token of a slot was predicted from, `[positions, hidden]`, zero for the first; None: not kept.
+
+        A view, the same one at every step; what it holds beyond the slot's tokens says nothing.
+        """
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot's keys and values over another's."""

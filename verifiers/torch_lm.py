@@ -55,6 +55,7 @@ class TorchVerifier:
         if keep_hidden_states:
             shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
             self._states = lazy_zeros(shape, model.device, model.dtype)
+        self._states_of = [] if self._states is None else list(self._states)
 
     @property
     def vocabulary_size(self) -> int:
@@ -75,12 +76,8 @@ class TorchVerifier:
             with torch.inference_mode():
                 self._states[target, : length + 1] = self._states[source, : length + 1]
 
-    def hidden_states(self, slot: int, length: int) -> Tensor | None:
-        """What the first `length` tokens of a slot were predicted from, `[length, hidden]`: a view, zero for the first.
-
-        None if it is not kept.
-        """
-        return None if self._states is None else self._states[slot, :length]
+    def hidden_states(self, slot: int) -> Tensor | None:
+        return None if self._states is None else self._states_of[slot]
 
     @torch.inference_mode()
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:

@@ -114,7 +114,7 @@ class Decoder:
             policy=request.speculation.policy,
             temperature=0.0 if request.rules.is_greedy else request.rules.temperature,
             seed=request.rules.seed,
-            hidden_states=self._verifier.hidden_states(decoding.slot, decoding.length),
+            hidden_states=self._verifier.hidden_states(decoding.slot),
             constraint=decoding.constraint,
         )
 

@@ -303,8 +303,9 @@ def test_hidden_states_are_what_tokens_were_predicted_from(tiny_target: Path) ->
     model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
     for slot, decoding, length in ((0, decodings[0], None), (1, decodings[1], None), (2, decodings[0], 10)):
         tokens = decoding.tokens[:length]
-        kept = verifier.hidden_states(slot, len(tokens))
-        assert kept is not None
+        states = verifier.hidden_states(slot)
+        assert states is not None
+        kept = states[: len(tokens)]
         with torch.inference_mode():
             expected = model.model(torch.tensor([tokens])).last_hidden_state[0]
         assert (kept[0] == 0).all()
@@ -312,4 +313,4 @@ def test_hidden_states_are_what_tokens_were_predicted_from(tiny_target: Path) ->
 
 
 def test_hidden_states_are_not_kept_unasked(verifier: TorchVerifier) -> None:
-    assert verifier.hidden_states(0, 5) is None
+    assert verifier.hidden_states(0) is None
