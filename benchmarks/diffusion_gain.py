@@ -82,10 +82,8 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float, diffusio
         1e3 * statistics.median(seconds)
         for seconds in zip(*((each.draft, each.search, each.verify) for each in passes), strict=True)
     )
-    print(
-        f"\ntemperature {temperature:g}: {len(planner.steps)} steps, medians of {draft:.2f} ms for the pass, ", end=""
-    )
-    print(f"{search:.2f} for the search, {verify:.2f} for the verification")
+    print(f"\ntemperature {temperature:g}: {len(planner.steps)} steps; ", end="")
+    print(f"medians: pass {draft:.2f} ms, search {search:.2f}, verification {verify:.2f}")
     print(f"{'free draft promises':>20}{'steps':>7}{'accepted: free':>16}{'joined':>8}{'gain':>6}", end="")
     print(f"{'first right: free':>19}{'joined':>8}")
     edges = [0.0, *DiffusionForecast.PROMISES, np.inf]

@@ -37,7 +37,7 @@ class DraftRequest:
     policy: PolicyName | None = None  # None: the service's
     temperature: float = 0.0  # acceptance falls with it, so estimates are kept apart by it
     seed: int | None = None  # of the noise that the target draws with (`transformer.noise`); None: not to be known
-    hidden_states: "Tensor | None" = None  # [length or more, hidden] the target's, that tokens were predicted from; a view
+    hidden_states: "Tensor | None" = None  # [length or more, hidden] what the target predicted tokens from; a view
     constraint: DraftConstraint | None = None
 
 

@@ -18,7 +18,7 @@ class MaskedRequest:
     request_id: str
     tokens: Tokens  # [any] committed tokens, at least one
     length: int  # tokens to propose, at least one
-    hidden_states: Tensor | None = None  # [any or more, target hidden] the target's, that tokens were predicted from
+    hidden_states: Tensor | None = None  # [any or more, target hidden] what the target predicted tokens from
     hints: Sequence[int] = ()  # what another draft has after `tokens`, for a drafter that was trained to improve on it
 
 
