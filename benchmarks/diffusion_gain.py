@@ -83,7 +83,7 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float, diffusio
         for seconds in zip(*((each.draft, each.search, each.verify) for each in passes), strict=True)
     )
     print(f"\ntemperature {temperature:g}: {len(planner.steps)} steps; ", end="")
-    print(f"medians: pass {draft:.2f} ms, search {search:.2f}, verification {verify:.2f}")
+    print(f"medians: drafting {draft:.2f} ms, search {search:.2f}, verification {verify:.2f}")
     print(f"{'free draft promises':>20}{'steps':>7}{'accepted: free':>16}{'joined':>8}{'gain':>6}", end="")
     print(f"{'first right: free':>19}{'joined':>8}")
     edges = [0.0, *DiffusionForecast.PROMISES, np.inf]

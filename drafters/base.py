@@ -75,8 +75,8 @@ class Outcome:
 class PhaseSeconds:
     """Wall-clock seconds of one engine step."""
 
-    draft: float = 0.0
-    search: float = 0.0
+    draft: float = 0.0  # drafter passes, the free draft, and weighing what is worth it
+    search: float = 0.0  # lattice and path search
     verify: float = 0.0
     commit: float = 0.0
 

@@ -53,7 +53,7 @@ class DraftPipeline:
         self._planner = DraftPlanner(lengths)
         self._paused_steps, self._failures = 0, 0
         self.num_failures = 0  # of the diffusion drafter, in all
-        self.last_draft_seconds = self.last_search_seconds = self._last_overhead_seconds = 0.0
+        self.last_draft_seconds = self.last_search_seconds = self._last_pass_seconds = 0.0
         self.last_diffusion_rows = self._last_searches = 0
         self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
 
@@ -68,7 +68,7 @@ class DraftPipeline:
         num_prefill_rows: prompt rows that the same verification pass will carry.
         """
         started = self._clock()
-        self.last_draft_seconds = self.last_search_seconds = 0.0
+        self.last_search_seconds = self._last_pass_seconds = 0.0
         self.last_diffusion_rows = self._last_searches = 0
         candidates = [self._candidate(request) for request in requests]
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
@@ -77,11 +77,10 @@ class DraftPipeline:
             self._draft_freely(drafting)
             self._plan_diffusion(drafting)
             self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
-            drafts = self._planner.cut(candidates, self.last_draft_seconds + self.last_search_seconds)
+            drafts = self._planner.cut(candidates, self._last_pass_seconds + self.last_search_seconds)
         else:
             drafts = [candidate.no_draft for candidate in candidates]
-        elapsed = self._clock() - started
-        self._last_overhead_seconds = max(elapsed - self.last_draft_seconds - self.last_search_seconds, 0.0)
+        self.last_draft_seconds = max(self._clock() - started - self.last_search_seconds, 0.0)
         return drafts
 
     def observe(self, step: StepRecord) -> None:
@@ -93,7 +92,7 @@ class DraftPipeline:
             self._planner.learn(state, outcome)
             if outcome.draft.source == "diffusion" and outcome.draft.tokens and self._diffusion is not None:
                 self._diffusion.note(outcome.request_id, outcome.num_accepted)
-        self._planner.learn_costs(step, self._last_searches, self._last_overhead_seconds)
+        self._planner.learn_costs(step, self._last_pass_seconds, self._last_searches)
 
     def release(self, request_id: str) -> None:
         """Forget a request; harmless if it is unknown."""
@@ -176,7 +175,7 @@ class DraftPipeline:
             if path.tokens:  # the free draft is better than none
                 candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
         self._draft_on([candidate for candidate in candidates if candidate.path])
-        self.last_draft_seconds = drafted - started
+        self._last_pass_seconds = drafted - started
         self.last_search_seconds = self._clock() - drafted
         self.last_diffusion_rows, self._last_searches = rows, len(candidates)
         self._planner.settle(candidates)

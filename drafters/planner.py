@@ -226,11 +226,10 @@ class DraftPlanner:
             rival = num_common(draft.tokens[:num_accepted], state.rival)
             self._forecast.verify(state.forecast_class, num_accepted - rival, state.expected_gain)
 
-    def learn_costs(self, step: StepRecord, searches: int, overhead_seconds: float) -> None:
-        """Take in what the passes of one step cost.
+    def learn_costs(self, step: StepRecord, pass_seconds: float, searches: int) -> None:
+        """Take in what one step cost.
 
-        searches: requests that took part in its path search. overhead_seconds: of the pipeline beside drafting and
-        searching.
+        pass_seconds: of its drafting, those in the diffusion pass. searches: requests that the path search was for.
         """
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
@@ -240,10 +239,11 @@ class DraftPlanner:
                 self._costs.observe_plain(len(step.outcomes), step.seconds.verify)
             self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
         if step.num_diffusion_rows:
-            self._costs.draft.observe(step.num_diffusion_rows, step.seconds.draft)
+            self._costs.draft.observe(step.num_diffusion_rows, pass_seconds)
         seconds = step.seconds
         self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)
-        self._costs.observe_overheads(searches, step.seconds.search, step.seconds.commit + overhead_seconds)
+        overhead = max(seconds.draft - pass_seconds, 0.0) + seconds.commit
+        self._costs.observe_overheads(searches, seconds.search, overhead)
 
     def _probe(self, heat: int, known: int) -> int:
         """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""

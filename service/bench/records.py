@@ -91,11 +91,11 @@ class Phases:
     """Where the seconds of a pass went."""
 
     prompt: float = 0.0  # verification passes that carried prompt tokens
-    draft: float = 0.0
+    draft: float = 0.0  # drafter passes, the free draft, and weighing what is worth it
     search: float = 0.0
     verify: float = 0.0
     commit: float = 0.0
-    other: float = 0.0  # scheduling, handing tokens over, the free draft, bookkeeping
+    other: float = 0.0  # scheduling, handing tokens over, bookkeeping
 
     @property
     def total(self) -> float:

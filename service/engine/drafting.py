@@ -27,7 +27,7 @@ class Drafting(Protocol):
 
     @property
     def last_draft_seconds(self) -> float:
-        """Of the latest `propose`: seconds in drafter passes."""
+        """Of the latest `propose`: seconds of everything but lattice and path search."""
 
     @property
     def last_search_seconds(self) -> float:

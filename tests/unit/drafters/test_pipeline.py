@@ -79,6 +79,18 @@ def test_fixed_policy_drafts_its_length_by_diffusion(tiny_drafter: Path) -> None
     assert pipeline.last_diffusion_rows == 20 + 6 - 1 + 1
 
 
+def test_all_that_drafts_but_the_search_counts_as_drafting(tiny_drafter: Path) -> None:
+    """The clock ticks when drafting begins, around the pass, behind the search, and at the end."""
+    pipeline = build(tiny_drafter, policy="fixed", fixed_length=6)
+    pipeline.propose([request(text(20))])
+    assert pipeline.last_search_seconds == pytest.approx(TICK)
+    assert pipeline.last_draft_seconds == pytest.approx(3 * TICK)
+    pipeline = build(None)
+    pipeline.propose([request(np.tile(text(20), 6))])
+    assert pipeline.last_search_seconds == 0.0
+    assert pipeline.last_draft_seconds == pytest.approx(TICK)
+
+
 def test_paper_policy_falls_to_its_shortest_length(tiny_drafter: Path) -> None:
     pipeline = build(tiny_drafter, policy="paper", copying=False)
     first = pipeline.propose([request(text(20))])[0]

@@ -52,7 +52,7 @@ def test_exploring_takes_its_share_of_the_time_and_everybody_in_turn() -> None:
         assert len(explored) <= 1
         for one in explored:
             passes[one.request.request_id] += 1
-        plan.learn_costs(step(names), 0, 0.0)
+        plan.learn_costs(step(names), 0.0, 0)
     least = DEAR_DRAFTS[1]  # what a pass costs at the least
     assert 0.3 * EXPLORATION < sum(passes.values()) * least / (steps * STEP) <= EXPLORATION
     assert max(passes.values()) - min(passes.values()) <= 1
