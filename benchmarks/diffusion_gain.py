@@ -2,9 +2,9 @@
 
     python -m benchmarks.diffusion_gain --temperatures 0,0.5
 
-The default configuration decodes held-out prompts with a diffusion pass in every step. When the text is known, both
-drafts of each step are compared with it: the free one, and the one that was chosen after the pass. Steps are told apart
-by what the free draft promised, which is what the policy knows before it pays for a pass.
+The default configuration decodes held-out prompts, with a diffusion pass in every step that may draft. When the text is
+known, both drafts of each step are compared with it: the free one, and the one that was chosen after the pass. Steps
+are told apart by what the free draft promised, which is what the policy knows before it pays for a pass.
 """
 
 import argparse
@@ -60,13 +60,17 @@ class WatchingPlanner(DraftPlanner):
         super().settle(candidates)
         for candidate in candidates:
             request = candidate.request
-            free = candidate.free_tokens or candidate.tokens
+            free = candidate.tokens if candidate.path is None else candidate.free_tokens
             place = int(request.request_id), len(request.tokens), candidate.forecast_class[1]
             self.steps.append(Step(*place, free, candidate.tokens))
 
 
-async def measure(loaded: Loaded, num_prompts: int, temperature: float, diffusion_length: int) -> None:
-    planner = WatchingPlanner(LengthOptions(diffusion_length=diffusion_length))
+async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
+    speculation = loaded.settings.speculation
+    options = LengthOptions(
+        max_draft_tokens=speculation.max_draft_tokens, diffusion_length=speculation.diffusion_draft_tokens
+    )
+    planner = WatchingPlanner(options)
 
     def watched() -> DraftPipeline:
         pipeline = build(find_cell("default"), loaded.settings, loaded.models)
@@ -106,9 +110,8 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float, diffusio
 async def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load(load_settings(), [find_cell("default")], 1)
-    length = loaded.settings.speculation.diffusion_draft_tokens
     for temperature in arguments.temperatures:
-        await measure(loaded, arguments.num_prompts, temperature, length)
+        await measure(loaded, arguments.num_prompts, temperature)
     print("\n".join(describe_environment().lines))
 
 

@@ -82,6 +82,17 @@ class PhaseSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftingCost:
+    """What one call of a pipeline's `propose` took."""
+
+    draft_seconds: float = 0.0  # all but lattice and path search
+    search_seconds: float = 0.0
+    pass_seconds: float = 0.0  # of the drafting, in the drafter's pass
+    num_diffusion_rows: int = 0  # of that pass; 0: there was none
+    num_searches: int = 0  # requests that the search was for
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One engine step. The length controller and Prometheus read this same record."""
 
@@ -90,5 +101,7 @@ class StepRecord:
     num_prefill_rows: int  # of these, prompt tokens
     seconds: PhaseSeconds
     num_diffusion_rows: int = 0  # rows of the drafter's pass; 0 if there was none
+    pass_seconds: float = 0.0  # of `seconds.draft`, in that pass
+    num_searches: int = 0  # requests that the path search was for
     mean_context: float = 0.0  # tokens
     num_drafter_failures: int = 0  # since the step before; of the embedded engine (vLLM's worker reports them itself)

@@ -50,18 +50,21 @@ class CleanPrefixes:
         is_approximate: bool,
         refresh_interval: int,
         reuse: bool,
-        fresh: int | None = None,
+        first_tokens: int | None = None,
     ) -> None:
         """Start with `num_slots` free slots.
 
         window: most clean tokens that are read. grid: windows begin, and cached prefixes end, at its multiples (the
         length of a block that sees itself; else 1). is_approximate: attention is `full`. refresh_interval: passes
-        until an approximate prefix is read anew; 0: never. reuse: False reads everything at every pass. fresh: tokens
-        that a window begins with, for a drafter that needs few: rather than catch up with more, it begins a new window;
-        None: all that fit in at first, and half of it later.
+        until an approximate prefix is read anew; 0: never. reuse: False reads everything at every pass.
+        first_tokens: that a window begins with, for a drafter that needs few: rather than catch up with more, it begins
+        a new window. None: a first window begins with all that fit in, and half of them are left when it moves. Raises
+        ValueError for `first_tokens` beside a grid or an approximation.
         """
         self.window, self.grid, self.is_approximate = window, grid, is_approximate
-        self._fresh = None if fresh is None else max(min(fresh, window), grid)
+        if first_tokens is not None and (grid > 1 or is_approximate):
+            raise ValueError("only a prefix that is exact token by token may begin anew anywhere")
+        self._first_tokens = None if first_tokens is None else min(first_tokens, window)
         self._refresh_interval, self._reuse = refresh_interval, reuse
         self._free = list(reversed(range(num_slots)))
         self._of_request: dict[str, CleanPrefix] = {}
@@ -124,19 +127,19 @@ class CleanPrefixes:
     @property
     def _first(self) -> int:
         """Tokens of a request's first window."""
-        return self.window if self._fresh is None or not self._reuse else self._fresh
+        return self.window if self._first_tokens is None or not self._reuse else self._first_tokens
 
     @property
     def _kept(self) -> int:
         """Tokens that are left in a window that moves: half, so that it need not move again at once."""
         if not self._reuse:
             return self.window
-        return max(self.window // 2, self.grid) if self._fresh is None else self._fresh
+        return max(self.window // 2, self.grid) if self._first_tokens is None else self._first_tokens
 
     def _must_move(self, prefix: CleanPrefix, num_tokens: int) -> bool:
         """Whether the window begins elsewhere for a context of `num_tokens`."""
         length = num_tokens - prefix.offset
-        is_behind = self._fresh is not None and length - prefix.length > self._fresh
+        is_behind = self._first_tokens is not None and length - prefix.length > self._first_tokens
         return not self._reuse or length > self.window or is_behind
 
     def _must_refresh(self, prefix: CleanPrefix) -> bool:

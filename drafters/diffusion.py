@@ -22,7 +22,7 @@ class DiffusionOptions:
     """How a drafter spends its passes."""
 
     window: int = 256  # most clean tokens that are read; beyond it the latest ones
-    fresh_context: int | None = None  # clean tokens that a window begins with; None: as many as fit in
+    first_tokens: int | None = None  # that a window begins with (`clean_prefix`); None: as many as fit in, later half
     reuse_prefix: bool = True  # False: read everything at every pass, for comparison
     refresh_interval: int = 16  # `full` only: passes until the prefix is read anew; 0: never
     refinement_steps: int = 1  # passes per draft; each one fills in the most confident tokens for the next
@@ -88,7 +88,7 @@ class DiffusionDrafter:
             is_approximate=self._pattern == "full",
             refresh_interval=self._options.refresh_interval,
             reuse=self._options.reuse_prefix,
-            fresh=self._options.fresh_context,
+            first_tokens=self._options.first_tokens,
         )
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 from drafters.candidate import Candidate, RequestState
 from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
@@ -53,8 +53,7 @@ class DraftPipeline:
         self._planner = DraftPlanner(lengths)
         self._paused_steps, self._failures = 0, 0
         self.num_failures = 0  # of the diffusion drafter, in all
-        self.last_draft_seconds = self.last_search_seconds = self._last_pass_seconds = 0.0
-        self.last_diffusion_rows = self._last_searches = 0
+        self.last_cost = DraftingCost()  # of the latest `propose`
         self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
 
     @property
@@ -68,19 +67,18 @@ class DraftPipeline:
         num_prefill_rows: prompt rows that the same verification pass will carry.
         """
         started = self._clock()
-        self.last_search_seconds = self._last_pass_seconds = 0.0
-        self.last_diffusion_rows = self._last_searches = 0
+        cost = DraftingCost()
         candidates = [self._candidate(request) for request in requests]
         drafting = [candidate for candidate in candidates if candidate.cap > 0]
         if drafting:
             self._planner.open_step(len(requests), num_prefill_rows)
             self._draft_freely(drafting)
             self._plan_diffusion(drafting)
-            self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
-            drafts = self._planner.cut(candidates, self._last_pass_seconds + self.last_search_seconds)
+            cost = self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
+            drafts = self._planner.cut(candidates, cost.pass_seconds + cost.search_seconds)
         else:
             drafts = [candidate.no_draft for candidate in candidates]
-        self.last_draft_seconds = max(self._clock() - started - self.last_search_seconds, 0.0)
+        self.last_cost = replace(cost, draft_seconds=self._clock() - started - cost.search_seconds)
         return drafts
 
     def observe(self, step: StepRecord) -> None:
@@ -92,7 +90,7 @@ class DraftPipeline:
             self._planner.learn(state, outcome)
             if outcome.draft.source == "diffusion" and outcome.draft.tokens and self._diffusion is not None:
                 self._diffusion.note(outcome.request_id, outcome.num_accepted)
-        self._planner.learn_costs(step, self._last_pass_seconds, self._last_searches)
+        self._planner.learn_costs(step)
 
     def release(self, request_id: str) -> None:
         """Forget a request; harmless if it is unknown."""
@@ -149,10 +147,13 @@ class DraftPipeline:
 
         self._planner.plan_diffusion(candidates, diffusion.longest, pending_rows)
 
-    def _diffuse(self, candidates: Sequence[Candidate]) -> None:
-        """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts."""
+    def _diffuse(self, candidates: Sequence[Candidate]) -> DraftingCost:
+        """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts.
+
+        Returns what pass and search took; nothing if they failed.
+        """
         if not candidates or self._diffusion is None or self._search is None:
-            return
+            return DraftingCost()
         requests = [
             MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
             for c in candidates
@@ -169,16 +170,20 @@ class DraftPipeline:
             paths = self._search.search([request.tokens for request in requests], lattice, noise)
         except Exception:
             self._pause(candidates)
-            return
+            return DraftingCost()
+        searched = self._clock()
         self._failures = 0
         for candidate, path in zip(candidates, paths, strict=True):
             if path.tokens:  # the free draft is better than none
                 candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
         self._draft_on([candidate for candidate in candidates if candidate.path])
-        self._last_pass_seconds = drafted - started
-        self.last_search_seconds = self._clock() - drafted
-        self.last_diffusion_rows, self._last_searches = rows, len(candidates)
         self._planner.settle(candidates)
+        return DraftingCost(
+            pass_seconds=drafted - started,
+            search_seconds=searched - drafted,
+            num_diffusion_rows=rows,
+            num_searches=len(candidates),
+        )
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""

@@ -18,7 +18,7 @@ from drafters.goodput import choose_lengths, choose_sources
 from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
-MOST_CATCH_UP_ROWS = 16  # a first pass reads the whole window, but later ones profit: it is charged no more rows
+MOST_CATCH_UP_ROWS = 16  # a first pass may read a long window, but later ones profit: it is charged no more rows
 ROWS_AHEAD = 8  # of a draft, over which the cost of one row is taken
 CAUTION = 0.5  # confidences are not calibrated yet when a free draft ends
 EXPLORATION = 0.005  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
@@ -97,7 +97,7 @@ class DraftPlanner:
         if not adaptive:
             return
         longest = min(longest, self._options.diffusion_length)
-        is_worth, least = False, self._least_gain(len(candidates), longest)
+        is_worth, least = False, self._least_gain(candidates, longest)
         for candidate in adaptive:
             candidate.accepted = self._accepted_by_length(candidate)
             promise = candidate.accepted[min(candidate.cap, PROMISED_TOKENS)]
@@ -119,10 +119,13 @@ class DraftPlanner:
                 candidate.diffusion_length = min(candidate.cap, longest)
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
 
-    def _least_gain(self, num_requests: int, longest: int) -> float:
+    def _least_gain(self, candidates: Sequence[Candidate], longest: int) -> float:
         """Accepted tokens that a pass must add per request: what it costs at least, against what plain tokens do."""
         batch = self._batch
-        seconds = batch.draft_at(num_requests * longest) + num_requests * batch.search_seconds
+        adaptive = [candidate for candidate in candidates if candidate.policy == "goodput"]
+        others = sum(candidate.diffusion_length for candidate in candidates)  # they have their pass anyway
+        rows = sum(min(candidate.cap, longest) for candidate in adaptive)
+        seconds = batch.draft_at(others + rows) - batch.draft_at(others) + len(adaptive) * batch.search_seconds
         return seconds / (batch.overhead_seconds + batch.plain_seconds)
 
     def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats) -> NDArray[np.bool_]:
@@ -226,11 +229,8 @@ class DraftPlanner:
             rival = num_common(draft.tokens[:num_accepted], state.rival)
             self._forecast.verify(state.forecast_class, num_accepted - rival, state.expected_gain)
 
-    def learn_costs(self, step: StepRecord, pass_seconds: float, searches: int) -> None:
-        """Take in what one step cost.
-
-        pass_seconds: of its drafting, those in the diffusion pass. searches: requests that the path search was for.
-        """
+    def learn_costs(self, step: StepRecord) -> None:
+        """Take in what one step cost."""
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
             if has_drafts:
@@ -239,11 +239,11 @@ class DraftPlanner:
                 self._costs.observe_plain(len(step.outcomes), step.seconds.verify)
             self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
         if step.num_diffusion_rows:
-            self._costs.draft.observe(step.num_diffusion_rows, pass_seconds)
+            self._costs.draft.observe(step.num_diffusion_rows, step.pass_seconds)
         seconds = step.seconds
         self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)
-        overhead = max(seconds.draft - pass_seconds, 0.0) + seconds.commit
-        self._costs.observe_overheads(searches, seconds.search, overhead)
+        overhead = max(seconds.draft - step.pass_seconds, 0.0) + seconds.commit
+        self._costs.observe_overheads(step.num_searches, seconds.search, overhead)
 
     def _probe(self, heat: int, known: int) -> int:
         """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""

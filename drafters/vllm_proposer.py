@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
+from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +31,7 @@ class Pipeline(Protocol):
     """`drafters.pipeline.DraftPipeline`, or whatever stands in for it."""
 
     max_draft_tokens: int
-    last_draft_seconds: float
-    last_search_seconds: float
-    last_diffusion_rows: int
+    last_cost: DraftingCost  # of the latest `propose`
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]: ...
 
@@ -84,9 +82,7 @@ class _Pending:
     """What was proposed after the last step, until the next one tells what became of it."""
 
     drafts: dict[str, Draft] = field(default_factory=dict)
-    draft_seconds: float = 0.0
-    search_seconds: float = 0.0
-    num_diffusion_rows: int = 0
+    cost: DraftingCost = field(default_factory=DraftingCost)
 
 
 class VllmProposer:
@@ -182,9 +178,7 @@ class VllmProposer:
             if len(drafts) != len(requests):
                 raise ValueError(f"{len(drafts)} drafts for {len(requests)} requests")
             proposed = iter(drafts)
-            self._pending.draft_seconds = self._pipeline.last_draft_seconds
-            self._pending.search_seconds = self._pipeline.last_search_seconds
-            self._pending.num_diffusion_rows = self._pipeline.last_diffusion_rows
+            self._pending.cost = self._pipeline.last_cost
         else:
             proposed = iter([_LAST_TOKEN] * len(requests))
         chosen = []
@@ -206,7 +200,7 @@ class VllmProposer:
 
     def _record(self, rows: Sequence[Row], now: float) -> StepRecord:
         gap = 0.0 if self._last_ended is None else max(self._step_started - self._last_ended, 0.0)
-        pending = self._pending
+        pending, cost = self._pending, self._pending.cost
         outcomes = []
         for row in rows:
             if not row.num_sampled:
@@ -218,8 +212,10 @@ class VllmProposer:
             outcomes=outcomes,
             num_rows=sum(row.num_rows for row in rows),
             num_prefill_rows=sum(row.num_rows for row in rows if row.is_prefill),
-            seconds=PhaseSeconds(pending.draft_seconds, pending.search_seconds, now - self._step_started, gap),
-            num_diffusion_rows=pending.num_diffusion_rows,
+            seconds=PhaseSeconds(cost.draft_seconds, cost.search_seconds, now - self._step_started, gap),
+            num_diffusion_rows=cost.num_diffusion_rows,
+            pass_seconds=cost.pass_seconds,
+            num_searches=cost.num_searches,
             mean_context=sum(len(row.tokens) for row in rows) / max(len(rows), 1),
         )
 

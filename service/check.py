@@ -164,7 +164,7 @@ def _remarks(
         remarks.append(f"It drafts at most {config.block_size} tokens in a pass.")
     window = drafter_window(settings, config)
     if window < context:
-        remarks.append(f"It reads the latest {window} tokens of a longer context (speculation.window_tokens).")
+        remarks.append(f"It reads at most the latest {window} tokens of a longer context (speculation.window_tokens).")
     if not settings.model.device.startswith("cuda") and drafter.num_parameters > 1e9:
         remarks.append("A model of more than a billion parameters on a CPU drafts slower than most targets decode.")
     return remarks

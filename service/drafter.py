@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 USUAL_WINDOW, WINDOW_WITH_HIDDEN_STATES = 256, 32  # tokens
+FIRST_WITH_HIDDEN_STATES = 12  # tokens that such a window begins with: more of them cost more than they tell
 
 PATHS = {
     "identical": "takes and gives the target's ids as they are",
@@ -58,6 +59,12 @@ def drafter_window(settings: Settings, drafter: TransformerConfig) -> int:
     return min(settings.speculation.window_tokens or usual, drafter.longest_trained)
 
 
+def first_tokens(settings: Settings, drafter: TransformerConfig) -> int | None:
+    """Tokens that the drafter's window begins with, at first and whenever it begins anew; None: as many as fit in."""
+    is_usual = settings.speculation.window_tokens is None and drafter.attention == "block"
+    return FIRST_WITH_HIDDEN_STATES if is_usual and drafter.target_hidden_size else None
+
+
 def build_drafter(settings: Settings, target: TransformerConfig, model: "Transformer") -> BuiltDrafter:
     """Wrap the loaded drafter `model` for the target of the settings; how is chosen by their vocabularies.
 
@@ -71,6 +78,7 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
     vocabularies = relate(theirs, ours)
     options = DiffusionOptions(
         window=drafter_window(settings, model.config),
+        first_tokens=first_tokens(settings, model.config),
         refresh_interval=speculation.refresh_passes,
         refinement_steps=speculation.refinement_steps,
         part_tokens=speculation.draft_part_tokens,

@@ -131,7 +131,12 @@ class ServiceMetrics:
         self._steps = self._counter("diffuspec_steps", "Engine steps.").labels(name)
         rows = self._counter("diffuspec_rows", "Rows of the models' passes.", "kind")
         self._rows = {kind: rows.labels(name, kind) for kind in ("prefill", "decode", "diffusion")}
-        phases = self._histogram("diffuspec_step_seconds", "Seconds of a step by phase.", PHASE_BUCKETS, "phase")
+        phases = self._histogram(
+            "diffuspec_step_seconds",
+            "Seconds of a step by phase; draft: all but lattice and search.",
+            PHASE_BUCKETS,
+            "phase",
+        )
         self._phases = {phase: phases.labels(name, phase) for phase in ("draft", "search", "verify", "commit")}
         lengths = self._histogram(
             "diffuspec_draft_length", "Tokens drafted for one step.", LENGTH_BUCKETS, "source", "policy"
@@ -167,10 +172,13 @@ class ServiceMetrics:
 
         A drafted token saves a plain step of the same batch, so that side by side, summed over the batches,
         `tokens{drafted="yes"} * seconds{drafted="no"} / tokens{drafted="no"}` is what plain decoding would have taken.
+        Drafting that came to nothing is no part of plain decoding: its seconds go to `yes`.
         """
         name, labels = self._model_name, ("drafted", "batch")
         steps = self._counter("diffuspec_decode_steps", "Steps without prompt tokens.", *labels)
-        seconds = self._counter("diffuspec_decode_step_seconds", "Seconds of steps without prompt tokens.", *labels)
+        seconds = self._counter(
+            "diffuspec_decode_step_seconds", "Seconds of steps without prompt tokens; all drafting: yes.", *labels
+        )
         tokens = self._counter("diffuspec_decode_step_tokens", "Tokens from steps without prompt tokens.", *labels)
         self._decode = {
             (drafted, batch): tuple(counter.labels(name, drafted, batch) for counter in (steps, seconds, tokens))
@@ -242,7 +250,8 @@ class ServiceMetrics:
         batch = next((label for most, label in BATCHES if num_sequences <= most), LARGEST_BATCH)
         steps, seconds, tokens = self._decode[drafted, batch]
         steps.inc()
-        seconds.inc(step.seconds.draft + step.seconds.search + step.seconds.verify + step.seconds.commit)
+        seconds.inc(step.seconds.verify + step.seconds.commit)
+        self._decode["yes", batch][1].inc(step.seconds.draft + step.seconds.search)
         tokens.inc(num_sequences + sum(outcome.num_accepted for outcome in step.outcomes))
 
     def _observe_outcome(self, outcome: Outcome) -> None:

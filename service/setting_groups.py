@@ -149,7 +149,8 @@ class SpeculationSettings(SettingsGroup):
         default=None,
         ge=16,
         description="Most tokens of context that the drafter reads; never more than it was trained on. Unset: 256, or "
-        "32 for a drafter that is given the target's hidden states, which say what stood before.",
+        "32 for a drafter that is given the target's hidden states, which say what stood before; its window begins "
+        "with the latest 12 and grows to 32.",
     )
     refresh_passes: int = Field(
         default=16,

@@ -1,5 +1,6 @@
 """The configurations that are compared: settings of the service, and the two that no setting gives."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from drafters import prompt_lookup
-from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, StepRecord
 from drafters.causal_scorer import CausalModel
 from drafters.ngram import NgramModel
 from drafters.pipeline import DraftPipeline
@@ -163,19 +164,20 @@ class PromptLookupDrafting:
     description = "prompt lookup"
     drafter_up = True
     num_failures = 0
-    last_draft_seconds = last_search_seconds = 0.0
-    last_diffusion_rows = 0
 
     def __init__(self, num_tokens: int) -> None:
         """Always drafts `num_tokens`, where the text has something to copy."""
         self.max_draft_tokens = num_tokens
+        self.last_cost = DraftingCost()
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
+        started = time.perf_counter()
         drafts = []
         for request in requests:
             length = min(request.max_draft_tokens, self.max_draft_tokens)
             tokens = prompt_lookup.propose(request.tokens, length)
             drafts.append(Draft(tokens, "copy") if tokens else Draft(bypass_reason="no_candidates"))
+        self.last_cost = DraftingCost(time.perf_counter() - started)
         return drafts
 
     def observe(self, step: StepRecord) -> None: ...

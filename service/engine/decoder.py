@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PhaseSeconds, StepRecord
 from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
@@ -36,9 +36,7 @@ class _Proposal:
 
     drafts: list[Draft]  # one per part
     num_prefill_rows: int
-    draft_seconds: float = 0.0
-    search_seconds: float = 0.0
-    num_diffusion_rows: int = 0
+    cost: DraftingCost = field(default_factory=DraftingCost)
 
 
 class Decoder:
@@ -74,7 +72,7 @@ class Decoder:
         mean_context = sum(part.decoding.length for part in parts) / len(parts)
         results = [_commit(*work) for work in zip(parts, proposal.drafts, verified, strict=True)]
         seconds = PhaseSeconds(
-            proposal.draft_seconds, proposal.search_seconds, committing - started, self._clock() - committing
+            proposal.cost.draft_seconds, proposal.cost.search_seconds, committing - started, self._clock() - committing
         )
         self._report(_record(parts, proposal, verified, seconds, mean_context, self._take_failures()))
         return results
@@ -119,7 +117,7 @@ class Decoder:
         )
 
     def _ask(self, requests: Sequence[DraftRequest], proposal: _Proposal) -> list[Draft] | None:
-        """The pipeline's drafts, its timings noted in `proposal`; None if it failed."""
+        """The pipeline's drafts, their cost noted in `proposal`; None if it failed."""
         try:
             drafts = self._pipeline.propose(requests, proposal.num_prefill_rows)
             self._check(requests, drafts)
@@ -127,9 +125,7 @@ class Decoder:
             self._pause_drafting("the drafter failed")
             return None
         self._pause_seconds = 0.0
-        proposal.draft_seconds = self._pipeline.last_draft_seconds
-        proposal.search_seconds = self._pipeline.last_search_seconds
-        proposal.num_diffusion_rows = self._pipeline.last_diffusion_rows
+        proposal.cost = self._pipeline.last_cost
         return drafts
 
     def _check(self, requests: Sequence[DraftRequest], drafts: Sequence[Draft]) -> None:
@@ -228,7 +224,9 @@ def _record(
         num_rows=sum(part.num_new for part in parts) + sum(len(draft.tokens) for draft in proposal.drafts),
         num_prefill_rows=proposal.num_prefill_rows,
         seconds=seconds,
-        num_diffusion_rows=proposal.num_diffusion_rows,
+        num_diffusion_rows=proposal.cost.num_diffusion_rows,
+        pass_seconds=proposal.cost.pass_seconds,
+        num_searches=proposal.cost.num_searches,
         mean_context=mean_context,
         num_drafter_failures=num_drafter_failures,
     )

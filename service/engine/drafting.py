@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 
 
 class Drafting(Protocol):
@@ -26,16 +26,8 @@ class Drafting(Protocol):
         """Failures of such a part so far: contained, logged, and no exception of `propose`."""
 
     @property
-    def last_draft_seconds(self) -> float:
-        """Of the latest `propose`: seconds of everything but lattice and path search."""
-
-    @property
-    def last_search_seconds(self) -> float:
-        """Of the latest `propose`: seconds in lattice and path search."""
-
-    @property
-    def last_diffusion_rows(self) -> int:
-        """Of the latest `propose`: rows of the drafter's pass; 0 if there was none."""
+    def last_cost(self) -> DraftingCost:
+        """Of the latest `propose`."""
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
         """One draft per request, none longer than its `max_draft_tokens`."""

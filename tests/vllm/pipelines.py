@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 
 Propose = Callable[[Sequence[DraftRequest]], Any]
 
@@ -20,8 +20,7 @@ class Scripted:
 
     description = "a script"
     drafter_up = True
-    last_draft_seconds = last_search_seconds = 0.0
-    last_diffusion_rows = 0
+    last_cost = DraftingCost()
     reads_hidden_states = False
 
     def __init__(self, propose: Propose, max_draft_tokens: int = 8) -> None:

@@ -82,16 +82,24 @@ def test_a_drafter_that_needs_little_context_begins_anew_rather_than_catch_up(
 ) -> None:
     model, reference = block
     masks = list(model.config.mask_token_ids)
-    options = DiffusionOptions(WINDOW, fresh_context=8)
+    options = DiffusionOptions(WINDOW, first_tokens=8)
     drafter = DiffusionDrafter(model, num_slots=1, vocabulary_size=VOCABULARY_SIZE, options=options)
     text = random_tokens(200)
     # length of the text, clean rows that must be run, and tokens that the draft sees: from the beginning of its window
-    for length_so_far, pending, seen in ((30, 8, 8), (33, 3, 11), (41, 8, 19), (50, 8, 8), (52, 2, 10), (90, 8, 8)):
+    lengths = [(5, 5, 5), (30, 8, 8), (33, 3, 11), (41, 8, 19), (50, 8, 8), (52, 2, 10), (90, 8, 8)]
+    lengths += [(90 + 8 * i, 8, 8 + 8 * i) for i in range(1, 6)] + [(138, 8, 8)]  # the window is full then
+    for length_so_far, pending, seen in lengths:
         assert drafter.pending_rows("a", length_so_far) == pending
         logits = drafter.propose([MaskedRequest("a", text[:length_so_far], 4)])
         context = text[length_so_far - seen : length_so_far]
         expected = reference_logits(reference, context, 4, masks, full=False)
         assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_only_an_exact_prefix_may_begin_anew_anywhere(tmp_path: Path) -> None:
+    write_full_drafter(tmp_path)
+    with pytest.raises(ValueError, match="exact"):
+        DiffusionDrafter(Transformer.load(tmp_path), 1, VOCABULARY_SIZE, DiffusionOptions(WINDOW, first_tokens=8))
 
 
 def test_full_attention_is_exact_without_reuse_and_close_in_shape_with_it(tmp_path: Path) -> None:

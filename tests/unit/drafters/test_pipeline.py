@@ -76,19 +76,21 @@ def test_fixed_policy_drafts_its_length_by_diffusion(tiny_drafter: Path) -> None
     assert len(draft.tokens) <= 6
     assert draft.lattice_width >= 1.0
     assert draft.path_gain >= 0.0
-    assert pipeline.last_diffusion_rows == 20 + 6 - 1 + 1
+    assert pipeline.last_cost.num_diffusion_rows == 20 + 6 - 1 + 1
 
 
 def test_all_that_drafts_but_the_search_counts_as_drafting(tiny_drafter: Path) -> None:
     """The clock ticks when drafting begins, around the pass, behind the search, and at the end."""
     pipeline = build(tiny_drafter, policy="fixed", fixed_length=6)
     pipeline.propose([request(text(20))])
-    assert pipeline.last_search_seconds == pytest.approx(TICK)
-    assert pipeline.last_draft_seconds == pytest.approx(3 * TICK)
+    assert pipeline.last_cost.search_seconds == pytest.approx(TICK)
+    assert pipeline.last_cost.draft_seconds == pytest.approx(3 * TICK)
+    assert pipeline.last_cost.pass_seconds == pytest.approx(TICK)
+    assert pipeline.last_cost.num_searches == 1
     pipeline = build(None)
     pipeline.propose([request(np.tile(text(20), 6))])
-    assert pipeline.last_search_seconds == 0.0
-    assert pipeline.last_draft_seconds == pytest.approx(TICK)
+    assert pipeline.last_cost.search_seconds == 0.0
+    assert pipeline.last_cost.draft_seconds == pytest.approx(TICK)
 
 
 def test_paper_policy_falls_to_its_shortest_length(tiny_drafter: Path) -> None:

@@ -1,6 +1,9 @@
 """What is worth drafting: exploration within its share, and the better of two drafts."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
 from drafters.candidate import Candidate, RequestState
@@ -52,10 +55,43 @@ def test_exploring_takes_its_share_of_the_time_and_everybody_in_turn() -> None:
         assert len(explored) <= 1
         for one in explored:
             passes[one.request.request_id] += 1
-        plan.learn_costs(step(names), 0.0, 0)
+        plan.learn_costs(step(names))
     least = DEAR_DRAFTS[1]  # what a pass costs at the least
     assert 0.3 * EXPLORATION < sum(passes.values()) * least / (steps * STEP) <= EXPLORATION
     assert max(passes.values()) - min(passes.values()) <= 1
+
+
+def test_what_a_step_cost_is_told_by_its_record_alone() -> None:
+    """Records may be replayed, or tell of steps that never drafted: nothing of another step may be mixed in."""
+    plan = planner()
+    before = plan._costs.draft.at(7)
+    drafted = replace(
+        step(["a"]),
+        seconds=PhaseSeconds(draft=before + 5e-4, search=3e-4, verify=STEP, commit=0.0),
+        num_diffusion_rows=7,
+        pass_seconds=before,
+        num_searches=2,
+    )
+    for _ in range(200):
+        plan.learn_costs(drafted)
+    assert plan._costs.draft.at(7) == pytest.approx(before)
+    assert plan._costs.search_seconds == pytest.approx(1.5e-4, rel=1e-3)
+    assert plan._costs.overhead_seconds == pytest.approx(5e-4, rel=1e-3)
+    for _ in range(200):
+        plan.learn_costs(step(["a"]))
+    assert plan._costs.draft.at(7) == pytest.approx(before)
+    assert plan._costs.search_seconds == pytest.approx(1.5e-4, rel=1e-3)
+
+
+def test_a_pass_is_only_weighed_where_it_can_add_what_it_costs() -> None:
+    """In plain tokens: 4 ms and a search against steps of a millisecond. Who rides along with others pays for rows."""
+    plan = planner()
+    alone = [candidate("a")]
+    plan.open_step(1, 0)
+    assert plan._least_gain(alone, 6) == pytest.approx((plan._batch.draft_at(6) + 1e-4) / (STEP + 2e-4))
+    fixed = candidate("b")
+    fixed.policy, fixed.diffusion_length = "fixed", 8
+    assert plan._least_gain([*alone, fixed], 6) < 0.5 * plan._least_gain(alone, 6)
 
 
 def test_a_path_that_promises_less_than_the_free_draft_is_dropped() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 from drafters.step_packing import pack_record, unpack_records
 from drafters.vllm_proposer import RequestOptions, Row, VllmProposer
 
@@ -14,7 +14,7 @@ class CopyingPipeline:
     """A real, if simple pipeline: repeats the last token."""
 
     max_draft_tokens = 4
-    last_draft_seconds, last_search_seconds, last_diffusion_rows = 0.25, 0.125, 3
+    last_cost = DraftingCost(0.25, 0.125, 0.0625, num_diffusion_rows=3, num_searches=2)
 
     def __init__(self) -> None:
         self.requests: list[DraftRequest] = []

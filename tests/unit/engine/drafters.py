@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 
 Rule = Callable[[DraftRequest], Sequence[int]]
 """What to draft for a request; cut to what it may have."""
@@ -19,9 +19,7 @@ class RuleDrafter:
         self.description = "a rule"
         self.drafter_up = True
         self.num_failures = 0
-        self.last_draft_seconds = 0.0
-        self.last_search_seconds = 0.0
-        self.last_diffusion_rows = 0
+        self.last_cost = DraftingCost()
         self.remembered: set[str] = set()  # requests that were drafted for and not released
         self.steps: list[StepRecord] = []
         self.costs: dict[int, float] = {}

@@ -90,6 +90,8 @@ def test_steps_without_prompt_tokens_are_timed_apart_by_batch_and_drafting(metri
     assert value(metrics, "diffuspec_decode_step_seconds_total", drafted="yes", batch="2") == pytest.approx(0.05)
     assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="yes", batch="2") == 4
     assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="no", batch="1") == 1
+    assert value(metrics, "diffuspec_decode_step_seconds_total", drafted="no", batch="1") == pytest.approx(0.03)
+    assert value(metrics, "diffuspec_decode_step_seconds_total", drafted="yes", batch="1") == pytest.approx(0.02)
     assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="no", batch="33+") == 40
     assert value(metrics, "diffuspec_decode_steps_total", drafted="yes", batch="3-4") == 0
 
