@@ -20,7 +20,7 @@ from drafters.ngram import NgramModel
 WINDOW = 4096  # tokens of a request's text that copying looks at
 LONGEST_CHAIN = 256  # tokens
 PRIOR_STRENGTH = 20.0  # observations the shipped weights count for
-# By match length 0..16, fitted on half of the held-out text beside the n-gram model; serving moves them.
+# By match length 0..16, fitted on half of the held-out text beside an earlier n-gram model; serving moves them.
 PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
 
 

@@ -2,7 +2,8 @@
 
 A draft of k tokens at anchor s is the clean row s (its logits give token s + 1) and k - 1 mask rows: mask j stands at
 position s + j and gives token s + j + 1. Clean rows are causal; a mask row sees the clean rows up to its anchor and
-every mask row of its own block, exactly as it will when it drafts.
+every mask row of its own block, as it will when it drafts. Where contexts are bounded, a row sees the latest clean rows
+(serving has windows, which begin somewhere and grow: nearly the same).
 """
 
 from dataclasses import dataclass

@@ -25,8 +25,8 @@ class DrafterRecipe:
     intermediate_size: int = 208
     layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
     start_steps: int = 750  # on the continuations of the small model that the target grew from
-    steps: int = 6000
-    more_steps: int = 7600  # of `train_on`
+    steps: int = 16_000
+    more_steps: int = 12_000  # of `train_on`
     more_muon_rate: float = 0.012
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
@@ -40,7 +40,7 @@ class DrafterRecipe:
     decay_share: float = 1.0
     unconditioned_share: float = 0.1  # of the sequences, whose hidden states are missing up to a random token, or all
     unhinted_share: float = 0.15  # of the blocks, which know nothing of the free draft; as many know a random beginning
-    weak_share: float = 0.8  # of the blocks, which hang where the free draft promises little
+    weak_share: float = 0.8  # 0 to 1: how much more likely blocks hang where the free draft promises little
     contexts: tuple[int, int] = (8, 32)  # clean tokens that a draft sees: few, as in serving
     whole_share: float = 0.1  # of the sequences, whose drafts see all of the text
     muon_rate: float = 0.015
