@@ -152,13 +152,18 @@ class StepCosts:
 
     def observe_drafted(self, rows: int, num_requests: int, seconds: float) -> None:
         """The same after a pass with drafts, mostly put down to these. rows: of drafts and requests together."""
-        expected = self.of_batch(num_requests).verify_at(rows)
+        expected = self.drafted_seconds(rows, num_requests)
         before = self.verify.level
         error = self.verify.observe(rows, seconds, expected)
         self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
         self.plain.level *= (self.verify.level / before) ** SHARED_BY_DRAFTED
         lowest, highest = self.plain.level / MOST_STRETCH, self.plain.level * MOST_STRETCH
         self.verify.level = min(max(self.verify.level, lowest), highest)
+
+    def drafted_seconds(self, rows: float, num_requests: int) -> float:
+        """Of a pass of so many requests with drafts, `rows` in all."""
+        plain = self.plain.at(num_requests) * (1.0 + self.extra_share)
+        return max(plain - self.verify.at(num_requests) + self.verify.at(rows), 1e-9)
 
     def _with_drafts(self, num_requests: int) -> Floats:
         """`[KNOTS]` seconds of a pass of so many requests with drafts."""

@@ -14,7 +14,7 @@ from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord
 from drafters.candidate import Candidate, RequestState
 from drafters.costs import StepCosts
 from drafters.estimates import TEMPERATURES, Calibration, DiffusionForecast, Floats
-from drafters.goodput import choose_lengths, choose_sources
+from drafters.goodput import PASS_HYSTERESIS, choose_lengths, choose_sources
 from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
@@ -74,7 +74,8 @@ class DraftPlanner:
         num_requests: that are drafted for.
         """
         batch = self._batch
-        row_seconds = (batch.verify_at(batch.base_rows + ROWS_AHEAD) - batch.verify_at(batch.base_rows)) / ROWS_AHEAD
+        verify = self._costs.verify.at
+        row_seconds = (verify(batch.base_rows + ROWS_AHEAD) - verify(batch.base_rows)) / ROWS_AHEAD
         return CAUTION * row_seconds * num_requests / batch.plain_seconds
 
     def plan_diffusion(
@@ -97,12 +98,15 @@ class DraftPlanner:
         if not adaptive:
             return
         longest = min(longest, self._options.diffusion_length)
-        is_worth, least = False, self._least_gain(candidates, longest)
         for candidate in adaptive:
             candidate.accepted = self._accepted_by_length(candidate)
             promise = candidate.accepted[min(candidate.cap, PROMISED_TOKENS)]
-            candidate.forecast_class = where = self._forecast.classes(candidate.state.heat, promise)
-            is_worth |= self._forecast.is_worth(where, candidate.state.agreement.forecast.factor, least)
+            candidate.forecast_class = self._forecast.classes(candidate.state.heat, promise)
+        least = self._least_gain(candidates, longest)
+        is_worth = any(
+            self._forecast.is_worth(candidate.forecast_class, candidate.state.agreement.forecast.factor, least)
+            for candidate in adaptive
+        )
         is_exploring = self._exploration_seconds >= self._exploration_price
         if not is_worth and not is_exploring:
             for candidate in adaptive:
@@ -120,13 +124,23 @@ class DraftPlanner:
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
 
     def _least_gain(self, candidates: Sequence[Candidate], longest: int) -> float:
-        """Accepted tokens that a pass must add per request: what it costs at least, against what plain tokens do."""
-        batch = self._batch
+        """Accepted tokens that a pass must add per request: less is never chosen, so that nothing need be weighed.
+
+        That is what the pass costs at least, and the hysteresis, at the pace of plain decoding, or of the free draft of
+        a request that is alone.
+        """
+        batch, pass_seconds = self._batch, self._costs.draft.at
         adaptive = [candidate for candidate in candidates if candidate.policy == "goodput"]
         others = sum(candidate.diffusion_length for candidate in candidates)  # they have their pass anyway
         rows = sum(min(candidate.cap, longest) for candidate in adaptive)
-        seconds = batch.draft_at(others + rows) - batch.draft_at(others) + len(adaptive) * batch.search_seconds
-        return seconds / (batch.overhead_seconds + batch.plain_seconds)
+        seconds = pass_seconds(others + rows) - pass_seconds(others) + len(adaptive) * batch.search_seconds
+        plain = batch.overhead_seconds + batch.plain_seconds
+        pace = 1.0 / plain
+        if batch.base_rows == 1 and candidates[0].accepted is not None:
+            length = len(candidates[0].tokens)
+            step = batch.overhead_seconds + self._costs.drafted_seconds(1 + length, 1)
+            pace = max(pace, (1.0 + float(candidates[0].accepted[length])) / step)
+        return pace * (PASS_HYSTERESIS * plain + (1.0 + PASS_HYSTERESIS) * seconds)
 
     def _choose(self, adaptive: Sequence[Candidate], draft_rows: Floats) -> NDArray[np.bool_]:
         """Which candidates a diffusion pass is worth its cost for, by the forecast."""

@@ -7,6 +7,7 @@ import pytest
 
 from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
 from drafters.candidate import Candidate, RequestState
+from drafters.goodput import PASS_HYSTERESIS
 from drafters.length import PaperLength, PaperLengthOptions
 from drafters.path_search import Path
 from drafters.planner import EXPLORATION, DraftPlanner, LengthOptions, num_common
@@ -88,7 +89,12 @@ def test_a_pass_is_only_weighed_where_it_can_add_what_it_costs() -> None:
     plan = planner()
     alone = [candidate("a")]
     plan.open_step(1, 0)
-    assert plan._least_gain(alone, 6) == pytest.approx((plan._batch.draft_at(6) + 1e-4) / (STEP + 2e-4))
+    seconds = plan._batch.draft_at(6) + 1e-4
+    expected = PASS_HYSTERESIS + (1 + PASS_HYSTERESIS) * seconds / (STEP + 2e-4)
+    assert plan._least_gain(alone, 6) == pytest.approx(expected)
+    sure = candidate("a")
+    sure.tokens, sure.accepted = (1, 2, 3, 4), np.arange(9.0)
+    assert plan._least_gain([sure], 6) > 3 * plan._least_gain(alone, 6)  # five tokens in little more than a plain step
     fixed = candidate("b")
     fixed.policy, fixed.diffusion_length = "fixed", 8
     assert plan._least_gain([*alone, fixed], 6) < 0.5 * plan._least_gain(alone, 6)
