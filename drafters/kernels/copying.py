@@ -44,8 +44,13 @@ def clear_text(text: Any, work: Any) -> None:
 
 
 @compiled
-def _match_length(text: Any, path: Any, position: int, end: int) -> int:
-    """How many tokens up to and including `position` equal those at the end."""
+def _match_length(text: Any, path: Any, position: int, end: int, best: int) -> int:
+    """How many tokens up to and including `position` equal those at the end; 0 if no more than `best` do.
+
+    Most matches are told from longer ones by the one token that is missing.
+    """
+    if position < best or token_at(text, path, position - best) != token_at(text, path, end - 1 - best):
+        return 0
     match = 0
     while (
         match < MAX_MATCH
@@ -71,14 +76,14 @@ def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) ->
         return np.int64(0), np.int64(NO_TOKEN)
     best, best_position = 0, -1
     for position in range(end - 2, len(text) + num_indexed - 1, -1):
-        match = _match_length(text, path, position, end)
+        match = _match_length(text, path, position, end, best)
         if match > best:
             best, best_position = match, position
         if best == MAX_MATCH:
             break
     position = work.last[last_token] if length > num_indexed else work.previous[end - 1]
-    while position >= 0 and best < MAX_MATCH:
-        match = _match_length(text, path, position, end)
+    while position >= best and best < MAX_MATCH:
+        match = _match_length(text, path, position, end, best)
         if match > best:
             best, best_position = match, position
         position = work.previous[position]
