@@ -66,20 +66,11 @@ class WatchingPlanner(DraftPlanner):
 
 
 async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
-    speculation = loaded.settings.speculation
-    options = LengthOptions(
-        max_draft_tokens=speculation.max_draft_tokens, diffusion_length=speculation.diffusion_draft_tokens
-    )
-    planner = WatchingPlanner(options)
-
-    def watched() -> DraftPipeline:
-        pipeline = build(find_cell("default"), loaded.settings, loaded.models)
-        assert isinstance(pipeline, DraftPipeline)
-        pipeline._planner = planner
-        return pipeline
-
+    pipeline = build(find_cell("default"), loaded.settings, loaded.models)
+    assert isinstance(pipeline, DraftPipeline)
+    pipeline._planner = planner = WatchingPlanner(pipeline._lengths)
     prompts = held_out_prompts(loaded, num_prompts, PROMPT_TOKENS)
-    decoded = await decode(loaded, watched, prompts, NEW_TOKENS, temperature)
+    decoded = await decode(loaded, lambda: pipeline, prompts, NEW_TOKENS, temperature)
     texts = [(*prompt.tokens, *output) for prompt, output in zip(prompts, decoded.outputs, strict=True)]
     passes = [record.seconds for record in decoded.records if record.num_diffusion_rows]
     draft, search, verify = (

@@ -58,13 +58,19 @@ class CleanPrefixes:
         length of a block that sees itself; else 1). is_approximate: attention is `full`. refresh_interval: passes
         until an approximate prefix is read anew; 0: never. reuse: False reads everything at every pass.
         first_tokens: that a window begins with, for a drafter that needs few: rather than catch up with more, it begins
-        a new window. None: a first window begins with all that fit in, and half of them are left when it moves. Raises
-        ValueError for `first_tokens` beside a grid or an approximation.
+        a new window. None: a first window begins with all that fit in, and half of them are left when it moves, so that
+        it need not move again at once. Raises ValueError for `first_tokens` beside a grid or an approximation.
         """
         self.window, self.grid, self.is_approximate = window, grid, is_approximate
         if first_tokens is not None and (grid > 1 or is_approximate):
             raise ValueError("only a prefix that is exact token by token may begin anew anywhere")
-        self._first_tokens = None if first_tokens is None else min(first_tokens, window)
+        self._first = window  # tokens of a request's first window
+        self._kept = max(window // 2, grid)  # those of one that moves
+        if not reuse:
+            self._kept = window
+        elif first_tokens is not None:
+            self._first = self._kept = min(first_tokens, window)
+        self._catches_up = first_tokens is None
         self._refresh_interval, self._reuse = refresh_interval, reuse
         self._free = list(reversed(range(num_slots)))
         self._of_request: dict[str, CleanPrefix] = {}
@@ -124,22 +130,10 @@ class CleanPrefixes:
         self._free.sort(reverse=True)  # low slots first keeps the batch's slots close together
         return prefix.slot
 
-    @property
-    def _first(self) -> int:
-        """Tokens of a request's first window."""
-        return self.window if self._first_tokens is None or not self._reuse else self._first_tokens
-
-    @property
-    def _kept(self) -> int:
-        """Tokens that are left in a window that moves: half, so that it need not move again at once."""
-        if not self._reuse:
-            return self.window
-        return max(self.window // 2, self.grid) if self._first_tokens is None else self._first_tokens
-
     def _must_move(self, prefix: CleanPrefix, num_tokens: int) -> bool:
         """Whether the window begins elsewhere for a context of `num_tokens`."""
         length = num_tokens - prefix.offset
-        is_behind = self._first_tokens is not None and length - prefix.length > self._first_tokens
+        is_behind = not self._catches_up and length - prefix.length > self._kept
         return not self._reuse or length > self.window or is_behind
 
     def _must_refresh(self, prefix: CleanPrefix) -> bool:

@@ -162,13 +162,15 @@ class StepCosts:
 
     def drafted_seconds(self, rows: float, num_requests: int) -> float:
         """Of a pass of so many requests with drafts, `rows` in all."""
-        plain = self.plain.at(num_requests) * (1.0 + self.extra_share)
-        return max(plain - self.verify.at(num_requests) + self.verify.at(rows), 1e-9)
+        return max(self._beside_rows(num_requests) + self.verify.at(rows), 1e-9)
 
     def _with_drafts(self, num_requests: int) -> Floats:
         """`[KNOTS]` seconds of a pass of so many requests with drafts."""
-        plain = self.plain.at(num_requests) * (1.0 + self.extra_share)
-        return np.maximum(plain - self.verify.at(num_requests) + self.verify.seconds, 1e-9)
+        return np.maximum(self._beside_rows(num_requests) + self.verify.seconds, 1e-9)
+
+    def _beside_rows(self, num_requests: int) -> float:
+        """What a pass of so many requests with drafts takes longer than its rows do in a pass of few requests."""
+        return self.plain.at(num_requests) * (1.0 + self.extra_share) - self.verify.at(num_requests)
 
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
         """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""

@@ -124,7 +124,7 @@ class DraftPlanner:
             candidate.state.waited_steps = 0 if candidate.diffusion_length else candidate.state.waited_steps + 1
 
     def _least_gain(self, candidates: Sequence[Candidate], longest: int) -> float:
-        """Accepted tokens that a pass must add per request: less is never chosen, so that nothing need be weighed.
+        """Accepted tokens that a pass must add per request: less is hardly chosen, so that nothing need be weighed.
 
         That is what the pass costs at least, and the hysteresis, at the pace of plain decoding, or of the free draft of
         a request that is alone.

@@ -249,9 +249,10 @@ class ServiceMetrics:
         drafted = "yes" if any(outcome.draft.tokens for outcome in step.outcomes) else "no"
         batch = next((label for most, label in BATCHES if num_sequences <= most), LARGEST_BATCH)
         steps, seconds, tokens = self._decode[drafted, batch]
+        _, drafting_seconds, _ = self._decode["yes", batch]
         steps.inc()
         seconds.inc(step.seconds.verify + step.seconds.commit)
-        self._decode["yes", batch][1].inc(step.seconds.draft + step.seconds.search)
+        drafting_seconds.inc(step.seconds.draft + step.seconds.search)
         tokens.inc(num_sequences + sum(outcome.num_accepted for outcome in step.outcomes))
 
     def _observe_outcome(self, outcome: Outcome) -> None:

@@ -121,7 +121,7 @@ class Verifier(Protocol):
     def hidden_states(self, slot: int) -> "Tensor | None":
         """What each token of a slot was predicted from, `[positions, hidden]`, zero for the first; None: not kept.
 
-        A view, the same one at every step; what it holds beyond the slot's tokens says nothing.
+        A view; what it holds beyond the slot's tokens says nothing.
         """
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

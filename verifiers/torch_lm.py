@@ -55,7 +55,6 @@ class TorchVerifier:
         if keep_hidden_states:
             shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
             self._states = lazy_zeros(shape, model.device, model.dtype)
-        self._states_of = [] if self._states is None else list(self._states)
 
     @property
     def vocabulary_size(self) -> int:
@@ -77,7 +76,7 @@ class TorchVerifier:
                 self._states[target, : length + 1] = self._states[source, : length + 1]
 
     def hidden_states(self, slot: int) -> Tensor | None:
-        return None if self._states is None else self._states_of[slot]
+        return None if self._states is None else self._states[slot]
 
     @torch.inference_mode()
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:

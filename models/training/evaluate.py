@@ -85,7 +85,7 @@ def accepted_at_every_anchor(
 ) -> NDArray[np.int64]:
     """Accepted tokens `[rows, anchors]` of drafts of `length` tokens at all positions from the prompt's last token on.
 
-    drafts: free drafts that are given as hints.
+    drafts: free drafts that are given as hints. Drafts see CONTEXT clean tokens.
 
     Rows share one prompt length; the anchors end where a whole draft still has a continuation to be compared with.
     """
