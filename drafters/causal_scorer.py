@@ -82,6 +82,10 @@ class CausalModel:
         self.workspace = new_workspace(vocabulary_size, WINDOW + LONGEST_CHAIN)
 
     @property
+    def has_ngrams(self) -> bool:
+        return self.ngram.order > 1
+
+    @property
     def copy_weights(self) -> NDArray[np.float32]:
         """[MAX_MATCH + 1] weight of the copied token in the mixture, by match length."""
         return self._copying.weights

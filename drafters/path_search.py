@@ -72,12 +72,14 @@ class PathSearch:
         lattice_weight: float = 0.5,
         lattice_weight_decay: float = 1.0,
         mode: Literal["search", "argmax"] = "search",
+        use_proposals: bool = True,
     ) -> None:
         """lattice_weight: λ of Eq. 8, of the first position; `lattice_weight_decay` multiplies it from one to the next.
 
         The paper's λ is the same everywhere (a decay of 1), but what a drafter says of a position is worth less the
-        farther it is from clean text. mode: `argmax` takes the raw argmax path, as a baseline. Raises ValueError for
-        values out of range.
+        farther it is from clean text. mode: `argmax` takes the raw argmax path, as a baseline. use_proposals: what the
+        causal model would go on with joins the lattice's candidates; otherwise it only judges them. Raises ValueError
+        for values out of range.
         """
         if beam_width < 1 or not (0.0 <= lattice_weight <= 1.0 and 0.0 <= lattice_weight_decay <= 1.0):
             raise ValueError(
@@ -88,7 +90,7 @@ class PathSearch:
         self.end_tokens = np.array(sorted(set(end_tokens)), np.int32)
         self.beam_width = beam_width
         self.lattice_weight, self.lattice_weight_decay = lattice_weight, lattice_weight_decay
-        self.mode = mode
+        self.mode, self.use_proposals = mode, use_proposals
         self._weights: NDArray[np.float64] = np.empty(0)  # of the lattice, by position
 
     def search(self, histories: Sequence[Tokens], lattice: DraftLattice, noise: Noise | None = None) -> list[Path]:
@@ -115,6 +117,7 @@ class PathSearch:
             log_floor=LOG_FLOOR,
             beam_width=self.beam_width,
             use_copy=causal.use_copy,
+            use_proposals=self.use_proposals,
             use_beams=self.mode == "search",
         )
         found = Found(np.empty((count, longest), np.int32), np.empty((count, longest, 4)), np.zeros((count, 6)))

@@ -43,9 +43,14 @@ class DraftPipeline:
         description: str,
         lattice: LatticeOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        drafts_freely: bool = True,
     ) -> None:
-        """causal: the free drafter; None drafts nothing without a diffusion pass. search: None without `diffusion`."""
+        """causal: the free drafter, and the search's judge. search: None without `diffusion`.
+
+        drafts_freely: False lets `causal` only judge; nothing is drafted without a diffusion pass then.
+        """
         self._causal, self._search, self._diffusion = causal, search, diffusion
+        self._drafts_freely = drafts_freely and causal is not None
         self._lengths, self._lattice, self._clock = lengths, lattice or LatticeOptions(), clock
         self.description = description
         self.max_draft_tokens = lengths.max_draft_tokens
@@ -125,9 +130,10 @@ class DraftPipeline:
         least = max(LEAST_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
-        chains = self._causal.greedy_chains(
-            histories, [candidate.cap for candidate in candidates], floors, noise, learned
-        )
+        most = [candidate.cap if self._drafts_freely else 0 for candidate in candidates]
+        chains = self._causal.greedy_chains(histories, most, floors, noise, learned)
+        if not self._drafts_freely:
+            return
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.tokens, candidate.confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap
@@ -187,7 +193,7 @@ class DraftPipeline:
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
-        if self._causal is None:
+        if self._causal is None or not self._drafts_freely:
             return
         going = []
         for candidate in candidates:

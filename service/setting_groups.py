@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from drafters.base import PolicyName
+from drafters.base import PolicyName, ScorerName
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 PROMPT_LOOKUP = "prompt-lookup"
@@ -133,7 +133,16 @@ class SpeculationSettings(SettingsGroup):
         default=True, description="Search the lattice for the best path; off: each position's best token."
     )
     diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
-    copying: bool = Field(default=True, description="Let copies of the request's own text and n-grams draft.")
+    scorer: ScorerName = Field(
+        default="mixed",
+        description="What judges a path from left to right: n-grams fitted offline (`ngram`), the request's own text "
+        "(`text`), both (`mixed`) or nothing (`uniform`).",
+    )
+    copying: bool = Field(
+        default=True,
+        description="Let what the scorer would go on with draft, too: copies of the request's own text, n-grams. Off: "
+        "it only judges what the diffusion model proposes.",
+    )
     beam_width: int = Field(default=2, ge=1, le=64, description="Paths kept while searching (the paper's B, 3 there).")
     candidate_mass: float = Field(
         default=0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ)."

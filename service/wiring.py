@@ -216,10 +216,11 @@ def build_pipeline(
             speculation.lattice_weight,
             speculation.lattice_weight_decay,
             mode="search" if speculation.search else "argmax",
+            use_proposals=speculation.copying,
         )
         names.append(built.description)
-    if max_draft_tokens and speculation.copying:
-        names.append("copy" if settings.model.ngram_folder is None else "copy + n-grams")
+    if causal is not None and speculation.copying:
+        names += ["copy"] * causal.use_copy + ["n-grams"] * causal.has_ngrams
     lengths = LengthOptions(
         policy=speculation.policy,
         max_draft_tokens=max_draft_tokens,
@@ -233,18 +234,18 @@ def build_pipeline(
         ),
     )
     lattice = LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids)
-    free = causal if speculation.copying else None
-    return DraftPipeline(free, search, diffusion, lengths, " + ".join(names) or NO_DRAFTER, lattice)
+    description = " + ".join(names) or NO_DRAFTER
+    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, drafts_freely=speculation.copying)
 
 
 def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":
     from drafters.causal_scorer import CausalModel
     from drafters.ngram import NgramModel
 
-    folder = settings.model.ngram_folder
+    folder, scorer = settings.model.ngram_folder, settings.speculation.scorer
     return CausalModel(
         target.vocabulary_size,
-        None if folder is None else NgramModel.load(folder),
+        NgramModel.load(folder) if folder is not None and scorer in ("mixed", "ngram") else None,
         end_tokens=target.end_token_ids,
-        use_copy=settings.speculation.copying,
+        use_copy=scorer in ("mixed", "text"),
     )

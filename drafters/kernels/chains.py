@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import clear_text, find_copy, index_token, learn_copying
+from drafters.kernels.copying import clear_text, follow_copy, index_token, learn_copying
 from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains
+from drafters.kernels.tokens import NO_TOKEN, contains, token_at
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
@@ -96,9 +96,10 @@ def greedy_chains(
         start, stop, first, most = bounds[request]
         text, path = flat[start:stop], tokens[request]
         learn_copying(text, first, ngram, copying, work)
-        survival = 1.0
+        survival, match, place = 1.0, np.int64(0), np.int64(NO_TOKEN)
         for step in range(most):
-            match, copied = find_copy(text, path, step, step, work)
+            match, place = follow_copy(text, path, step, step, match, place, work)
+            copied = np.int64(token_at(text, path, place)) if match > 0 else np.int64(NO_TOKEN)
             weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)

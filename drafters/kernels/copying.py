@@ -63,7 +63,7 @@ def _match_length(text: Any, path: Any, position: int, end: int, best: int) -> i
 
 @compiled
 def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) -> tuple[np.int64, np.int64]:
-    """Longest earlier match of the end of `text + path[:length]`: (match length, token after it), or (0, -1).
+    """Longest earlier match of the end of `text + path[:length]`: (match length, where it goes on), or (0, -1).
 
     All of the text is indexed, and `num_indexed` tokens of the path. The most recent of equally long matches wins. A
     match may end, and its continuation lie, in the path itself.
@@ -89,10 +89,26 @@ def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) ->
         position = work.previous[position]
     if best == 0:
         return np.int64(0), np.int64(NO_TOKEN)
-    token = np.int64(token_at(text, path, best_position + 1))
-    if not 0 <= token < len(work.last):
+    if not 0 <= token_at(text, path, best_position + 1) < len(work.last):
         return np.int64(0), np.int64(NO_TOKEN)
-    return np.int64(best), token
+    return np.int64(best), np.int64(best_position + 1)
+
+
+@compiled
+def follow_copy(
+    text: Any, path: Any, length: int, num_indexed: int, match: int, place: int, work: Any
+) -> tuple[np.int64, np.int64]:
+    """`find_copy` by what it found one token before: `match` and `place`.
+
+    If that match goes on, it is the longest and latest one now, too: a better one would have been found before, unless
+    lengths were cut off.
+    """
+    end = len(text) + length
+    if 0 < match < MAX_MATCH and token_at(text, path, place) == token_at(text, path, end - 1):
+        if 0 <= token_at(text, path, place + 1) < len(work.last):
+            return np.int64(match + 1), np.int64(place + 1)
+        return np.int64(0), np.int64(NO_TOKEN)
+    return find_copy(text, path, length, num_indexed, work)
 
 
 @compiled
@@ -109,11 +125,12 @@ def learn_copying(text: Any, first: int, ngram: Any, copying: Any, work: Any) ->
     """
     weights, right, seen, decay = copying.weights, copying.right, copying.seen, copying.decay
     index_text(text, 0, first, work)
+    match, place = np.int64(0), np.int64(NO_TOKEN)
     for position in range(first, len(text)):
         before = text[:position]
-        match, copied = find_copy(before, before, 0, 0, work)
+        match, place = follow_copy(before, before, 0, 0, match, place, work)
         if match > 0:
-            credit = 0.0
+            copied, credit = text[place], 0.0
             if copied == text[position]:
                 found, rest = enter_context(ngram, before, before, 0, work)
                 otherwise = work.sums[copied] + rest * ngram.unigram[copied]

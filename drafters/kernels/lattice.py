@@ -9,7 +9,8 @@ from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.intrinsics import exponential
 
-_BLOCK = 64  # logits whose largest is kept, so that the search for candidates skips most of a row
+_LANES = 64  # a row is dealt out to them, token by token, and the largest key of each is kept: no token of another lane
+# is looked at then. A constant, so that the loop is vectorised.
 _NOTHING = np.int32(-0x80000000)  # the key of not-a-number, and of a token that was taken
 
 
@@ -17,23 +18,37 @@ class SelectRoom(NamedTuple):
     """Working memory of `select_row`."""
 
     keys: NDArray[np.int32]  # [vocabulary]
-    block_best: NDArray[np.int32]  # [blocks]
+    lane_best: NDArray[np.int32]  # [_LANES]
 
 
 @compiled
 def new_select_room(vocabulary: int) -> Any:
     """For rows of that many logits."""
-    blocks = (vocabulary + _BLOCK - 1) // _BLOCK
-    return SelectRoom(np.empty(vocabulary, np.int32), np.empty(blocks, np.int32))
+    return SelectRoom(np.empty(vocabulary, np.int32), np.empty(_LANES, np.int32))
 
 
 @compiled
-def _order_keys(bits: Any, keys: Any) -> None:
-    """Integers in the order of the floats with these bits; not-a-number comes last."""
-    for index in range(len(bits)):
-        value = bits[index]
-        is_number = (value & 0x7FFFFFFF) <= 0x7F800000
-        keys[index] = (value ^ ((value >> 31) & 0x7FFFFFFF)) if is_number else _NOTHING
+def _order_key(bits: np.int32) -> np.int32:
+    """An integer in the order of the floats with these bits; not-a-number comes last."""
+    is_number = (bits & 0x7FFFFFFF) <= 0x7F800000
+    return np.int32((bits ^ ((bits >> 31) & 0x7FFFFFFF)) if is_number else _NOTHING)
+
+
+@compiled
+def _deal(bits: Any, keys: Any, lane_best: Any) -> None:
+    """Fill the keys of a row, and the largest of each lane."""
+    for lane in range(_LANES):
+        lane_best[lane] = _NOTHING
+    whole = len(bits) // _LANES
+    for part in range(whole):
+        for lane in range(_LANES):
+            key = _order_key(bits[part * _LANES + lane])
+            keys[part * _LANES + lane] = key
+            lane_best[lane] = max(lane_best[lane], key)
+    for token in range(whole * _LANES, len(bits)):
+        key = _order_key(bits[token])
+        keys[token] = key
+        lane_best[token % _LANES] = max(lane_best[token % _LANES], key)
 
 
 @compiled
@@ -46,27 +61,25 @@ def _log_sum(logits: Any, maximum: np.float32) -> np.float32:
 
 
 @compiled
-def _find_largest(keys: Any, block: int, block_best: Any) -> None:
-    largest = _NOTHING
-    for index in range(block * _BLOCK, min((block + 1) * _BLOCK, len(keys))):
-        largest = max(largest, keys[index])
-    block_best[block] = largest
-
-
-@compiled
-def _take_largest(keys: Any, block_best: Any) -> np.int64:
+def _take_largest(keys: Any, lane_best: Any) -> np.int64:
     """The token with the largest key, the lowest among equals, which is not found again; -1 if there is none."""
-    block = 0
-    for other in range(1, len(block_best)):
-        if block_best[other] > block_best[block]:
-            block = other
-    if block_best[block] == _NOTHING:
+    largest = _NOTHING
+    for lane in range(_LANES):
+        largest = max(largest, lane_best[lane])
+    if largest == _NOTHING:
         return np.int64(NO_TOKEN)
-    token = block * _BLOCK
-    while keys[token] != block_best[block]:
-        token += 1
+    token = len(keys)
+    for lane in range(_LANES):
+        if lane_best[lane] == largest:
+            place = lane
+            while keys[place] != largest:
+                place += _LANES
+            token = min(token, place)
     keys[token] = _NOTHING
-    _find_largest(keys, block, block_best)
+    lane, left = token % _LANES, _NOTHING
+    for place in range(lane, len(keys), _LANES):
+        left = max(left, keys[place])
+    lane_best[lane] = left
     return np.int64(token)
 
 
@@ -79,11 +92,9 @@ def select_row(
     They are the smallest set of top tokens that reaches the mass, at most `most`, best first, then the end tokens. None
     for a row whose largest logit is no finite number.
     """
-    keys, block_best = room.keys, room.block_best
-    _order_keys(logits.view(np.int32), keys)
-    for block in range(len(block_best)):
-        _find_largest(keys, block, block_best)
-    token = _take_largest(keys, block_best)
+    keys, lane_best = room.keys, room.lane_best
+    _deal(logits.view(np.int32), keys, lane_best)
+    token = _take_largest(keys, lane_best)
     maximum = logits[token] if token != NO_TOKEN else np.float32(-np.inf)
     if not -np.inf < maximum < np.inf:
         return np.int64(0), np.float32(0.0)
@@ -91,11 +102,11 @@ def select_row(
     mass, width = 0.0, np.int64(0)
     while token != NO_TOKEN and logits[token] > -np.inf:
         tokens[width] = token
-        mass += np.exp(logits[token] - log_normaliser)
+        mass += float(exponential(logits[token] - log_normaliser))
         width += 1
         if width == most or mass >= candidate_mass:
             break
-        token = _take_largest(keys, block_best)
+        token = _take_largest(keys, lane_best)
     for end in ends:
         if logits[end] > -np.inf and not contains(tokens, width, end):
             tokens[width] = end

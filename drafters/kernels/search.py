@@ -6,11 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.kernels.chains import Noise
-from drafters.kernels.copying import clear_text, find_copy, index_text
+from drafters.kernels.copying import clear_text, follow_copy, index_text
 from drafters.kernels.lattice import is_broken, new_select_room, select_row
 from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains
+from drafters.kernels.tokens import NO_TOKEN, contains, token_at
 from transformer.compiled import compiled
+from transformer.intrinsics import exponential, logarithm
 from transformer.noise import gumbel, noise_key
 
 BEST_SUCCESSORS = 8  # of each of the two longest contexts, that join the lattice as the n-gram model's proposals
@@ -29,7 +30,8 @@ class Search(NamedTuple):
     lattice_weights: NDArray[np.float64]  # [longest] by position of the draft
     log_floor: float  # nats
     beam_width: int
-    use_copy: bool
+    use_copy: bool  # whether the causal model looks at the request's own text
+    use_proposals: bool  # whether what the causal model would go on with joins the lattice
     use_beams: bool
 
 
@@ -53,10 +55,11 @@ class SearchRoom(NamedTuple):
     widths: NDArray[np.int64]  # [longest]
     log_normalisers: NDArray[np.float32]  # [longest]
     option_tokens: NDArray[np.int64]  # [most options] of one position: candidates and what is joined to them
-    option_scores: NDArray[np.float64]  # [most options, 4] score, log lattice, log causal, confidence
+    option_scores: NDArray[np.float64]  # [4, most options] score, log lattice, log causal, confidence
     paths: NDArray[np.int32]  # [2, beam width + 1, longest] before and after a position
-    details: NDArray[np.float64]  # [2, beam width + 1, longest, 4] as option_scores
+    details: NDArray[np.float64]  # [2, beam width + 1, longest, 4] the same four
     sums: NDArray[np.float64]  # [2, beam width] scores summed over the path
+    copies: NDArray[np.int64]  # [2, beam width + 1, 2] longest match before a path's last token, and where it goes on
     picks: NDArray[np.int64]  # [beam width, 2] parent beam and token of each new beam
     pick_scores: NDArray[np.float64]  # [beam width, 4]
 
@@ -71,10 +74,11 @@ def _new_room(search: Any) -> Any:
         np.empty(longest, np.int64),
         np.empty(longest, np.float32),
         np.empty(most_options, np.int64),
-        np.empty((most_options, 4), np.float64),
+        np.empty((4, most_options), np.float64),
         np.empty((2, width + 1, longest), np.int32),
         np.empty((2, width + 1, longest, 4), np.float64),
         np.empty((2, width), np.float64),
+        np.empty((2, width + 1, 2), np.int64),
         np.empty((width, 2), np.int64),
         np.empty((width, 4), np.float64),
     )
@@ -92,61 +96,75 @@ def _join(tokens: Any, count: np.int64, token: np.int64, vocabulary: int) -> np.
 @compiled
 def expand(
     search: Any, room: Any, row: int, request: int, ngram: Any, copy_weights: Any, text: Any, path: Any, length: int,
-    work: Any,
+    copy: Any, work: Any,
 ) -> np.int64:  # fmt: skip
     """Fill the room's options for the token after `text + path[:length]`, whose lattice row is `row`; their number.
 
-    They are the lattice's candidates, the copied token and the n-gram model's best successors of this very path. An
+    copy: what was found to copy one token before; becomes what is found now.
+
+    They are the lattice's candidates, and perhaps the copied token and the n-gram model's best successors of this very
+    path. An
     option's confidence is its share of their probabilities after mixing (a product of experts). Where the noise of the
     draw is known, it is part of the mixture, and the score is the confidence's logarithm; the weightier model counts in
     full then, for two models that agree are surer than either (so it showed when held-out draws were replayed).
     """
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
-    tokens, scores, width = room.option_tokens, room.option_scores, room.widths[length]
-    lattice_weight = search.lattice_weights[length]
-    match, copied = np.int64(0), np.int64(NO_TOKEN)
+    tokens, width, lattice_weight = room.option_tokens, room.widths[length], search.lattice_weights[length]
+    copied = np.int64(NO_TOKEN)
     if search.use_copy:
-        match, copied = find_copy(text, path, length, 0, work)
-    weight = copy_weights[match]
+        copy[0], copy[1] = follow_copy(text, path, length, 0, copy[0], copy[1], work)
+        if copy[0] > 0:
+            copied = np.int64(token_at(text, path, copy[1]))
+    weight = copy_weights[copy[0]]
     found, rest = enter_context(ngram, text, path, length, work)
     count = np.int64(0)
     for index in range(width):
-        count = _join(tokens, count, np.int64(room.candidates[length, index]), vocabulary)
-    if weight > 0.0:
-        count = _join(tokens, count, copied, vocabulary)
-    for index in range(max(found - 2, 0), found):  # the two longest contexts
-        for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
-            count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
-    causal_scale, lattice_scale = search.noise.scales[request]
-    is_drawn = causal_scale > 0.0
-    key = noise_key(search.noise.places[request, 0], np.int64(search.noise.places[request, 1]) + length)
-    total, highest = 0.0, -np.inf
+        if room.candidates[length, index] < vocabulary:
+            tokens[count] = room.candidates[length, index]
+            count += 1
+    if search.use_proposals:
+        if weight > 0.0:
+            count = _join(tokens, count, copied, vocabulary)
+        for index in range(max(found - 2, 0), found):  # the two longest contexts
+            for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
+                count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
+    scores, log_lattice, log_causal, confidences = room.option_scores
     for index in range(count):
         token = tokens[index]
-        log_lattice = search.log_floor
+        log_lattice[index] = search.log_floor
         if width > 0:
             value = float(search.logits[row, token] - room.log_normalisers[length])
             if value > search.log_floor:  # not-a-number is not
-                log_lattice = min(value, 0.0)
-        probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+                log_lattice[index] = min(value, 0.0)
+        log_causal[index] = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])  # not a logarithm yet
         if token == copied:
-            probability += weight
-        log_causal = max(np.log(max(probability, 1e-30)), search.log_floor)
-        score = lattice_weight * log_lattice + (1.0 - lattice_weight) * log_causal
-        if is_drawn:
-            score = lattice_weight * lattice_scale * log_lattice
-            score += (1.0 - lattice_weight) * causal_scale * log_causal
-            score = score / max(lattice_weight, 1.0 - lattice_weight) + gumbel(key, token)
-        scores[index, 0], scores[index, 1], scores[index, 2] = score, log_lattice, log_causal
-        highest = max(highest, score)
-    for index in range(count):
-        scores[index, 3] = np.exp(scores[index, 0] - highest)
-        total += scores[index, 3]
-    for index in range(count):
-        scores[index, 3] /= total
-        if is_drawn:
-            scores[index, 0] = max(np.log(max(scores[index, 3], 1e-30)), search.log_floor)
+            log_causal[index] += weight
     leave_context(ngram, found, work)
+    causal_scale, lattice_scale = search.noise.scales[request]
+    is_drawn = causal_scale > 0.0
+    lattice_share, causal_share = lattice_weight, 1.0 - lattice_weight
+    if is_drawn:
+        weightier = max(lattice_share, causal_share)
+        lattice_share, causal_share = lattice_share * lattice_scale / weightier, causal_share * causal_scale / weightier
+    for index in range(count):
+        log_causal[index] = max(float(logarithm(np.float32(max(log_causal[index], 1e-30)))), search.log_floor)
+        scores[index] = lattice_share * log_lattice[index] + causal_share * log_causal[index]
+    if is_drawn:
+        key = noise_key(search.noise.places[request, 0], np.int64(search.noise.places[request, 1]) + length)
+        for index in range(count):
+            scores[index] += gumbel(key, tokens[index])
+    total, highest = 0.0, -np.inf
+    for index in range(count):
+        highest = max(highest, scores[index])
+    for index in range(count):
+        confidences[index] = float(exponential(np.float32(scores[index] - highest)))
+        total += confidences[index]
+    for index in range(count):
+        confidences[index] /= total
+    if is_drawn:
+        highest += np.log(total)
+        for index in range(count):
+            scores[index] = max(scores[index] - highest, search.log_floor)
     return count
 
 
@@ -214,7 +232,7 @@ def _keep_best(room: Any, side: int, num_kept: int, score: float, beam: int, opt
             pick_scores[later, part] = pick_scores[later - 1, part]
     sums[at], picks[at, 0], picks[at, 1] = score, beam, room.option_tokens[option]
     for part in range(4):
-        pick_scores[at, part] = room.option_scores[option, part]
+        pick_scores[at, part] = room.option_scores[part, option]
     return num_kept
 
 
@@ -229,7 +247,7 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
     """
     width, room = search.beam_width, _new_room(search)
     select_room = new_select_room(search.logits.shape[1])
-    raw_path, raw_details = room.paths[0, width], room.details[0, width]
+    raw_path, raw_details, raw_copy = room.paths[0, width], room.details[0, width], room.copies[0, width]
     finished_path, finished_details = room.paths[1, width], room.details[1, width]
     for request in range(len(starts) - 1):
         text = flat[starts[request] : starts[request + 1]]
@@ -241,6 +259,7 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
         raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
         side, num_beams, length = np.int64(0), np.int64(1 if search.use_beams else 0), np.int64(0)
         room.sums[0, 0] = 0.0
+        room.copies[:] = 0
         twin = num_beams - 1  # the beam that is the raw argmax path so far, or -1
         for step in range(num_steps):
             num_new, next_twin = np.int64(0), np.int64(-1)
@@ -249,28 +268,33 @@ def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: 
                 if beam >= num_beams and not is_raw:
                     continue
                 path = raw_path if beam == width else room.paths[side, beam]
-                count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, work)
+                copy = raw_copy if beam == width else room.copies[side, beam]
+                count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, copy, work)
                 for option in range(count):
                     token = room.option_tokens[option]
                     if is_raw and token == raw_path[step]:
-                        raw_sum += room.option_scores[option, 0]
-                        _append(raw_path, raw_details, step, token, room.option_scores[option])
+                        raw_sum += room.option_scores[0, option]
+                        _append(raw_path, raw_details, step, token, room.option_scores[:, option])
                     if beam == width:
                         continue
-                    score = room.sums[side, beam] + room.option_scores[option, 0]
+                    score = room.sums[side, beam] + room.option_scores[0, option]
                     if not contains(search.ends, len(search.ends), token):
                         num_new = _keep_best(room, side, num_new, score, beam, option)
                     elif score / (step + 1) > finished_score:
                         finished_score, finished_length = score / (step + 1), step + 1
                         _copy_path(path, room.details[side, beam], step, finished_path, finished_details)
-                        _append(finished_path, finished_details, step, token, room.option_scores[option])
+                        _append(finished_path, finished_details, step, token, room.option_scores[:, option])
             for beam in range(num_new):
                 parent, new_path = room.picks[beam, 0], room.paths[1 - side, beam]
                 new_details = room.details[1 - side, beam]
+                room.copies[1 - side, beam, 0] = room.copies[side, parent, 0]
+                room.copies[1 - side, beam, 1] = room.copies[side, parent, 1]
                 _copy_path(room.paths[side, parent], room.details[side, parent], step, new_path, new_details)
                 _append(new_path, new_details, step, room.picks[beam, 1], room.pick_scores[beam])
                 if parent == twin and step < raw_length and room.picks[beam, 1] == raw_path[step]:
                     next_twin = np.int64(beam)
+            if twin >= 0:
+                raw_copy[0], raw_copy[1] = room.copies[side, twin, 0], room.copies[side, twin, 1]
             twin = next_twin
             if num_new > 0:
                 side, length = np.int64(1) - side, np.int64(step + 1)

@@ -10,11 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from drafters import prompt_lookup
-from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, StepRecord
-from drafters.causal_scorer import CausalModel
-from drafters.ngram import NgramModel
-from drafters.pipeline import DraftPipeline
-from drafters.planner import LengthOptions
+from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, ScorerName, StepRecord
 from service.bench.records import Role
 from service.engine.drafting import Drafting
 from service.setting_groups import SpeculationSettings
@@ -23,7 +19,7 @@ from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-Kind = Literal["service", "copy", "ngram", "prompt-lookup"]
+Kind = Literal["service", "prompt-lookup"]
 DrafterUse = Literal["none", "real", "garbage"]
 
 
@@ -49,7 +45,7 @@ class Cell:
 
 
 def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
-    """The diffusion drafter by itself: nothing is copied, and the search knows n-grams alone."""
+    """The diffusion drafter by itself: nothing else drafts, and what the search knows only judges its candidates."""
     path = "the searched path (CPS)" if mode == "cps" else "each position's best token"
     overrides: dict[str, Any] = {"copying": False, "search": mode == "cps", "policy": policy}
     overrides["lattice_weight_decay"] = 1.0  # the paper's search
@@ -59,17 +55,17 @@ def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     return Cell(f"{mode}-{policy}", meaning, overrides, drafter="real", is_usual=policy == "goodput")
 
 
+def _free_cell(name: str, scorer: ScorerName, meaning: str, is_usual: bool = False) -> Cell:
+    """What is drafted without a model."""
+    return Cell(name, meaning, {"policy": "goodput", "copying": True, "scorer": scorer}, is_usual=is_usual)
+
+
 CELLS = (
     Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
     Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),
-    Cell("copy", "the request's own text, length policy goodput", kind="copy"),
-    Cell("ngram", "the n-gram model alone, length policy goodput", kind="ngram"),
-    Cell(
-        "free",
-        "the request's own text and n-grams, length policy goodput: the best draft without a model",
-        {"policy": "goodput", "copying": True},
-        is_usual=True,
-    ),
+    _free_cell("copy", "text", "the request's own text, length policy goodput"),
+    _free_cell("ngram", "ngram", "the n-gram model alone, length policy goodput"),
+    _free_cell("free", "mixed", "both of them, length policy goodput: the best draft without a model", is_usual=True),
     *(_diffusion_cell("argmax", policy) for policy in ("fixed", "paper", "goodput")),
     *(_diffusion_cell("cps", policy) for policy in ("fixed", "paper", "goodput")),
     Cell(
@@ -139,13 +135,6 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     speculation = settings.speculation.model_copy(update=dict(cell.overrides))
     if cell.kind == "prompt-lookup":
         return PromptLookupDrafting(speculation.fixed_draft_tokens)
-    if cell.kind in ("copy", "ngram"):
-        target, folder = models.target, settings.model.ngram_folder
-        ngram = NgramModel.load(folder) if cell.kind == "ngram" and folder is not None else None
-        copies = cell.kind == "copy"  # without an n-gram model the other knows nothing
-        causal = CausalModel(target.vocabulary_size, ngram, end_tokens=target.end_token_ids, use_copy=copies)
-        lengths = LengthOptions(policy="goodput", max_draft_tokens=speculation.max_draft_tokens)
-        return DraftPipeline(causal, None, None, lengths, cell.kind)
     changed = settings.model_copy(update={"speculation": speculation})
     return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
 

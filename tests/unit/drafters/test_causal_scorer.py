@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from drafters.causal_scorer import LONGEST_CHAIN, WINDOW, CausalModel, new_copying
 from drafters.kernels.copying import MAX_MATCH, index_token
 from drafters.kernels.copying import find_copy as compiled_find_copy
+from drafters.kernels.copying import follow_copy as compiled_follow_copy
 from drafters.kernels.copying import index_text as compiled_index_text
 from drafters.kernels.ngram import new_workspace
 from drafters.kernels.tokens import NO_TOKEN
@@ -22,23 +23,23 @@ def tokens(values: list[int]) -> np.ndarray:
 
 
 def find_copy(text: list[int]) -> tuple[int, int]:
-    """Longest earlier match of the end of `text` and the token after it, by trying all."""
-    best, token = 0, -1
+    """Longest earlier match of the end of `text` and where it goes on, by trying all."""
+    best, place = 0, -1
     for position in range(len(text) - 1):
         match = 0
         while match < MAX_MATCH and match <= position and text[position - match] == text[len(text) - 1 - match]:
             match += 1
         if match and match >= best:
-            best, token = match, text[position + 1]
-    return best, token
+            best, place = match, position + 1
+    return best, place
 
 
 def mixture(model: CausalModel, text: list[int]) -> np.ndarray:
-    match, copied = find_copy(text)
+    match, place = find_copy(text)
     weight = float(model.copy_weights[match])
     distribution = model.ngram.distribution(tokens(text)).astype(np.float64) * (1 - weight)
     if match:
-        distribution[copied] += weight
+        distribution[text[place]] += weight
     return distribution
 
 
@@ -63,6 +64,19 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
             assert (int(found[0]), int(found[1])) == find_copy(history + path)
             if num_indexed < len(path):
                 index_token(len(history) + num_indexed, path[num_indexed], work)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=st.lists(st.integers(0, 2), max_size=20), path=st.lists(st.integers(0, 2), max_size=30), loops=st.booleans())
+def test_following_a_copy_finds_what_looking_for_it_does(text: list[int], path: list[int], loops: bool) -> None:
+    if loops:
+        path = (text[:4] * 30)[:30]
+    work = new_workspace(VOCABULARY, WINDOW)
+    compiled_index_text(tokens(text), 0, len(text), work)
+    match, place = 0, NO_TOKEN
+    for length in range(len(path) + 1):
+        match, place = compiled_follow_copy(tokens(text), tokens(path), length, 0, match, place, work)
+        assert (int(match), int(place)) == find_copy(text + path[:length])
 
 
 @settings(deadline=None, max_examples=50)
