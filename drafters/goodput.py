@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.costs import KNOT_ROWS, BatchCosts, seconds_at
-from transformer.compiled import compiled
+from transformer.compiled import allocating
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +26,7 @@ PASS_HYSTERESIS = 0.08  # the same for a diffusion pass, which is paid for befor
 MAX_SWEEPS = 3
 
 
-@compiled
+@allocating
 def _best_lengths(
     accepted: Floats,
     caps: NDArray[np.int64],
@@ -70,7 +70,7 @@ def _best_lengths(
     return lengths, tokens, total
 
 
-@compiled
+@allocating
 def _best_sources(
     copied: Floats,
     diffused: Floats,

@@ -27,11 +27,25 @@ numba.config.CACHE_DIR = str(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable."""
+    """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable.
+
+    For functions that make no arrays; numba refuses others. References to the arrays at hand are not counted then. Else
+    every call counts those of each array that it is given, up and down, and a small function takes less time than that.
+    """
+    return _compile(function, _nrt=False)
+
+
+def allocating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, for functions that make arrays: best short ones around others that do the work."""
+    return _compile(function)
+
+
+def _compile(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     options: dict[str, Any] = {
         "nogil": True,
         "error_model": "numpy",  # divisions need no check for zero
         "fastmath": {"reassoc", "contract"},  # sums may be reordered, to vectorise; infinities and not-a-number stay
+        **more,
     }
     try:
         kernel: Callable[..., Any] = numba.njit(cache=True, **options)(function)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer.compiled import compiled
+from transformer.compiled import allocating, compiled
 from transformer.intrinsics import call_product, exponential
 from transformer.product import LANES
 
@@ -44,6 +44,45 @@ class Rows(NamedTuple):
     limits: Indices  # [rows]: a row sees cached positions below its limit
 
 
+class AttentionRoom(NamedTuple):
+    """Working memory of `attend`; queries stand in lanes."""
+
+    panel: Numbers  # [head_dim, LANES] queries
+    scores: Numbers  # [longest, LANES]
+    read: Numbers  # [LANES, head_dim]
+    limits: NDArray[np.int32]  # [LANES]
+    highest: Numbers  # [LANES]
+    totals: Numbers  # [LANES]
+
+
+class PassRoom(NamedTuple):
+    """Working memory of a pass."""
+
+    qkv: Numbers  # [rows, (heads + 2 * kv_heads) * head_dim]
+    normalized: Numbers  # [rows, hidden]
+    attended: Numbers  # [rows, heads * head_dim]
+    gate_up: Numbers  # [rows, 2 * intermediate]
+    gated: Numbers  # [rows, intermediate]
+
+
+@compiled
+def copy(numbers: Any, out: Any) -> None:
+    for index in range(len(out)):
+        out[index] = numbers[index]
+
+
+@compiled
+def add_to(numbers: Any, out: Any) -> None:
+    for index in range(len(out)):
+        out[index] += numbers[index]
+
+
+@compiled
+def scale(factors: Any, out: Any) -> None:
+    for index in range(len(out)):
+        out[index] *= factors[index]
+
+
 @compiled
 def normalize(rows: Any, epsilon: float, out: Any) -> None:
     """Each row over its length; the rest of the norm stands in the next matrix. `out` may be `rows`."""
@@ -51,9 +90,9 @@ def normalize(rows: Any, epsilon: float, out: Any) -> None:
         total = np.float32(0.0)
         for index in range(rows.shape[1]):
             total += rows[row, index] * rows[row, index]
-        scale = np.float32(1.0) / np.sqrt(total + np.float32(epsilon))
+        inverse = np.float32(1.0) / np.sqrt(total + np.float32(epsilon))
         for index in range(rows.shape[1]):
-            out[row, index] = rows[row, index] * scale
+            out[row, index] = rows[row, index] * inverse
 
 
 @compiled
@@ -100,16 +139,15 @@ def soften(scores: Any, longest: int, limits: Any, highest: Any, totals: Any) ->
 
 @compiled
 def attend(
-    products: Any, qkv: Any, first: int, stop: int, keys_values: Any, limits: Any, group: int, scores: Any, out: Any
+    products: Any, qkv: Any, first: int, stop: int, keys_values: Any, limits: Any, group: int, room: Any, out: Any
 ) -> None:
     """What rows `first` to `stop` of one sequence read from its keys and values [2 * kv_heads, length, head_dim].
 
     Queries that share keys stand side by side in the lanes of a panel: the scores are a product of the keys with it.
     """
     num_shared, head_dim = keys_values.shape[0] // 2, keys_values.shape[2]
-    panel, read = np.empty((head_dim, LANES), np.float32), np.empty((LANES, head_dim), np.float32)
-    lane_limits, highest, totals = np.empty(LANES, np.int32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    scale = np.float32(1.0 / np.sqrt(head_dim))
+    panel, scores, read, lane_limits, highest, totals = room
+    root = np.float32(1.0 / np.sqrt(head_dim))
     rows_at_once = LANES // group
     for shared in range(num_shared):
         for part in range(first, stop, rows_at_once):
@@ -122,7 +160,7 @@ def attend(
                 longest = max(longest, limits[row])
                 lane_limits[lane] = limits[row]
                 for index in range(head_dim):
-                    panel[index, lane] = qkv[row, head * head_dim + index] * scale
+                    panel[index, lane] = qkv[row, head * head_dim + index] * root
             call_product(
                 products[0], keys_values[shared].ctypes.data, panel.ctypes.data, scores.ctypes.data,
                 head_dim, LANES, longest,
@@ -153,10 +191,13 @@ def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) ->
         first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
         if not (0 <= rows.slots[sequence] < num_slots and 0 <= first < stop and 0 <= start <= length - (stop - first)):
             return False
-    return bool(rows.limits.min() > 0 and rows.limits.max() <= length)
+    for limit in rows.limits:  # noqa: SIM110
+        if not 0 < limit <= length:
+            return False
+    return True
 
 
-@compiled
+@allocating
 def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any) -> bool:
     """Carry `hidden` [rows, hidden] through all layers and the final norm, in place; False if rows don't fit the cache.
 
@@ -166,54 +207,76 @@ def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any
     num_rows, width = hidden.shape
     if not fits(rows, num_rows, arrays, rotations, entries):
         return False
-    num_layers, _, num_kept, _, head_dim = entries.shape
-    num_heads, num_turned = arrays.num_heads, arrays.num_heads + num_kept // 2
-    qkv = np.empty((num_rows, (num_heads + num_kept) * head_dim), np.float32)
-    normalized, attended = np.empty_like(hidden), np.empty((num_rows, num_heads * head_dim), np.float32)
-    gate_up = np.empty((num_rows, 2 * arrays.intermediate), np.float32)
-    gated = np.empty((num_rows, arrays.intermediate), np.float32)
-    scores = np.empty((rows.limits.max(), LANES), np.float32)
-    store, add = arrays.products[0], arrays.products[1]
-    for layer in range(num_layers):
-        normalize(hidden, arrays.epsilon, normalized)
-        if len(arrays.qkv_bias):
-            qkv[:] = arrays.qkv_bias[layer]
-        call_product(
-            add if len(arrays.qkv_bias) else store, normalized.ctypes.data, arrays.panels[layer, 0], qkv.ctypes.data,
-            width, qkv.shape[1], num_rows,
-        )  # fmt: skip
-        for sequence in range(len(rows.slots)):
-            first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
-            kept = entries[layer, rows.slots[sequence]]
-            for row in range(first, stop):
-                position = start + row - first
-                heads = qkv[row].reshape((num_heads + num_kept, head_dim))
-                for head in range(num_turned):
-                    if len(arrays.head_norms):
-                        normalize(heads[head : head + 1], arrays.head_epsilon, heads[head : head + 1])
-                        heads[head] *= arrays.head_norms[layer, head]
-                    turn(heads[head], rotations[position])
-                for head in range(num_kept):
-                    kept[head, position] = heads[num_heads + head]
-            attend(arrays.products, qkv, first, stop, kept, rows.limits, num_heads * 2 // num_kept, scores, attended)
-        call_product(
-            add, attended.ctypes.data, arrays.panels[layer, 1], hidden.ctypes.data,
-            num_heads * head_dim, width, num_rows,
-        )  # fmt: skip
-        if len(arrays.output_bias):
-            hidden += arrays.output_bias[layer]
-        normalize(hidden, arrays.epsilon, normalized)
-        call_product(
-            store, normalized.ctypes.data, arrays.panels[layer, 2], gate_up.ctypes.data,
-            width, gate_up.shape[1], num_rows,
-        )  # fmt: skip
-        gate(gate_up, gated)
-        call_product(
-            add, gated.ctypes.data, arrays.panels[layer, 3], hidden.ctypes.data,
-            arrays.intermediate, width, num_rows,
-        )  # fmt: skip
+    num_heads, head_dim = arrays.num_heads, arrays.head_dim
+    room = PassRoom(
+        np.empty((num_rows, (num_heads + 2 * arrays.num_shared) * head_dim), np.float32),
+        np.empty((num_rows, width), np.float32),
+        np.empty((num_rows, num_heads * head_dim), np.float32),
+        np.empty((num_rows, 2 * arrays.intermediate), np.float32),
+        np.empty((num_rows, arrays.intermediate), np.float32),
+    )
+    attention = AttentionRoom(
+        np.empty((head_dim, LANES), np.float32),
+        np.empty((rows.limits.max(), LANES), np.float32),
+        np.empty((LANES, head_dim), np.float32),
+        np.empty(LANES, np.int32),
+        np.empty(LANES, np.float32),
+        np.empty(LANES, np.float32),
+    )
+    for layer in range(len(entries)):
+        _run_layer(layer, hidden, rows, arrays, rotations, entries[layer], room, attention)
     normalize(hidden, arrays.epsilon, hidden)
     for row in range(num_rows):
-        for index in range(width):
-            hidden[row, index] *= arrays.final_norm[index]
+        scale(arrays.final_norm, hidden[row])
     return True
+
+
+@compiled
+def _run_layer(
+    layer: int, hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any, room: Any, attention: Any
+) -> None:
+    """One layer; `entries` are its own."""
+    num_rows, width = hidden.shape
+    num_kept, head_dim, num_heads = entries.shape[1], arrays.head_dim, arrays.num_heads
+    num_turned = num_heads + num_kept // 2
+    store, add = arrays.products[0], arrays.products[1]
+    qkv, normalized, attended, gate_up, gated = room
+    normalize(hidden, arrays.epsilon, normalized)
+    if len(arrays.qkv_bias):
+        for row in range(num_rows):
+            copy(arrays.qkv_bias[layer], qkv[row])
+    call_product(
+        add if len(arrays.qkv_bias) else store, normalized.ctypes.data, arrays.panels[layer, 0], qkv.ctypes.data,
+        width, qkv.shape[1], num_rows,
+    )  # fmt: skip
+    for sequence in range(len(rows.slots)):
+        first, stop, start = rows.firsts[sequence], rows.firsts[sequence + 1], rows.starts[sequence]
+        kept = entries[rows.slots[sequence]]
+        for row in range(first, stop):
+            position = start + row - first
+            heads = qkv[row].reshape((num_heads + num_kept, head_dim))
+            for head in range(num_turned):
+                if len(arrays.head_norms):
+                    normalize(heads[head : head + 1], arrays.head_epsilon, heads[head : head + 1])
+                    scale(arrays.head_norms[layer, head], heads[head])
+                turn(heads[head], rotations[position])
+            for head in range(num_kept):
+                copy(heads[num_heads + head], kept[head, position])
+        attend(arrays.products, qkv, first, stop, kept, rows.limits, num_heads * 2 // num_kept, attention, attended)
+    call_product(
+        add, attended.ctypes.data, arrays.panels[layer, 1], hidden.ctypes.data,
+        num_heads * head_dim, width, num_rows,
+    )  # fmt: skip
+    if len(arrays.output_bias):
+        for row in range(num_rows):
+            add_to(arrays.output_bias[layer], hidden[row])
+    normalize(hidden, arrays.epsilon, normalized)
+    call_product(
+        store, normalized.ctypes.data, arrays.panels[layer, 2], gate_up.ctypes.data,
+        width, gate_up.shape[1], num_rows,
+    )  # fmt: skip
+    gate(gate_up, gated)
+    call_product(
+        add, gated.ctypes.data, arrays.panels[layer, 3], hidden.ctypes.data,
+        arrays.intermediate, width, num_rows,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer.compiled import compiled
+from transformer.compiled import allocating, compiled
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: consecutive numbers land far apart
 
@@ -33,7 +33,7 @@ def noise_key(seed: Any, position: int) -> Any:
     return mix(mix(key + np.uint64(position) * GOLDEN) ^ key)
 
 
-@compiled
+@allocating
 def noise_keys(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
     """`noise_key` of each pair."""
     keys = np.empty(len(seeds), np.uint64)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from transformer.compiled import compiled
+from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential
 from transformer.matrix import is_plain
 from transformer.noise import draw_tokens, noise_keys
@@ -71,7 +71,7 @@ def _keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
     return keys
 
 
-@compiled
+@allocating
 def _draw_by_temperature(logits: Any, width: int, rows: Any, temperatures: Any, keys: Any, tokens: Any) -> None:
     """Softmax with a temperature, then `draw_tokens`; what is -inf has a weight that is never drawn beside the rest."""
     weights = np.empty((1, width), np.float32)

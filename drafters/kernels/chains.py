@@ -32,16 +32,17 @@ def _most_probable(
 ) -> tuple[np.int64, float]:
     """The mixture's most probable token in the context at hand, and its probability."""
     best, best_probability = np.int64(NO_TOKEN), 0.0
+    tokens, unigram, sums, starts, stops = ngram.tokens, ngram.unigram, work.sums, work.starts, work.stops
     for index in range(found):
-        for successor in range(work.starts[index], work.stops[index]):
-            token = np.int64(ngram.tokens[successor])
-            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+        for successor in range(starts[index], stops[index]):
+            token = np.int64(tokens[successor])
+            probability = (1.0 - weight) * (sums[token] + rest * unigram[token])
             if token == copied:
                 probability += weight
             if probability > best_probability:
                 best, best_probability = token, probability
     if weight > 0.0:
-        probability = weight + (1.0 - weight) * (work.sums[copied] + rest * ngram.unigram[copied])
+        probability = weight + (1.0 - weight) * (sums[copied] + rest * unigram[copied])
         if probability > best_probability:
             best, best_probability = np.int64(copied), probability
     return best, best_probability
@@ -64,11 +65,12 @@ def _likely_draw(
     Tokens of a probability below `least` are left out. The confidence grows with the lead over the second.
     """
     best, first, second = np.int64(NO_TOKEN), -np.inf, -np.inf
+    tokens, unigram, sums, starts, stops = ngram.tokens, ngram.unigram, work.sums, work.starts, work.stops
     for index in range(-1, found):
-        start, stop = (work.starts[index], work.stops[index]) if index >= 0 else (np.int64(0), np.int64(weight > 0.0))
+        start, stop = (starts[index], stops[index]) if index >= 0 else (np.int64(0), np.int64(weight > 0.0))
         for successor in range(start, stop):
-            token = np.int64(ngram.tokens[successor]) if index >= 0 else np.int64(copied)
-            probability = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])
+            token = np.int64(tokens[successor]) if index >= 0 else np.int64(copied)
+            probability = (1.0 - weight) * (sums[token] + rest * unigram[token])
             if token == copied:
                 probability += weight
             if probability < least or token == best:
@@ -113,7 +115,7 @@ def greedy_chains(
                 break
             path[step], confidences[request, step] = best, confidence
             lengths[request] = step + 1
-            index_token(stop - start + step, best, work)
+            index_token(stop - start + step, best, work.last, work.previous)
             if contains(ends, len(ends), best):
                 break
         clear_text(text, work)

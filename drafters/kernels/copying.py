@@ -24,23 +24,25 @@ class Copying(NamedTuple):
 @compiled
 def index_text(text: Any, first: int, stop: int, work: Any) -> None:
     """Chain the positions of equal tokens, so that a match is looked for only where its last token stands."""
+    last, previous = work.last, work.previous
     for position in range(first, stop):
-        index_token(position, text[position], work)
+        index_token(position, text[position], last, previous)
 
 
 @compiled
-def index_token(position: int, token: int, work: Any) -> None:
+def index_token(position: int, token: int, last: Any, previous: Any) -> None:
     """Chain one more position behind those that are chained already."""
-    if 0 <= token < len(work.last):
-        work.previous[position] = work.last[token]
-        work.last[token] = position
+    if 0 <= token < len(last):
+        previous[position] = last[token]
+        last[token] = position
 
 
 @compiled
 def clear_text(text: Any, work: Any) -> None:
-    for position in range(len(text)):
-        if 0 <= text[position] < len(work.last):
-            work.last[text[position]] = NO_TOKEN
+    last = work.last
+    for token in text:
+        if 0 <= token < len(last):
+            last[token] = NO_TOKEN
 
 
 @compiled
@@ -68,11 +70,11 @@ def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) ->
     All of the text is indexed, and `num_indexed` tokens of the path. The most recent of equally long matches wins. A
     match may end, and its continuation lie, in the path itself.
     """
-    end = len(text) + length
+    end, last, previous = len(text) + length, work.last, work.previous
     if end < 2:
         return np.int64(0), np.int64(NO_TOKEN)
     last_token = token_at(text, path, end - 1)
-    if not 0 <= last_token < len(work.last):
+    if not 0 <= last_token < len(last):
         return np.int64(0), np.int64(NO_TOKEN)
     best, best_position = 0, -1
     for position in range(end - 2, len(text) + num_indexed - 1, -1):
@@ -81,15 +83,15 @@ def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) ->
             best, best_position = match, position
         if best == MAX_MATCH:
             break
-    position = work.last[last_token] if length > num_indexed else work.previous[end - 1]
+    position = last[last_token] if length > num_indexed else previous[end - 1]
     while position >= best and best < MAX_MATCH:
         match = _match_length(text, path, position, end, best)
         if match > best:
             best, best_position = match, position
-        position = work.previous[position]
+        position = previous[position]
     if best == 0:
         return np.int64(0), np.int64(NO_TOKEN)
-    if not 0 <= token_at(text, path, best_position + 1) < len(work.last):
+    if not 0 <= token_at(text, path, best_position + 1) < len(last):
         return np.int64(0), np.int64(NO_TOKEN)
     return np.int64(best), np.int64(best_position + 1)
 

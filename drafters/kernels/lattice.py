@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.kernels.tokens import NO_TOKEN, contains
-from transformer.compiled import compiled
+from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential
 
 _LANES = 64  # a row is dealt out to them, token by token, and the largest key of each is kept: no token of another lane
@@ -21,7 +21,7 @@ class SelectRoom(NamedTuple):
     lane_best: NDArray[np.int32]  # [_LANES]
 
 
-@compiled
+@allocating
 def new_select_room(vocabulary: int) -> Any:
     """For rows of that many logits."""
     return SelectRoom(np.empty(vocabulary, np.int32), np.empty(_LANES, np.int32))
@@ -102,7 +102,7 @@ def select_row(
     mass, width = 0.0, np.int64(0)
     while token != NO_TOKEN and logits[token] > -np.inf:
         tokens[width] = token
-        mass += float(exponential(logits[token] - log_normaliser))
+        mass += np.exp(logits[token] - log_normaliser)
         width += 1
         if width == most or mass >= candidate_mass:
             break
@@ -123,7 +123,7 @@ def is_broken(logits: Any) -> bool:
     return False
 
 
-@compiled
+@allocating
 def select_rows(logits: Any, candidate_mass: float, ends: Any, tokens: Any, widths: Any, log_normalisers: Any) -> None:
     """`select_row` of every row; `tokens` are NO_TOKEN behind the candidates."""
     room, most = new_select_room(logits.shape[1]), tokens.shape[1] - len(ends)

@@ -79,15 +79,18 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
     end = len(text) + length
     state = np.uint64(0)
     found = np.int64(0)
+    starts, stops = work.starts, work.stops
+    bucket_contexts, bucket_successors = ngram.bucket_contexts, ngram.bucket_successors
+    fingerprints, successor_counts = ngram.fingerprints, ngram.successor_counts
     for width in range(1, min(ngram.order - 1, end) + 1):
         state = extend_hash(state, token_at(text, path, end - width))
-        bucket = bucket_of(state, len(ngram.bucket_successors))
+        bucket = bucket_of(state, len(bucket_successors))
         fingerprint = fingerprint_of(state)
-        first = np.int64(ngram.bucket_successors[bucket])
-        for context in range(np.int64(ngram.bucket_contexts[bucket]), np.int64(ngram.bucket_contexts[bucket + 1])):
-            count = np.int64(ngram.successor_counts[context])
-            if ngram.fingerprints[context] == fingerprint:
-                work.starts[found], work.stops[found] = first, first + count
+        first = np.int64(bucket_successors[bucket])
+        for context in range(np.int64(bucket_contexts[bucket]), np.int64(bucket_contexts[bucket + 1])):
+            count = np.int64(successor_counts[context])
+            if fingerprints[context] == fingerprint:
+                starts[found], stops[found] = first, first + count
                 found = np.int64(found + 1)
                 break
             first += count
@@ -97,7 +100,7 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
     rest = np.float32(1.0)
     for index in range(found - 1, -1, -1):
         mass = np.float32(0.0)
-        for successor in range(work.starts[index], work.stops[index]):
+        for successor in range(starts[index], stops[index]):
             share = shares[levels[successor]]
             mass += share
             sums[tokens[successor]] += rest * share
@@ -107,9 +110,9 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
 
 @compiled
 def leave_context(ngram: Any, found: int, work: Any) -> None:
-    sums, tokens = work.sums, ngram.tokens
+    sums, tokens, starts, stops = work.sums, ngram.tokens, work.starts, work.stops
     for index in range(found):
-        for successor in range(work.starts[index], work.stops[index]):
+        for successor in range(starts[index], stops[index]):
             sums[tokens[successor]] = np.float32(0.0)
 
 

@@ -10,7 +10,7 @@ from drafters.kernels.copying import clear_text, follow_copy, index_text
 from drafters.kernels.lattice import is_broken, new_select_room, select_row
 from drafters.kernels.ngram import enter_context, leave_context
 from drafters.kernels.tokens import NO_TOKEN, contains, token_at
-from transformer.compiled import compiled
+from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential, logarithm
 from transformer.noise import gumbel, noise_key
 
@@ -64,7 +64,7 @@ class SearchRoom(NamedTuple):
     pick_scores: NDArray[np.float64]  # [beam width, 4]
 
 
-@compiled
+@allocating
 def _new_room(search: Any) -> Any:
     width, longest = search.beam_width, len(search.lattice_weights)
     most = search.most_candidates + len(search.lattice_ends)
@@ -117,26 +117,28 @@ def expand(
             copied = np.int64(token_at(text, path, copy[1]))
     weight = copy_weights[copy[0]]
     found, rest = enter_context(ngram, text, path, length, work)
-    count = np.int64(0)
-    for index in range(width):
-        if room.candidates[length, index] < vocabulary:
-            tokens[count] = room.candidates[length, index]
+    count, starts, stops, successors = np.int64(0), work.starts, work.stops, ngram.tokens
+    for token in room.candidates[length, :width]:
+        if token < vocabulary:
+            tokens[count] = token
             count += 1
     if search.use_proposals:
         if weight > 0.0:
             count = _join(tokens, count, copied, vocabulary)
         for index in range(max(found - 2, 0), found):  # the two longest contexts
-            for successor in range(work.starts[index], min(work.starts[index] + BEST_SUCCESSORS, work.stops[index])):
-                count = _join(tokens, count, np.int64(ngram.tokens[successor]), vocabulary)
+            for successor in range(starts[index], min(starts[index] + BEST_SUCCESSORS, stops[index])):
+                count = _join(tokens, count, np.int64(successors[successor]), vocabulary)
     scores, log_lattice, log_causal, confidences = room.option_scores
+    logits, log_normaliser, log_floor = search.logits[row], room.log_normalisers[length], search.log_floor
+    sums, unigram = work.sums, ngram.unigram
     for index in range(count):
         token = tokens[index]
-        log_lattice[index] = search.log_floor
+        log_lattice[index] = log_floor
         if width > 0:
-            value = float(search.logits[row, token] - room.log_normalisers[length])
-            if value > search.log_floor:  # not-a-number is not
+            value = float(logits[token] - log_normaliser)
+            if value > log_floor:  # not-a-number is not
                 log_lattice[index] = min(value, 0.0)
-        log_causal[index] = (1.0 - weight) * (work.sums[token] + rest * ngram.unigram[token])  # not a logarithm yet
+        log_causal[index] = (1.0 - weight) * (sums[token] + rest * unigram[token])  # not a logarithm yet
         if token == copied:
             log_causal[index] += weight
     leave_context(ngram, found, work)
@@ -147,7 +149,7 @@ def expand(
         weightier = max(lattice_share, causal_share)
         lattice_share, causal_share = lattice_share * lattice_scale / weightier, causal_share * causal_scale / weightier
     for index in range(count):
-        log_causal[index] = max(float(logarithm(np.float32(max(log_causal[index], 1e-30)))), search.log_floor)
+        log_causal[index] = max(float(logarithm(np.float32(max(log_causal[index], 1e-30)))), log_floor)
         scores[index] = lattice_share * log_lattice[index] + causal_share * log_causal[index]
     if is_drawn:
         key = noise_key(search.noise.places[request, 0], np.int64(search.noise.places[request, 1]) + length)
@@ -164,7 +166,7 @@ def expand(
     if is_drawn:
         highest += np.log(total)
         for index in range(count):
-            scores[index] = max(scores[index] - highest, search.log_floor)
+            scores[index] = max(scores[index] - highest, log_floor)
     return count
 
 
@@ -236,82 +238,91 @@ def _keep_best(room: Any, side: int, num_kept: int, score: float, beam: int, opt
     return num_kept
 
 
-@compiled
+@allocating
 def search_paths(flat: Any, starts: Any, ngram: Any, copy_weights: Any, search: Any, work: Any, found: Any) -> None:
-    """Beam search (Eq. 8) for every request; without beams the raw argmax path is only scored.
+    """Beam search (Eq. 8) for every request; without beams the raw argmax path is only scored."""
+    room, select_room = _new_room(search), new_select_room(search.logits.shape[1])
+    for request in range(len(starts) - 1):
+        text = flat[starts[request] : starts[request + 1]]
+        if search.use_copy:
+            index_text(text, 0, len(text), work)
+        _search_request(text, request, ngram, copy_weights, search, work, room, select_room, found)
+        if search.use_copy:
+            clear_text(text, work)
+
+
+@compiled
+def _search_request(
+    text: Any, request: int, ngram: Any, copy_weights: Any, search: Any, work: Any, room: Any, select_room: Any,
+    found: Any,
+) -> None:  # fmt: skip
+    """The path of one request, whose text is indexed.
 
     The raw argmax path is scored along, mostly as one of the beams, and takes part at the end, so that the search never
     ends below it.
 
     Behind the beams there are two more places: on side 0 for the raw argmax path, on side 1 for the best finished path.
     """
-    width, room = search.beam_width, _new_room(search)
-    select_room = new_select_room(search.logits.shape[1])
+    width = search.beam_width
     raw_path, raw_details, raw_copy = room.paths[0, width], room.details[0, width], room.copies[0, width]
     finished_path, finished_details = room.paths[1, width], room.details[1, width]
-    for request in range(len(starts) - 1):
-        text = flat[starts[request] : starts[request + 1]]
-        if search.use_copy:
-            index_text(text, 0, len(text), work)
-        summary, first = found.summary[request], search.row_starts[request]
-        num_steps = _select(search, room, select_room, request, found)
-        raw_length = _raw_argmax(room, search.ends, num_steps, len(ngram.unigram), raw_path)
-        raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
-        side, num_beams, length = np.int64(0), np.int64(1 if search.use_beams else 0), np.int64(0)
-        room.sums[0, 0] = 0.0
-        room.copies[:] = 0
-        twin = num_beams - 1  # the beam that is the raw argmax path so far, or -1
-        for step in range(num_steps):
-            num_new, next_twin = np.int64(0), np.int64(-1)
-            for beam in range(width + 1):
-                is_raw = step < raw_length and beam == (twin if twin >= 0 else width)
-                if beam >= num_beams and not is_raw:
+    summary, first = found.summary[request], search.row_starts[request]
+    num_steps = _select(search, room, select_room, request, found)
+    raw_length = _raw_argmax(room, search.ends, num_steps, len(ngram.unigram), raw_path)
+    raw_sum, finished_score, finished_length = 0.0, -np.inf, 0
+    side, num_beams, length = np.int64(0), np.int64(1 if search.use_beams else 0), np.int64(0)
+    room.sums[0, 0] = 0.0
+    room.copies[:] = 0
+    twin = num_beams - 1  # the beam that is the raw argmax path so far, or -1
+    for step in range(num_steps):
+        num_new, next_twin = np.int64(0), np.int64(-1)
+        for beam in range(width + 1):
+            is_raw = step < raw_length and beam == (twin if twin >= 0 else width)
+            if beam >= num_beams and not is_raw:
+                continue
+            path = raw_path if beam == width else room.paths[side, beam]
+            copy = raw_copy if beam == width else room.copies[side, beam]
+            count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, copy, work)
+            for option in range(count):
+                token = room.option_tokens[option]
+                if is_raw and token == raw_path[step]:
+                    raw_sum += room.option_scores[0, option]
+                    _append(raw_path, raw_details, step, token, room.option_scores[:, option])
+                if beam == width:
                     continue
-                path = raw_path if beam == width else room.paths[side, beam]
-                copy = raw_copy if beam == width else room.copies[side, beam]
-                count = expand(search, room, first + step, request, ngram, copy_weights, text, path, step, copy, work)
-                for option in range(count):
-                    token = room.option_tokens[option]
-                    if is_raw and token == raw_path[step]:
-                        raw_sum += room.option_scores[0, option]
-                        _append(raw_path, raw_details, step, token, room.option_scores[:, option])
-                    if beam == width:
-                        continue
-                    score = room.sums[side, beam] + room.option_scores[0, option]
-                    if not contains(search.ends, len(search.ends), token):
-                        num_new = _keep_best(room, side, num_new, score, beam, option)
-                    elif score / (step + 1) > finished_score:
-                        finished_score, finished_length = score / (step + 1), step + 1
-                        _copy_path(path, room.details[side, beam], step, finished_path, finished_details)
-                        _append(finished_path, finished_details, step, token, room.option_scores[:, option])
-            for beam in range(num_new):
-                parent, new_path = room.picks[beam, 0], room.paths[1 - side, beam]
-                new_details = room.details[1 - side, beam]
-                room.copies[1 - side, beam, 0] = room.copies[side, parent, 0]
-                room.copies[1 - side, beam, 1] = room.copies[side, parent, 1]
-                _copy_path(room.paths[side, parent], room.details[side, parent], step, new_path, new_details)
-                _append(new_path, new_details, step, room.picks[beam, 1], room.pick_scores[beam])
-                if parent == twin and step < raw_length and room.picks[beam, 1] == raw_path[step]:
-                    next_twin = np.int64(beam)
-            if twin >= 0:
-                raw_copy[0], raw_copy[1] = room.copies[side, twin, 0], room.copies[side, twin, 1]
-            twin = next_twin
-            if num_new > 0:
-                side, length = np.int64(1) - side, np.int64(step + 1)
-            num_beams = num_new
-        best, best_side, best_score, best_length = np.int64(width), np.int64(0), -np.inf, np.int64(0)
-        if raw_length > 0:
-            best_score, best_length = raw_sum / raw_length, np.int64(raw_length)
-            summary[RAW_SCORE] = best_score
-            ended = contains(search.ends, len(search.ends), raw_path[raw_length - 1])
-            summary[RAW_LENGTH] = raw_length - 1 if ended else raw_length
-        if finished_score > best_score:
-            best_side, best_score, best_length = np.int64(1), finished_score, np.int64(finished_length)
-        if length > 0 and room.sums[side, 0] / length > best_score:
-            best, best_side, best_score, best_length = np.int64(0), side, room.sums[side, 0] / length, length
-        if best_length > 0:
-            summary[SCORE], summary[LENGTH] = best_score, best_length
-            path, details = room.paths[best_side, best], room.details[best_side, best]
-            _copy_path(path, details, best_length, found.tokens[request], found.details[request])
-        if search.use_copy:
-            clear_text(text, work)
+                score = room.sums[side, beam] + room.option_scores[0, option]
+                if not contains(search.ends, len(search.ends), token):
+                    num_new = _keep_best(room, side, num_new, score, beam, option)
+                elif score / (step + 1) > finished_score:
+                    finished_score, finished_length = score / (step + 1), step + 1
+                    _copy_path(path, room.details[side, beam], step, finished_path, finished_details)
+                    _append(finished_path, finished_details, step, token, room.option_scores[:, option])
+        for beam in range(num_new):
+            parent, new_path = room.picks[beam, 0], room.paths[1 - side, beam]
+            new_details = room.details[1 - side, beam]
+            room.copies[1 - side, beam, 0] = room.copies[side, parent, 0]
+            room.copies[1 - side, beam, 1] = room.copies[side, parent, 1]
+            _copy_path(room.paths[side, parent], room.details[side, parent], step, new_path, new_details)
+            _append(new_path, new_details, step, room.picks[beam, 1], room.pick_scores[beam])
+            if parent == twin and step < raw_length and room.picks[beam, 1] == raw_path[step]:
+                next_twin = np.int64(beam)
+        if twin >= 0:
+            raw_copy[0], raw_copy[1] = room.copies[side, twin, 0], room.copies[side, twin, 1]
+        twin = next_twin
+        if num_new > 0:
+            side, length = np.int64(1) - side, np.int64(step + 1)
+        num_beams = num_new
+    best, best_side, best_score, best_length = np.int64(width), np.int64(0), -np.inf, np.int64(0)
+    if raw_length > 0:
+        best_score, best_length = raw_sum / raw_length, np.int64(raw_length)
+        summary[RAW_SCORE] = best_score
+        ended = contains(search.ends, len(search.ends), raw_path[raw_length - 1])
+        summary[RAW_LENGTH] = raw_length - 1 if ended else raw_length
+    if finished_score > best_score:
+        best_side, best_score, best_length = np.int64(1), finished_score, np.int64(finished_length)
+    if length > 0 and room.sums[side, 0] / length > best_score:
+        best, best_side, best_score, best_length = np.int64(0), side, room.sums[side, 0] / length, length
+    if best_length > 0:
+        summary[SCORE], summary[LENGTH] = best_score, best_length
+        path, details = room.paths[best_side, best], room.details[best_side, best]
+        _copy_path(path, details, best_length, found.tokens[request], found.details[request])

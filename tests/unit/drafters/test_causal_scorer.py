@@ -63,7 +63,7 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
             found = compiled_find_copy(tokens(history), tokens(path), len(path), num_indexed, work)
             assert (int(found[0]), int(found[1])) == find_copy(history + path)
             if num_indexed < len(path):
-                index_token(len(history) + num_indexed, path[num_indexed], work)
+                index_token(len(history) + num_indexed, path[num_indexed], work.last, work.previous)
 
 
 @settings(deadline=None, max_examples=200)
