@@ -49,7 +49,7 @@ class Decoded:
     @property
     def seconds_per_draft(self) -> float:
         """Of steps with a diffusion pass, in all that drafts but the search."""
-        passes = [record.seconds.draft for record in self.records if record.num_diffusion_rows]
+        passes = [record.seconds.draft for record in self.records if record.drafting.num_diffusion_rows]
         return sum(passes) / max(len(passes), 1)
 
 

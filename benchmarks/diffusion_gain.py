@@ -72,7 +72,7 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
     prompts = held_out_prompts(loaded, num_prompts, PROMPT_TOKENS)
     decoded = await decode(loaded, lambda: pipeline, prompts, NEW_TOKENS, temperature)
     texts = [(*prompt.tokens, *output) for prompt, output in zip(prompts, decoded.outputs, strict=True)]
-    passes = [record.seconds for record in decoded.records if record.num_diffusion_rows]
+    passes = [record.seconds for record in decoded.records if record.drafting.num_diffusion_rows]
     draft, search, verify = (
         1e3 * statistics.median(seconds)
         for seconds in zip(*((each.draft, each.search, each.verify) for each in passes), strict=True)

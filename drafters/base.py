@@ -78,10 +78,14 @@ class Outcome:
 class PhaseSeconds:
     """Wall-clock seconds of one engine step."""
 
-    draft: float = 0.0  # drafter passes, the free draft, and weighing what is worth it
-    search: float = 0.0  # lattice and path search
-    verify: float = 0.0
-    commit: float = 0.0
+    draft: float  # drafter passes, the free draft, and weighing what is worth it
+    search: float  # lattice and path search
+    verify: float
+    commit: float
+
+    @property
+    def total(self) -> float:
+        return self.draft + self.search + self.verify + self.commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +106,13 @@ class StepRecord:
     outcomes: Sequence[Outcome]  # requests that were verified in this step, drafted or not
     num_rows: int  # rows of the verification pass: pending tokens and drafts of all requests
     num_prefill_rows: int  # of these, prompt tokens
-    seconds: PhaseSeconds
-    num_diffusion_rows: int = 0  # rows of the drafter's pass; 0 if there was none
-    pass_seconds: float = 0.0  # of `seconds.draft`, in that pass
-    num_searches: int = 0  # requests that the path search was for
+    drafting: DraftingCost = DraftingCost()
+    verify_seconds: float = 0.0
+    commit_seconds: float = 0.0
     mean_context: float = 0.0  # tokens
     num_drafter_failures: int = 0  # since the step before; of the embedded engine (vLLM's worker reports them itself)
+
+    @property
+    def seconds(self) -> PhaseSeconds:
+        drafting = self.drafting
+        return PhaseSeconds(drafting.draft_seconds, drafting.search_seconds, self.verify_seconds, self.commit_seconds)

@@ -248,16 +248,16 @@ class DraftPlanner:
         if step.num_prefill_rows == 0:  # prefill rows need no logits and long attention: another cost
             has_drafts = any(outcome.draft.tokens for outcome in step.outcomes)
             if has_drafts:
-                self._costs.observe_drafted(step.num_rows, len(step.outcomes), step.seconds.verify)
+                self._costs.observe_drafted(step.num_rows, len(step.outcomes), step.verify_seconds)
             else:
-                self._costs.observe_plain(len(step.outcomes), step.seconds.verify)
+                self._costs.observe_plain(len(step.outcomes), step.verify_seconds)
             self._drafted_steps = self._drafted_steps + 1 if has_drafts else 0
-        if step.num_diffusion_rows:
-            self._costs.draft.observe(step.num_diffusion_rows, step.pass_seconds)
-        seconds = step.seconds
-        self._exploration_seconds += EXPLORATION * (seconds.draft + seconds.search + seconds.verify + seconds.commit)
-        overhead = max(seconds.draft - step.pass_seconds, 0.0) + seconds.commit
-        self._costs.observe_overheads(step.num_searches, seconds.search, overhead)
+        drafting = step.drafting
+        if drafting.num_diffusion_rows:
+            self._costs.draft.observe(drafting.num_diffusion_rows, drafting.pass_seconds)
+        self._exploration_seconds += EXPLORATION * step.seconds.total
+        overhead = max(drafting.draft_seconds - drafting.pass_seconds, 0.0) + step.commit_seconds
+        self._costs.observe_overheads(drafting.num_searches, drafting.search_seconds, overhead)
 
     def _probe(self, heat: int, known: int) -> int:
         """Length of a draft that is not worth verifying: once in a while 1, or no estimate could ever rise again."""

@@ -1,22 +1,23 @@
 """Step records as lists and numbers, for the way from vLLM's worker process to the service's."""
 
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any
 
-from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, DraftingCost, Outcome, StepRecord
 
 KEY = "diffuspec"  # of vLLM's additional_config, of a request's extra_args, and of what comes back with its tokens
 
 
 def pack_record(record: StepRecord) -> list[Any]:
     """As lists and numbers, for the way between processes."""
-    seconds = record.seconds
     return [
         [_pack_outcome(outcome) for outcome in record.outcomes],
         record.num_rows,
         record.num_prefill_rows,
-        [seconds.draft, seconds.search, seconds.verify, seconds.commit],
-        record.num_diffusion_rows,
+        list(astuple(record.drafting)),
+        record.verify_seconds,
+        record.commit_seconds,
         record.mean_context,
     ]
 
@@ -44,11 +45,12 @@ def unpack_records(packed: Iterable[list[Any]]) -> list[StepRecord]:
             outcomes=[_unpack_outcome(*outcome) for outcome in outcomes],
             num_rows=rows,
             num_prefill_rows=prefill,
-            seconds=PhaseSeconds(*seconds),
-            num_diffusion_rows=diffusion,
+            drafting=DraftingCost(*drafting),
+            verify_seconds=verify,
+            commit_seconds=commit,
             mean_context=context,
         )
-        for outcomes, rows, prefill, seconds, diffusion, context in packed
+        for outcomes, rows, prefill, drafting, verify, commit, context in packed
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
+from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PolicyName, StepRecord, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ class VllmProposer:
     def calibrate(self) -> dict[int, float]:
         """Set the pipeline's costs from the probe requests that have run; returns seconds by rows."""
         measured = {
-            batch + drafted: float(np.median([record.seconds.verify for record in records[1:] or records]))
+            batch + drafted: float(np.median([record.verify_seconds for record in records[1:] or records]))
             for (batch, drafted), records in sorted(self._probes.items())
             if drafted > 0 or batch == 1
         }
@@ -200,7 +200,7 @@ class VllmProposer:
 
     def _record(self, rows: Sequence[Row], now: float) -> StepRecord:
         gap = 0.0 if self._last_ended is None else max(self._step_started - self._last_ended, 0.0)
-        pending, cost = self._pending, self._pending.cost
+        pending = self._pending
         outcomes = []
         for row in rows:
             if not row.num_sampled:
@@ -212,10 +212,9 @@ class VllmProposer:
             outcomes=outcomes,
             num_rows=sum(row.num_rows for row in rows),
             num_prefill_rows=sum(row.num_rows for row in rows if row.is_prefill),
-            seconds=PhaseSeconds(cost.draft_seconds, cost.search_seconds, now - self._step_started, gap),
-            num_diffusion_rows=cost.num_diffusion_rows,
-            pass_seconds=cost.pass_seconds,
-            num_searches=cost.num_searches,
+            drafting=pending.cost,
+            verify_seconds=now - self._step_started,
+            commit_seconds=gap,
             mean_context=sum(len(row.tokens) for row in rows) / max(len(rows), 1),
         )
 

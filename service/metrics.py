@@ -237,7 +237,7 @@ class ServiceMetrics:
                 histogram.observe(seconds)
         self._rows["prefill"].inc(step.num_prefill_rows)
         self._rows["decode"].inc(step.num_rows - step.num_prefill_rows)
-        self._rows["diffusion"].inc(step.num_diffusion_rows)
+        self._rows["diffusion"].inc(step.drafting.num_diffusion_rows)
         self._drafter_failures.inc(step.num_drafter_failures)
         for outcome in step.outcomes:
             self._observe_outcome(outcome)
@@ -251,7 +251,7 @@ class ServiceMetrics:
         steps, seconds, tokens = self._decode[drafted, batch]
         _, drafting_seconds, _ = self._decode["yes", batch]
         steps.inc()
-        seconds.inc(step.seconds.verify + step.seconds.commit)
+        seconds.inc(step.verify_seconds + step.commit_seconds)
         drafting_seconds.inc(step.seconds.draft + step.seconds.search)
         tokens.inc(num_sequences + sum(outcome.num_accepted for outcome in step.outcomes))
 

@@ -110,7 +110,8 @@ def follow_copy(
         if 0 <= token_at(text, path, place + 1) < len(work.last):
             return np.int64(match + 1), np.int64(place + 1)
         return np.int64(0), np.int64(NO_TOKEN)
-    return find_copy(text, path, length, num_indexed, work)
+    found: tuple[np.int64, np.int64] = find_copy(text, path, length, num_indexed, work)
+    return found
 
 
 @compiled

@@ -64,7 +64,9 @@ class EmbeddedContestant:
             seconds=ended,
             generations=generations,
             phases=phases_of(records, ended),
-            diffusion_step_seconds=sum(_step_seconds(record) for record in records if record.num_diffusion_rows),
+            diffusion_step_seconds=sum(
+                record.seconds.total for record in records if record.drafting.num_diffusion_rows
+            ),
         )
 
     async def margin(self, prompt: Prompt, mismatch: Mismatch, max_tokens: int) -> float | None:
@@ -99,18 +101,13 @@ class EmbeddedContestant:
 
 def phases_of(records: Sequence[StepRecord], seconds: float) -> Phases:
     """Where the `seconds` of a pass went, by its steps' records."""
-    prompt = sum(record.seconds.verify for record in records if record.num_prefill_rows)
-    verify = sum(record.seconds.verify for record in records if not record.num_prefill_rows)
+    prompt = sum(record.verify_seconds for record in records if record.num_prefill_rows)
+    verify = sum(record.verify_seconds for record in records if not record.num_prefill_rows)
     draft = sum(record.seconds.draft for record in records)
     search = sum(record.seconds.search for record in records)
-    commit = sum(record.seconds.commit for record in records)
+    commit = sum(record.commit_seconds for record in records)
     other = max(seconds - prompt - verify - draft - search - commit, 0.0)
     return Phases(prompt, draft, search, verify, commit, other)
-
-
-def _step_seconds(record: StepRecord) -> float:
-    seconds = record.seconds
-    return seconds.draft + seconds.search + seconds.verify + seconds.commit
 
 
 def _steps_by_request(records: Sequence[StepRecord]) -> dict[str, list[DraftedStep]]:

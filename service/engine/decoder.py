@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, StepRecord
 from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
 from service.engine.scheduler import Part
@@ -71,10 +71,8 @@ class Decoder:
         committing = self._clock()
         mean_context = sum(part.decoding.length for part in parts) / len(parts)
         results = [_commit(*work) for work in zip(parts, proposal.drafts, verified, strict=True)]
-        seconds = PhaseSeconds(
-            proposal.cost.draft_seconds, proposal.cost.search_seconds, committing - started, self._clock() - committing
-        )
-        self._report(_record(parts, proposal, verified, seconds, mean_context, self._take_failures()))
+        seconds = committing - started, self._clock() - committing
+        self._report(_record(parts, proposal, verified, *seconds, mean_context, self._take_failures()))
         return results
 
     def release(self, decoding: Decoding) -> None:
@@ -205,7 +203,8 @@ def _record(
     parts: Sequence[Part],
     proposal: _Proposal,
     verified: Sequence[VerifyResult],
-    seconds: PhaseSeconds,
+    verify_seconds: float,
+    commit_seconds: float,
     mean_context: float,
     num_drafter_failures: int,
 ) -> StepRecord:
@@ -223,10 +222,9 @@ def _record(
         ],
         num_rows=sum(part.num_new for part in parts) + sum(len(draft.tokens) for draft in proposal.drafts),
         num_prefill_rows=proposal.num_prefill_rows,
-        seconds=seconds,
-        num_diffusion_rows=proposal.cost.num_diffusion_rows,
-        pass_seconds=proposal.cost.pass_seconds,
-        num_searches=proposal.cost.num_searches,
+        drafting=proposal.cost,
+        verify_seconds=verify_seconds,
+        commit_seconds=commit_seconds,
         mean_context=mean_context,
         num_drafter_failures=num_drafter_failures,
     )

@@ -197,7 +197,7 @@ def test_an_observer_that_raises_is_let_go_and_the_others_get_every_step(
     assert seen == drafter.steps  # the very same records
     assert seen[0].num_prefill_rows == seen[0].num_rows == 3
     assert all(step.num_rows == 1 + len(step.outcomes[0].draft.tokens) for step in seen[1:])
-    assert all(step.seconds.verify > 0 for step in seen)
+    assert all(step.verify_seconds > 0 for step in seen)
 
 
 def test_logits_that_are_not_numbers_fail_one_request_and_spoil_no_slot(broken_model: Transformer) -> None:

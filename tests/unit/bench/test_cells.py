@@ -14,6 +14,14 @@ def test_a_cell_may_be_given_settings_of_its_own() -> None:
     assert "refinement_steps=2" in cell.meaning
 
 
+@pytest.mark.parametrize("policy", ["fixed", "paper", "goodput"])
+def test_the_path_is_all_that_tells_the_search_from_the_raw_argmax(policy: str) -> None:
+    searched, raw = find_cell(f"cps-{policy}"), find_cell(f"argmax-{policy}")
+    assert searched.overrides == {**raw.overrides, "search": True}
+    assert searched.overrides["copying"] is False
+    assert searched.drafter == raw.drafter == "real"
+
+
 def test_plain_is_always_measured_first_and_each_cell_once() -> None:
     names = [cell.name for cell in choose_cells(["default", "default+beam_width=1", "default", "plain"], False, True)]
     assert names == ["plain", "default", "default+beam_width=1"]

@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, Outcome, StepRecord
 from service.metrics import ServiceMetrics
 from tests.unit.deploy.scripts import load
 
@@ -53,10 +53,10 @@ def test_it_reads_what_a_replica_measured(tmp_path: Path, capsys: pytest.Capture
     metrics = ServiceMetrics(CollectorRegistry(), "tiny", max_draft_tokens=4)
     drafted = Outcome("a", Draft(tokens=(1, 2), source="copy"), 2)
     for _ in range(50):
-        metrics.observe(StepRecord([drafted], 3, 0, PhaseSeconds(verify=0.02)))
-        metrics.observe(StepRecord([drafted] * 4, 12, 0, PhaseSeconds(verify=0.04)))
-    metrics.observe(StepRecord([drafted] * 30, 90, 0, PhaseSeconds(verify=9.0)))  # too rare to count
-    metrics.observe(StepRecord([], 100, 100, PhaseSeconds(verify=0.2)))
+        metrics.observe(StepRecord([drafted], 3, 0, verify_seconds=0.02))
+        metrics.observe(StepRecord([drafted] * 4, 12, 0, verify_seconds=0.04))
+    metrics.observe(StepRecord([drafted] * 30, 90, 0, verify_seconds=9.0))  # too rare to count
+    metrics.observe(StepRecord([], 100, 100, verify_seconds=0.2))
     text = generate_latest(metrics.registry).decode()
     costs = plan.read_costs(text)
     assert [list(point) for point in costs.points] == [pytest.approx([1, 0.02, 3]), pytest.approx([3.5, 0.04, 12])]

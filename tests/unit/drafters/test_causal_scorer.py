@@ -67,7 +67,9 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
 
 
 @settings(deadline=None, max_examples=200)
-@given(text=st.lists(st.integers(0, 2), max_size=20), path=st.lists(st.integers(0, 2), max_size=30), loops=st.booleans())
+@given(
+    text=st.lists(st.integers(0, 2), max_size=20), path=st.lists(st.integers(0, 2), max_size=30), loops=st.booleans()
+)
 def test_following_a_copy_finds_what_looking_for_it_does(text: list[int], path: list[int], loops: bool) -> None:
     if loops:
         path = (text[:4] * 30)[:30]

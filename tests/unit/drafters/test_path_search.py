@@ -164,6 +164,38 @@ def test_the_text_overrules_a_hesitant_drafter() -> None:
     assert path.gain > 1.0
 
 
+def test_without_proposals_the_text_only_judges_the_candidates() -> None:
+    """Of two candidates that the drafter likes alike, the copied one is taken; what is none cannot be."""
+    history = np.array([7, 8, 9, 10, 11] * 4, np.int32)
+    logits = torch.zeros(3, 50)
+    logits[:, 20] = 9.0
+    logits[0, 7], logits[1, 8] = 9.0, 9.0
+    lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(0.9, 2))
+    (path,) = PathSearch(CausalModel(50), use_proposals=False).search([history], lattice)
+    assert path.tokens == (7, 8, 20)
+    assert 9 not in lattice.candidates.tokens[2]
+    (alone,) = PathSearch(CausalModel(50, use_copy=False), use_proposals=False).search([history], lattice)
+    assert alone.gain == pytest.approx(0.0, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 7), beam_width=st.integers(1, 3), joins=st.booleans())
+def test_a_path_knows_what_the_causal_model_says_of_it(
+    ngram: NgramModel, seed: int, length: int, beam_width: int, joins: bool
+) -> None:
+    """Whichever beam it came from, and however its copies were followed: token by token, from the start."""
+    random = np.random.default_rng(seed)
+    history = np.tile(random.integers(0, VOCABULARY, 6), 3)[: int(random.integers(1, 19))].astype(np.int32)
+    causal = CausalModel(VOCABULARY, ngram)
+    search = PathSearch(causal, (END,), beam_width, lattice_weight=0.3, use_proposals=joins)
+    lattice = DraftLattice.from_logits(random_logits(seed, length), [length], LatticeOptions(0.8, 3, (END,)))
+    (path,) = search.search([history], lattice)
+    for step, token in enumerate(path.tokens):
+        probability = mixture(causal, [*history.tolist(), *path.tokens[:step]])[token]
+        assert path.log_causal[step] == pytest.approx(max(float(np.log(probability)), LOG_FLOOR), abs=1e-4)
+        assert joins or token in lattice.candidates.tokens[step]
+
+
 def test_confidences_are_shares_of_the_candidates() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     lattice = DraftLattice.from_logits(logits, [1], LatticeOptions(1.0, 3))

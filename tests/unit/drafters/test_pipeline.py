@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, PolicyName, StepRecord, Tokens
+from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord, Tokens
 from drafters.causal_scorer import CausalModel
 from drafters.diffusion import DiffusionDrafter
 from drafters.path_search import PathSearch
@@ -26,16 +26,17 @@ REAL_ROWS = {1: 1e-3, 64: 4e-3}
 def build(
     folder: Path | None, num_slots: int = 8, copying: bool = True, model: Transformer | None = None, **options: object
 ) -> DraftPipeline:
-    causal = CausalModel(VOCABULARY_SIZE, use_copy=copying)
+    causal = CausalModel(VOCABULARY_SIZE)
     model = Transformer.load(folder) if model is None and folder is not None else model
     diffusion = None if model is None else DiffusionDrafter(model, num_slots, VOCABULARY_SIZE)
     return DraftPipeline(
-        causal if copying else None,
-        PathSearch(causal),
+        causal,
+        PathSearch(causal, use_proposals=copying),
         diffusion,
         LengthOptions(**options),  # type: ignore[arg-type]
         "tiny",
         clock=itertools.count(step=TICK).__next__,
+        drafts_freely=copying,
     )
 
 
@@ -50,7 +51,7 @@ def request(tokens: Tokens, cap: int = 32, name: str = "a", policy: PolicyName |
 def record(names: Sequence[str], drafts: Sequence[Draft], accepted: Sequence[int], seconds: float = 1e-3) -> StepRecord:
     outcomes = [Outcome(name, draft, count) for name, draft, count in zip(names, drafts, accepted, strict=True)]
     rows = len(names) + sum(len(draft.tokens) for draft in drafts)
-    return StepRecord(outcomes, rows, 0, PhaseSeconds(verify=seconds))
+    return StepRecord(outcomes, rows, 0, verify_seconds=seconds)
 
 
 @pytest.mark.parametrize("policy", ["goodput", "paper", "fixed"])
@@ -205,4 +206,15 @@ def test_release_forgets_everything(tiny_drafter: Path) -> None:
 
 def test_without_any_source_nothing_is_drafted() -> None:
     pipeline = build(None, copying=False)
-    assert pipeline.propose([request(text(20))])[0].bypass_reason == "no_candidates"
+    assert pipeline.propose([request(np.tile(text(20), 3))])[0].bypass_reason == "no_candidates"
+
+
+def test_what_only_judges_learns_all_the_same() -> None:
+    """How far to trust copies is learned from the text as it grows, whether or not they draft."""
+    causal = CausalModel(VOCABULARY_SIZE)
+    pipeline = DraftPipeline(causal, None, None, LengthOptions(), "judge", drafts_freely=False)
+    before = causal.copy_weights.copy()
+    repeated = np.tile(text(20), 6)
+    for length in range(40, 110, 10):
+        assert pipeline.propose([request(repeated[:length])])[0].tokens == ()
+    assert causal.copy_weights[-1] > before[-1]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from drafters.base import Draft, DraftRequest, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, StepRecord
 from drafters.candidate import Candidate, RequestState
 from drafters.goodput import PASS_HYSTERESIS
 from drafters.length import PaperLength, PaperLengthOptions
@@ -30,10 +30,9 @@ def candidate(name: str, state: RequestState | None = None) -> Candidate:
 def step(names: list[str], seconds: float = STEP) -> StepRecord:
     return StepRecord(
         outcomes=tuple(Outcome(name, Draft(), 0) for name in names),
-        seconds=PhaseSeconds(draft=0.0, search=0.0, verify=seconds, commit=0.0),
         num_rows=len(names),
         num_prefill_rows=0,
-        num_diffusion_rows=0,
+        verify_seconds=seconds,
     )
 
 
@@ -67,11 +66,7 @@ def test_what_a_step_cost_is_told_by_its_record_alone() -> None:
     plan = planner()
     before = plan._costs.draft.at(7)
     drafted = replace(
-        step(["a"]),
-        seconds=PhaseSeconds(draft=before + 5e-4, search=3e-4, verify=STEP, commit=0.0),
-        num_diffusion_rows=7,
-        pass_seconds=before,
-        num_searches=2,
+        step(["a"]), drafting=DraftingCost(before + 5e-4, 3e-4, before, num_diffusion_rows=7, num_searches=2)
     )
     for _ in range(200):
         plan.learn_costs(drafted)

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from drafters.base import Draft, Outcome, PhaseSeconds, StepRecord
+from drafters.base import Draft, DraftingCost, Outcome, StepRecord
 from service.engine.base import EnginePhase
 from service.metrics import ServiceMetrics
 from tests.integration.scripted_engine import ScriptedEngine
@@ -20,8 +20,9 @@ STEP = StepRecord(
     ),
     num_rows=20,
     num_prefill_rows=12,
-    seconds=PhaseSeconds(draft=0.01, search=0.001, verify=0.02, commit=0.0005),
-    num_diffusion_rows=9,
+    drafting=DraftingCost(draft_seconds=0.01, search_seconds=0.001, num_diffusion_rows=9),
+    verify_seconds=0.02,
+    commit_seconds=0.0005,
 )
 
 
@@ -67,25 +68,25 @@ def test_a_step_is_counted_by_our_names(metrics: ServiceMetrics) -> None:
 
 
 def test_failures_of_the_drafter_are_counted(metrics: ServiceMetrics) -> None:
-    metrics.observe(StepRecord((), 1, 0, PhaseSeconds(), num_drafter_failures=2))
-    metrics.observe(StepRecord((), 1, 0, PhaseSeconds()))
+    metrics.observe(StepRecord((), 1, 0, num_drafter_failures=2))
+    metrics.observe(StepRecord((), 1, 0))
     assert value(metrics, "diffuspec_drafter_failures_total") == 2
 
 
 def test_draft_lengths_are_kept_apart_by_the_policy_that_chose_them(metrics: ServiceMetrics) -> None:
     drafts = (Outcome("a", DRAFTED, 0, "paper"), Outcome("b", DRAFTED, 0, "fixed"), Outcome("c", DRAFTED, 0))
-    metrics.observe(StepRecord(drafts, 12, 0, PhaseSeconds()))
+    metrics.observe(StepRecord(drafts, 12, 0))
     for policy in ("paper", "fixed", "goodput"):  # the last one is the service's
         assert value(metrics, "diffuspec_draft_length_count", source="diffusion", policy=policy) == 1
 
 
 def test_steps_without_prompt_tokens_are_timed_apart_by_batch_and_drafting(metrics: ServiceMetrics) -> None:
-    seconds = PhaseSeconds(draft=0.01, search=0.01, verify=0.02, commit=0.01)
-    metrics.observe(StepRecord(STEP.outcomes[:2], 6, 0, seconds))
-    metrics.observe(StepRecord(STEP.outcomes[2:3], 1, 0, seconds))
-    metrics.observe(StepRecord(STEP.outcomes, 16, 12, seconds))  # reads a prompt too: no measure of decoding
-    metrics.observe(StepRecord((), 12, 0, seconds))
-    metrics.observe(StepRecord(STEP.outcomes[2:] * 20, 40, 0, seconds))
+    seconds = DraftingCost(draft_seconds=0.01, search_seconds=0.01), 0.02, 0.01
+    metrics.observe(StepRecord(STEP.outcomes[:2], 6, 0, *seconds))
+    metrics.observe(StepRecord(STEP.outcomes[2:3], 1, 0, *seconds))
+    metrics.observe(StepRecord(STEP.outcomes, 16, 12, *seconds))  # reads a prompt too: no measure of decoding
+    metrics.observe(StepRecord((), 12, 0, *seconds))
+    metrics.observe(StepRecord(STEP.outcomes[2:] * 20, 40, 0, *seconds))
     assert value(metrics, "diffuspec_decode_steps_total", drafted="yes", batch="2") == 1
     assert value(metrics, "diffuspec_decode_step_seconds_total", drafted="yes", batch="2") == pytest.approx(0.05)
     assert value(metrics, "diffuspec_decode_step_tokens_total", drafted="yes", batch="2") == 4
@@ -122,7 +123,7 @@ def test_tokens_of_one_step_share_its_time(metrics: ServiceMetrics) -> None:
 def test_nothing_a_client_sends_becomes_a_label(metrics: ServiceMetrics) -> None:
     before = len(generate_latest(metrics.registry).splitlines())
     for i in range(50):
-        record = StepRecord((Outcome(f"id-{i}", Draft(bypass_reason=f"r{i}"), 0),), 1, 0, PhaseSeconds())
+        record = StepRecord((Outcome(f"id-{i}", Draft(bypass_reason=f"r{i}"), 0),), 1, 0)
         metrics.observe(record)
     assert len(generate_latest(metrics.registry).splitlines()) == before
 
@@ -136,7 +137,7 @@ def test_the_drafters_state_is_asked_for(metrics: ServiceMetrics) -> None:
 
 
 def test_what_a_stop_token_cut_off_is_not_called_accepted(metrics: ServiceMetrics) -> None:
-    metrics.observe(StepRecord((Outcome("a", DRAFTED, 3, num_cut=2),), 4, 0, PhaseSeconds()))
+    metrics.observe(StepRecord((Outcome("a", DRAFTED, 3, num_cut=2),), 4, 0))
     assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 1
     by_position = [
         value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.checkpoints import FAMILIES, TOKENIZER_LENGTH, Family, write_checkpoint
 from transformer.compiled import compiled
-from transformer.intrinsics import exponential
+from transformer.intrinsics import exponential, logarithm
 from transformer.matrix import MOST_KERNEL_ROWS, MOST_ROWS_ALONE
 from transformer.model import RowBatch, Transformer
 from transformer.product import LANES, product_kernels
@@ -121,6 +121,18 @@ def test_the_exponential_is_right_to_single_precision() -> None:
     exponentials(edges, out)
     assert (out[[0, 1, 4]] < 1e-37).all()
     assert (out[[2, 3]] > 1e37).all()
+
+
+def test_the_logarithm_is_right_to_single_precision() -> None:
+    @compiled
+    def logarithms(numbers: np.ndarray, out: np.ndarray) -> None:
+        for index in range(len(numbers)):
+            out[index] = logarithm(numbers[index])
+
+    numbers = np.concatenate([np.geomspace(1e-37, 1e37, 100_001), np.linspace(0.5, 2.0, 10_001)]).astype(np.float32)
+    out = np.empty_like(numbers)
+    logarithms(numbers, out)
+    assert np.allclose(out, np.log(numbers.astype(np.float64)), rtol=3e-7, atol=5e-8)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, LANES])
