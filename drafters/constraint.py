@@ -16,15 +16,18 @@ FORCED_CONFIDENCE = 0.9  # of a token that the structure leaves no choice about,
 Floats = NDArray[np.float64]
 
 
-@torch.inference_mode()
 def mask_logits(logits: Tensor, requests: Sequence[DraftRequest], lengths: Sequence[int]) -> None:
     """Set what structures refuse to -inf, in place: `logits` `[sum of lengths, vocabulary]`.
 
     Each position is judged as if the drafter's best allowed tokens stood before it. That is exact for the first one,
     and for the others as long as the search takes those; a path that leaves them is cut by `keep_to_structure`.
     """
-    if all(request.constraint is None for request in requests):
-        return
+    if any(request.constraint is not None for request in requests):
+        _mask_constrained(logits, requests, lengths)
+
+
+@torch.inference_mode()
+def _mask_constrained(logits: Tensor, requests: Sequence[DraftRequest], lengths: Sequence[int]) -> None:
     ends = list(accumulate(lengths))
     for request, length, end in zip(requests, lengths, ends, strict=True):
         if request.constraint is None:

@@ -240,9 +240,11 @@ class DiffusionDrafter:
         return self._for_target(self._model.logits(predicted, width))
 
     def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
-        """What the target knew at every row: `[rows, target hidden]`, zero for masks and where it is unknown."""
+        """What the target knew at the first rows: `[rows, target hidden]`, zero for masks and where it is unknown."""
         if all(block.states is None for block in blocks):
             return None
+        if len(blocks) == 1 and blocks[0].states is not None:  # as they are, not copied; masks come after them
+            return blocks[0].states.to(self._model.device, self._model.dtype)
         width, num_rows = self._model.config.target_hidden_size, sum(len(block.tokens) for block in blocks)
         states = torch.zeros(num_rows, width, device=self._model.device, dtype=self._model.dtype)
         first = 0

@@ -98,12 +98,14 @@ class Transformer:
     ) -> Tensor:
         """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache.
 
-        target_states: [rows, target hidden] joined to the embeddings; zeros where there are none. hints: [rows] twice,
-        the tokens that another draft has in each row's place and in the next; the vocabulary's size where it has none.
+        target_states: [first rows, target hidden] joined to the embeddings; zeros where there are none. hints: [rows]
+        twice, the tokens that another draft has in each row's place and in the next; the vocabulary's size where it has
+        none.
         """
         hidden = self._embedding.index_select(0, rows.tokens)
         if target_states is not None and self._target_projection is not None:
-            hidden = self._target_projection.add_product(hidden, target_states)
+            known = hidden[: len(target_states)]
+            known.copy_(self._target_projection.add_product(known, target_states))
         if hints is not None and self._hints is not None:
             hidden = hidden.add_(self._hints[0].index_select(0, hints[0])).add_(
                 self._hints[1].index_select(0, hints[1])
