@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from drafters.base import Tokens
 from drafters.causal_scorer import CausalModel, join, no_noise
 from drafters.kernels.chains import Noise
+from drafters.kernels.options import Search
 from drafters.kernels.search import (
     IS_BROKEN,
     LENGTH,
@@ -26,7 +27,6 @@ from drafters.kernels.search import (
     RAW_SCORE,
     SCORE,
     Found,
-    Search,
     search_paths,
 )
 from drafters.lattice import DraftLattice

@@ -121,19 +121,22 @@ class DraftPipeline:
         return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
     def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
-        if self._causal is None:
+        """Draft without a model, and learn how far to trust copies; where nothing may be drafted so, learn alone."""
+        if self._causal is None or not (self._drafts_freely or self._causal.use_copy):
             return
         histories = [candidate.request.tokens for candidate in candidates]
         learned = [candidate.state.num_learned or len(candidate.request.tokens) for candidate in candidates]
         for candidate in candidates:
             candidate.state.num_learned = len(candidate.request.tokens)
+        if not self._drafts_freely:
+            self._causal.greedy_chains(histories, [0] * len(histories), num_learned=learned)
+            return
         least = max(LEAST_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
-        most = [candidate.cap if self._drafts_freely else 0 for candidate in candidates]
-        chains = self._causal.greedy_chains(histories, most, floors, noise, learned)
-        if not self._drafts_freely:
-            return
+        chains = self._causal.greedy_chains(
+            histories, [candidate.cap for candidate in candidates], floors, noise, learned
+        )
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.tokens, candidate.confidences = keep_to_structure(
                 candidate.request, chain.tokens, chain.confidences, candidate.cap

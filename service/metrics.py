@@ -231,8 +231,9 @@ class ServiceMetrics:
     def observe(self, step: StepRecord) -> None:
         """Count one engine step."""
         self._steps.inc()
+        phases = step.seconds
         for phase, histogram in self._phases.items():
-            seconds: float = getattr(step.seconds, phase)
+            seconds: float = getattr(phases, phase)
             if seconds > 0:
                 histogram.observe(seconds)
         self._rows["prefill"].inc(step.num_prefill_rows)
@@ -252,7 +253,7 @@ class ServiceMetrics:
         _, drafting_seconds, _ = self._decode["yes", batch]
         steps.inc()
         seconds.inc(step.verify_seconds + step.commit_seconds)
-        drafting_seconds.inc(step.seconds.draft + step.seconds.search)
+        drafting_seconds.inc(step.drafting.draft_seconds + step.drafting.search_seconds)
         tokens.inc(num_sequences + sum(outcome.num_accepted for outcome in step.outcomes))
 
     def _observe_outcome(self, outcome: Outcome) -> None:

@@ -189,6 +189,16 @@ class SpeculationSettings(SettingsGroup):
         default=0.5, gt=0, le=1, description="`paper` policy: rate of the moving averages (ρ)."
     )
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the scorer knows the request's own text."""
+        return self.scorer in ("mixed", "text")
+
+    @property
+    def reads_ngrams(self) -> bool:
+        """Whether the scorer knows n-grams, where there are any."""
+        return self.scorer in ("mixed", "ngram")
+
 
 class SchedulerSettings(SettingsGroup):
     max_running: int = Field(default=32, ge=1, le=1024, description="Most sequences generated at the same time.")

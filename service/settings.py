@@ -51,6 +51,13 @@ class Settings(BaseSettings):
     auth: AuthSettings = Field(default_factory=AuthSettings, description="API keys")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="Logs")
 
+    @property
+    def drafts_freely(self) -> bool:
+        """Whether something may be drafted without a model: the scorer may propose, and knows something."""
+        speculation = self.speculation
+        has_ngrams = self.model.ngram_folder is not None and speculation.reads_ngrams
+        return speculation.copying and (speculation.reads_text or has_ngrams)
+
     @classmethod
     def settings_customise_sources(
         cls,

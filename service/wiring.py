@@ -200,7 +200,7 @@ def build_pipeline(
     from drafters.planner import LengthOptions
 
     speculation = settings.speculation
-    drafts = settings.model.drafter_choice != NO_DRAFTER and (drafter is not None or speculation.copying)
+    drafts = settings.model.drafter_choice != NO_DRAFTER and (drafter is not None or settings.drafts_freely)
     max_draft_tokens = speculation.max_draft_tokens if drafts else 0
     causal = _build_causal(settings, target) if max_draft_tokens else None
     diffusion, search, names = None, None, []
@@ -219,8 +219,11 @@ def build_pipeline(
             use_proposals=speculation.copying,
         )
         names.append(built.description)
-    if causal is not None and speculation.copying:
-        names += ["copy"] * causal.use_copy + ["n-grams"] * causal.has_ngrams
+    if causal is not None and settings.drafts_freely:
+        if causal.use_copy:
+            names.append("copy")
+        if causal.has_ngrams:
+            names.append("n-grams")
     lengths = LengthOptions(
         policy=speculation.policy,
         max_draft_tokens=max_draft_tokens,
@@ -235,17 +238,17 @@ def build_pipeline(
     )
     lattice = LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids)
     description = " + ".join(names) or NO_DRAFTER
-    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, drafts_freely=speculation.copying)
+    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, drafts_freely=settings.drafts_freely)
 
 
 def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":
     from drafters.causal_scorer import CausalModel
     from drafters.ngram import NgramModel
 
-    folder, scorer = settings.model.ngram_folder, settings.speculation.scorer
+    folder, speculation = settings.model.ngram_folder, settings.speculation
     return CausalModel(
         target.vocabulary_size,
-        NgramModel.load(folder) if folder is not None and scorer in ("mixed", "ngram") else None,
+        NgramModel.load(folder) if folder is not None and speculation.reads_ngrams else None,
         end_tokens=target.end_token_ids,
-        use_copy=scorer in ("mixed", "text"),
+        use_copy=speculation.reads_text,
     )

@@ -29,8 +29,9 @@ numba.config.CACHE_DIR = str(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile with numba, without the interpreter lock; cached on disk unless no folder for the cache is writable.
 
-    For functions that make no arrays (they would never be freed; a test looks for it): references are not counted. Else
-    every call counts those to each array that it is given, up and down, and a small function takes less time than that.
+    For functions that make no arrays: references are not counted (numba's `_nrt`). Else every call counts those to each
+    array that it is given, up and down, and a small function takes less time than that. numba refuses to make an array
+    here, but not to call a function that does, whose arrays would never be freed: a test reads all kernels for that.
     """
     return _compile(function, _nrt=False)
 

@@ -98,9 +98,9 @@ class Transformer:
     ) -> Tensor:
         """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache.
 
-        target_states: [first rows, target hidden] joined to the embeddings; zeros where there are none. hints: [rows]
-        twice, the tokens that another draft has in each row's place and in the next; the vocabulary's size where it has
-        none.
+        target_states: [first rows, target hidden], at most as many as rows, joined to the embeddings; zeros where there
+        are none. hints: [rows] twice, the tokens that another draft has in each row's place and in the next; the
+        vocabulary's size where it has none.
         """
         hidden = self._embedding.index_select(0, rows.tokens)
         if target_states is not None and self._target_projection is not None:

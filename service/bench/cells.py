@@ -13,7 +13,7 @@ from drafters import prompt_lookup
 from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, ScorerName, StepRecord
 from service.bench.records import Role
 from service.engine.drafting import Drafting
-from service.setting_groups import SpeculationSettings
+from service.setting_groups import PROMPT_LOOKUP, SpeculationSettings
 from service.settings import Settings
 from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
@@ -136,6 +136,8 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     if cell.kind == "prompt-lookup":
         return PromptLookupDrafting(speculation.fixed_draft_tokens)
     changed = settings.model_copy(update={"speculation": speculation})
+    if cell.drafter == "none":  # without a model, whatever the settings say of one: what drafts freely is measured
+        changed = changed.model_copy(update={"model": settings.model.model_copy(update={"drafter": PROMPT_LOOKUP})})
     return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
 
 

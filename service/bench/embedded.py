@@ -103,8 +103,8 @@ def phases_of(records: Sequence[StepRecord], seconds: float) -> Phases:
     """Where the `seconds` of a pass went, by its steps' records."""
     prompt = sum(record.verify_seconds for record in records if record.num_prefill_rows)
     verify = sum(record.verify_seconds for record in records if not record.num_prefill_rows)
-    draft = sum(record.seconds.draft for record in records)
-    search = sum(record.seconds.search for record in records)
+    draft = sum(record.drafting.draft_seconds for record in records)
+    search = sum(record.drafting.search_seconds for record in records)
     commit = sum(record.commit_seconds for record in records)
     other = max(seconds - prompt - verify - draft - search - commit, 0.0)
     return Phases(prompt, draft, search, verify, commit, other)

@@ -53,7 +53,7 @@ def max_draft_tokens(settings: Settings) -> int:
         return settings.vllm.method_tokens
     speculation = settings.speculation
     has_model = settings.model.drafter_choice not in (PROMPT_LOOKUP, NO_DRAFTER) and speculation.diffusion
-    drafts = settings.model.drafter_choice != NO_DRAFTER and (has_model or speculation.copying)
+    drafts = settings.model.drafter_choice != NO_DRAFTER and (has_model or settings.drafts_freely)
     return speculation.max_draft_tokens if drafts else 0
 
 

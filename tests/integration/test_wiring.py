@@ -1,17 +1,35 @@
 """What the settings make of the drafting pipeline."""
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from drafters.base import DraftRequest
-from service.settings import load_settings
+from drafters.base import Draft, DraftRequest
+from service.engine.vllm_config import max_draft_tokens
+from service.setting_groups import BUNDLED_MODELS
+from service.settings import Settings, load_settings
 from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-BUNDLED = Path("models")
+TEXT = np.random.default_rng(0).integers(300, 2000, 24).astype(np.int32)  # nothing that n-grams would go on with
+REPEATED = np.tile(TEXT, 3)
+
+
+@pytest.fixture(scope="module")
+def drafter() -> Transformer:
+    return Transformer.load(BUNDLED_MODELS / "drafter")
+
+
+def settings_with(**speculation: Any) -> Settings:
+    return load_settings(overrides={f"speculation.{name}": value for name, value in speculation.items()})
+
+
+def draft(settings: Settings, drafter: Transformer | None = None) -> Draft:
+    pipeline = build_pipeline(settings, TransformerConfig.from_folder(settings.model.target), drafter)
+    (made,) = pipeline.propose([DraftRequest("a", REPEATED, 8)])
+    return made
 
 
 @pytest.mark.parametrize(
@@ -19,23 +37,42 @@ BUNDLED = Path("models")
     [("mixed", "copy + n-grams"), ("text", "copy"), ("ngram", "n-grams"), ("uniform", "none")],
 )
 def test_a_scorer_drafts_from_what_it_knows(scorer: str, described: str) -> None:
-    settings = load_settings(overrides={"speculation.scorer": scorer})
-    pipeline = build_pipeline(settings, TransformerConfig.from_folder(settings.model.target), None)
-    assert pipeline.description == described
-    text = np.random.default_rng(0).integers(300, 2000, 24).astype(np.int32)
-    (draft,) = pipeline.propose([DraftRequest("a", np.tile(text, 3), 8)])
-    if scorer in ("mixed", "text"):
-        assert draft.tokens[:2] == tuple(text[:2].tolist())
-    if scorer == "uniform":
-        assert draft.tokens == ()
-
-
-def test_without_copying_the_scorer_judges_and_drafts_nothing() -> None:
-    settings = load_settings(overrides={"speculation.copying": False, "speculation.policy": "fixed"})
+    settings = settings_with(scorer=scorer, policy="fixed")
     target = TransformerConfig.from_folder(settings.model.target)
-    drafter = Transformer.load(BUNDLED / "drafter")
-    text = np.tile(np.random.default_rng(0).integers(300, 2000, 24).astype(np.int32), 3)
-    (draft,) = build_pipeline(settings, target, drafter).propose([DraftRequest("a", text, 8)])
-    assert draft.source == "diffusion"
-    (none,) = build_pipeline(settings, target, None).propose([DraftRequest("a", text, 8)])
-    assert none.tokens == ()
+    assert build_pipeline(settings, target, None).description == described
+    tokens = draft(settings).tokens
+    if scorer in ("mixed", "text"):
+        assert tokens == tuple(TEXT[:8].tolist())
+    else:
+        assert bool(tokens) == (scorer == "ngram")
+        assert tokens[:2] != tuple(TEXT[:2].tolist())
+
+
+def test_without_copying_nothing_is_drafted_but_by_the_model(drafter: Transformer) -> None:
+    free = settings_with(copying=False, policy="fixed")
+    assert draft(free).tokens == ()
+    joined, alone = draft(settings_with(policy="fixed"), drafter), draft(free, drafter)
+    assert joined.source == alone.source == "diffusion"
+    assert joined.tokens[:4] == tuple(TEXT[:4].tolist())  # the copied tokens have joined the lattice
+    assert alone.tokens[0] != TEXT[0]
+
+
+def test_without_copying_the_scorer_still_judges(drafter: Transformer) -> None:
+    paths = {
+        scorer: draft(settings_with(copying=False, policy="fixed", scorer=scorer), drafter).tokens
+        for scorer in ("mixed", "uniform")
+    }
+    assert paths["mixed"] != paths["uniform"]
+
+
+@pytest.mark.parametrize("engine", ["embedded", "vllm"])
+@pytest.mark.parametrize(
+    ("change", "drafts"), [({}, True), ({"scorer": "uniform"}, False), ({"copying": False}, False)]
+)
+def test_where_nothing_can_draft_no_room_is_kept_for_drafts(engine: str, change: dict[str, Any], drafts: bool) -> None:
+    settings = settings_with(diffusion=False, **change)
+    if engine == "vllm":
+        assert bool(max_draft_tokens(settings)) is drafts
+    else:
+        pipeline = build_pipeline(settings, TransformerConfig.from_folder(settings.model.target), None)
+        assert bool(pipeline.max_draft_tokens) is drafts

@@ -1,6 +1,8 @@
 import pytest
 
-from service.bench.cells import CELLS, UnknownCellError, choose_cells, find_cell
+from service.bench.cells import CELLS, Models, UnknownCellError, build, choose_cells, find_cell
+from service.settings import load_settings
+from transformer.config import TransformerConfig
 
 
 def test_a_cell_may_be_given_settings_of_its_own() -> None:
@@ -20,6 +22,15 @@ def test_the_path_is_all_that_tells_the_search_from_the_raw_argmax(policy: str) 
     assert searched.overrides == {**raw.overrides, "search": True}
     assert searched.overrides["copying"] is False
     assert searched.drafter == raw.drafter == "real"
+
+
+def test_what_drafts_without_a_model_is_measured_whatever_the_settings_say_of_one() -> None:
+    settings = load_settings(overrides={"model.drafter": "none"})
+    models = Models(TransformerConfig.from_folder(settings.model.target), {})
+    for name, sources in (("copy", "copy"), ("ngram", "n-grams"), ("free", "copy + n-grams")):
+        built = build(find_cell(name), settings, models)
+        assert (built.description, built.max_draft_tokens) == (sources, 32)
+    assert build(find_cell("plain"), settings, models).max_draft_tokens == 0
 
 
 def test_plain_is_always_measured_first_and_each_cell_once() -> None:

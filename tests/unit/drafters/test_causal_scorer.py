@@ -68,17 +68,30 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
 
 @settings(deadline=None, max_examples=200)
 @given(
-    text=st.lists(st.integers(0, 2), max_size=20), path=st.lists(st.integers(0, 2), max_size=30), loops=st.booleans()
+    text=st.lists(st.sampled_from([0, 1, 2, 2, VOCABULARY, -3]), max_size=20),
+    path=st.lists(st.integers(0, 2), max_size=30),
+    loops=st.booleans(),
+    indexes=st.booleans(),
 )
-def test_following_a_copy_finds_what_looking_for_it_does(text: list[int], path: list[int], loops: bool) -> None:
+def test_following_a_copy_finds_what_looking_for_it_does(
+    text: list[int], path: list[int], loops: bool, indexes: bool
+) -> None:
+    """Whether or not the path is indexed on the way, and with ids outside the vocabulary."""
     if loops:
         path = (text[:4] * 30)[:30]
-    work = new_workspace(VOCABULARY, WINDOW)
-    compiled_index_text(tokens(text), 0, len(text), work)
+    followed, looked_up = new_workspace(VOCABULARY, WINDOW), new_workspace(VOCABULARY, WINDOW)
+    compiled_index_text(tokens(text), 0, len(text), followed)
+    compiled_index_text(tokens(text), 0, len(text), looked_up)
     match, place = 0, NO_TOKEN
     for length in range(len(path) + 1):
-        match, place = compiled_follow_copy(tokens(text), tokens(path), length, 0, match, place, work)
-        assert (int(match), int(place)) == find_copy(text + path[:length])
+        num_indexed = length if indexes else 0
+        match, place = compiled_follow_copy(tokens(text), tokens(path), length, num_indexed, match, place, followed)
+        found = compiled_find_copy(tokens(text), tokens(path), length, 0, looked_up)
+        assert (int(match), int(place)) == (int(found[0]), int(found[1]))
+        if all(0 <= token < VOCABULARY for token in text):
+            assert (int(match), int(place)) == find_copy(text + path[:length])
+        if indexes and length < len(path):
+            index_token(len(text) + length, path[length], followed.last, followed.previous)
 
 
 @settings(deadline=None, max_examples=50)
