@@ -121,21 +121,14 @@ class DraftPipeline:
         return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
     def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
-        """Draft without a model, and learn how far to trust copies; where nothing may be drafted so, learn alone."""
-        if self._causal is None or not (self._drafts_freely or self._causal.use_copy):
+        if self._causal is None or not self._drafts_freely:
             return
         histories = [candidate.request.tokens for candidate in candidates]
-        learned = [candidate.state.num_learned or len(candidate.request.tokens) for candidate in candidates]
-        for candidate in candidates:
-            candidate.state.num_learned = len(candidate.request.tokens)
-        if not self._drafts_freely:
-            self._causal.greedy_chains(histories, [0] * len(histories), num_learned=learned)
-            return
         least = max(LEAST_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
         chains = self._causal.greedy_chains(
-            histories, [candidate.cap for candidate in candidates], floors, noise, learned
+            histories, [candidate.cap for candidate in candidates], floors, noise, _take_unlearned(candidates)
         )
         for candidate, chain in zip(candidates, chains, strict=True):
             candidate.tokens, candidate.confidences = keep_to_structure(
@@ -163,6 +156,8 @@ class DraftPipeline:
         """
         if not candidates or self._diffusion is None or self._search is None:
             return DraftingCost()
+        if not self._drafts_freely:
+            self._learn(candidates)
         requests = [
             MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
             for c in candidates
@@ -193,6 +188,12 @@ class DraftPipeline:
             num_diffusion_rows=rows,
             num_searches=len(candidates),
         )
+
+    def _learn(self, candidates: Sequence[Candidate]) -> None:
+        """Learn how far to trust copies, for a causal model that judges and doesn't draft: just before it is asked."""
+        if self._causal is not None and self._causal.use_copy:
+            histories = [candidate.request.tokens for candidate in candidates]
+            self._causal.greedy_chains(histories, [0] * len(histories), num_learned=_take_unlearned(candidates))
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
@@ -231,3 +232,13 @@ class DraftPipeline:
         if self._diffusion is not None:
             for candidate in candidates:
                 self._diffusion.release(candidate.request.request_id)
+
+
+def _take_unlearned(candidates: Sequence[Candidate]) -> list[int]:
+    """How many of each request's tokens the causal model has learned from: of the prompt nothing is; now all are."""
+    learned = []
+    for candidate in candidates:
+        length = len(candidate.request.tokens)
+        learned.append(candidate.state.num_learned or length)
+        candidate.state.num_learned = length
+    return learned

@@ -209,12 +209,17 @@ def test_without_any_source_nothing_is_drafted() -> None:
     assert pipeline.propose([request(np.tile(text(20), 3))])[0].bypass_reason == "no_candidates"
 
 
-def test_what_only_judges_learns_all_the_same() -> None:
+def test_what_only_judges_learns_all_the_same_before_it_is_asked(tiny_drafter: Path) -> None:
     """How far to trust copies is learned from the text as it grows, whether or not they draft."""
     causal = CausalModel(VOCABULARY_SIZE)
-    pipeline = DraftPipeline(causal, None, None, LengthOptions(), "judge", drafts_freely=False)
+    diffusion = DiffusionDrafter(Transformer.load(tiny_drafter), 1, VOCABULARY_SIZE)
+    search = PathSearch(causal, use_proposals=False)
+    pipeline = DraftPipeline(causal, search, diffusion, LengthOptions(policy="fixed"), "judge", drafts_freely=False)
     before = causal.copy_weights.copy()
     repeated = np.tile(text(20), 6)
     for length in range(40, 110, 10):
-        assert pipeline.propose([request(repeated[:length])])[0].tokens == ()
+        pipeline.propose([request(repeated[:length], cap=0)])
+    np.testing.assert_array_equal(causal.copy_weights, before)
+    for length in range(40, 110, 10):
+        assert pipeline.propose([request(repeated[:length])])[0].source == "diffusion"
     assert causal.copy_weights[-1] > before[-1]
