@@ -1,14 +1,13 @@
 """The settings of each part of the service: what they are called, what they may be, and what they mean.
 
-`--help`, the README's table and `.env.example` are made from the descriptions in this file (see `service.settings`).
+`--help`, the README's table and `.env.example` are made from the descriptions here and in
+`service.speculation_settings` (see `service.settings`).
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
-
-from drafters.base import PolicyName, ScorerName
 
 BUNDLED_MODELS = Path(__file__).resolve().parent.parent / "models"
 PROMPT_LOOKUP = "prompt-lookup"
@@ -92,11 +91,21 @@ class ModelSettings(SettingsGroup):
         ge=2,
         description="Most tokens of prompt and output together. Unset: what the target was made for.",
     )
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads for torch. Unset: torch decides.")
+    num_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads for torch. Unset: one for the bundled pair, which is too small for more; else torch "
+        "decides.",
+    )
 
     @property
     def is_bundled(self) -> bool:
         return self.target.resolve() == (BUNDLED_MODELS / "target").resolve()
+
+    @property
+    def threads_choice(self) -> int | None:
+        """CPU threads for torch, with the default worked out; None: torch decides."""
+        return 1 if self.num_threads is None and self.is_bundled else self.num_threads
 
     @property
     def drafter_choice(self) -> str:
@@ -114,90 +123,6 @@ class ModelSettings(SettingsGroup):
         if self.served_model_name is not None:
             return self.served_model_name
         return "diffuspec-python" if self.is_bundled else self.target.resolve().name
-
-
-class SpeculationSettings(SettingsGroup):
-    policy: PolicyName = Field(
-        default="goodput",
-        description="Who decides how much is drafted: `goodput` (most committed tokens per second, from what is "
-        "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `fixed_draft_tokens`).",
-    )
-    max_draft_tokens: int = Field(
-        default=32, ge=0, le=128, description="Most tokens drafted for one request in one step."
-    )
-    fixed_draft_tokens: int = Field(default=8, ge=0, le=128, description="`fixed` policy: tokens of a draft.")
-    diffusion_draft_tokens: int = Field(
-        default=6, ge=1, le=128, description="`goodput` policy: most tokens of a draft of the diffusion model."
-    )
-    search: bool = Field(
-        default=True, description="Search the lattice for the best path; off: each position's best token."
-    )
-    diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
-    scorer: ScorerName = Field(
-        default="mixed",
-        description="What judges a path from left to right: n-grams fitted offline (`ngram`), the request's own text "
-        "(`text`), both (`mixed`) or nothing (`uniform`).",
-    )
-    copying: bool = Field(
-        default=True,
-        description="Let what the scorer would go on with draft, too: copies of the request's own text, n-grams. Off: "
-        "it only judges what the diffusion model proposes.",
-    )
-    beam_width: int = Field(default=2, ge=1, le=64, description="Paths kept while searching (the paper's B, 3 there).")
-    candidate_mass: float = Field(
-        default=0.8, gt=0, le=1, description="Probability mass of a position's candidates (τ)."
-    )
-    max_candidates: int = Field(default=15, ge=1, le=64, description="Most candidates of a position (M_max).")
-    lattice_weight: float = Field(
-        default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
-    )
-    lattice_weight_decay: float = Field(
-        default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
-    )
-    window_tokens: int | None = Field(
-        default=None,
-        ge=16,
-        description="Most tokens of context that the drafter reads; never more than it was trained on. Unset: 256, or "
-        "32 for a drafter that is given the target's hidden states, which say what stood before; its window begins "
-        "with the latest 12 and grows to 32.",
-    )
-    refresh_passes: int = Field(
-        default=16,
-        ge=0,
-        description="Drafters that see in both directions: passes until the cached context is read anew, which happens "
-        "too when acceptance falls; 1 reads it at every pass, 0 only then.",
-    )
-    refinement_steps: int = Field(
-        default=1, ge=1, le=64, description="Passes per diffusion draft; each fills in the surest tokens for the next."
-    )
-    draft_part_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=64,
-        description="Draft so many tokens in a pass, and go on after them in another one if they are sure enough; "
-        "0: all in one pass.",
-    )
-    draft_part_confidence: float = Field(
-        default=0.9, ge=0, le=1, description="Least probability of every token of a part for the next to be drafted."
-    )
-    paper_min_draft_tokens: int = Field(default=20, ge=1, le=128, description="`paper` policy: shortest draft (k_min).")
-    paper_max_draft_tokens: int = Field(
-        default=30, ge=1, le=128, description="`paper` policy: longest draft (k_max); `max_draft_tokens` bounds it too."
-    )
-    paper_growth_tokens: int = Field(default=10, ge=0, le=128, description="`paper` policy: growth step (δ).")
-    paper_ema_rate: float = Field(
-        default=0.5, gt=0, le=1, description="`paper` policy: rate of the moving averages (ρ)."
-    )
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the scorer knows the request's own text."""
-        return self.scorer in ("mixed", "text")
-
-    @property
-    def reads_ngrams(self) -> bool:
-        """Whether the scorer knows n-grams, where there are any."""
-        return self.scorer in ("mixed", "ngram")
 
 
 class SchedulerSettings(SettingsGroup):

@@ -25,9 +25,9 @@ from service.setting_groups import (
     SchedulerSettings,
     ServerSettings,
     SettingsGroup,
-    SpeculationSettings,
     VllmSettings,
 )
+from service.speculation_settings import SpeculationSettings
 
 PREFIX = "DIFFUSPEC_"
 

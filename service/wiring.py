@@ -131,8 +131,8 @@ def load_parts(
     from verifiers.torch_lm import TorchVerifier
 
     model = settings.model
-    if model.num_threads is not None:
-        torch.set_num_threads(model.num_threads)  # of this thread, which is the engine's
+    if model.threads_choice is not None:
+        torch.set_num_threads(model.threads_choice)  # of this thread, which is the engine's
     dtype: torch.dtype = getattr(torch, model.dtype)
 
     def load_model(folder: Path, name: str, begin: float, end: float) -> Transformer:

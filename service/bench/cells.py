@@ -13,8 +13,9 @@ from drafters import prompt_lookup
 from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, ScorerName, StepRecord
 from service.bench.records import Role
 from service.engine.drafting import Drafting
-from service.setting_groups import PROMPT_LOOKUP, SpeculationSettings
+from service.setting_groups import PROMPT_LOOKUP
 from service.settings import Settings
+from service.speculation_settings import SpeculationSettings
 from service.wiring import build_pipeline
 from transformer.config import TransformerConfig
 from transformer.model import Transformer

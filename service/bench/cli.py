@@ -91,8 +91,8 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
     settings = _settings(args)
     names = None if args.cells is None else [name.strip() for name in args.cells.split(",")]
     cells = choose_cells(names, args.all, has_drafter(settings))
-    if settings.model.num_threads is not None:
-        torch.set_num_threads(settings.model.num_threads)
+    if settings.model.threads_choice is not None:
+        torch.set_num_threads(settings.model.threads_choice)
     _say(f"loading {settings.model.target}")
     loaded = await asyncio.to_thread(load, settings, cells, max(args.concurrency))
 

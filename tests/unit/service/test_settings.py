@@ -25,6 +25,7 @@ def test_defaults_serve_the_bundled_pair() -> None:
     assert settings.model.target == ROOT / "models" / "target"
     assert settings.model.drafter_choice == str(ROOT / "models" / "drafter")
     assert settings.model.public_name == "diffuspec-python"
+    assert settings.model.threads_choice == 1
 
 
 def test_another_target_does_not_get_the_bundled_drafter() -> None:
@@ -32,6 +33,7 @@ def test_another_target_does_not_get_the_bundled_drafter() -> None:
     assert settings.model.drafter_choice == "prompt-lookup"
     assert settings.model.ngram_folder is None
     assert settings.model.public_name == "else"
+    assert settings.model.threads_choice is None
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
