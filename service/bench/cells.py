@@ -139,7 +139,8 @@ def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
     changed = settings.model_copy(update={"speculation": speculation})
     if cell.drafter == "none":  # without a model, whatever the settings say of one: what drafts freely is measured
         changed = changed.model_copy(update={"model": settings.model.model_copy(update={"drafter": PROMPT_LOOKUP})})
-    return build_pipeline(changed, models.target, models.drafters.get(cell.drafter))
+    drafter = models.drafters.get(cell.drafter) if speculation.diffusion else None
+    return build_pipeline(changed, models.target, drafter)
 
 
 class ShiftedTransformer(Transformer):

@@ -3,6 +3,7 @@ import pytest
 from service.bench.cells import CELLS, Models, UnknownCellError, build, choose_cells, find_cell
 from service.settings import load_settings
 from transformer.config import TransformerConfig
+from transformer.model import Transformer
 
 
 def test_a_cell_may_be_given_settings_of_its_own() -> None:
@@ -31,6 +32,14 @@ def test_what_drafts_without_a_model_is_measured_whatever_the_settings_say_of_on
         built = build(find_cell(name), settings, models)
         assert (built.description, built.max_draft_tokens) == (sources, 32)
     assert build(find_cell("plain"), settings, models).max_draft_tokens == 0
+
+
+def test_a_cell_without_diffusion_drafts_without_the_model() -> None:
+    settings = load_settings()
+    model = Transformer.load(settings.model.target.parent / "drafter")
+    models = Models(TransformerConfig.from_folder(settings.model.target), {"real": model})
+    assert "diffusion" in build(find_cell("default"), settings, models).description
+    assert build(find_cell("default+diffusion=false"), settings, models).description == "copy + n-grams"
 
 
 def test_plain_is_always_measured_first_and_each_cell_once() -> None:
