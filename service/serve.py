@@ -1,6 +1,7 @@
 """`diffuspec serve`: run the server, say how loading goes, and drain on SIGTERM."""
 
 import asyncio
+import json
 import logging
 import shlex
 import signal
@@ -23,7 +24,8 @@ from transformer.config import CheckpointError
 
 log = logging.getLogger(__name__)
 
-EXAMPLE = '{"prompt": "def read_lines(path):\\n", "max_tokens": 64, "temperature": 0}'
+PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
+EXAMPLE = json.dumps({"prompt": PROMPT, "max_tokens": 64, "temperature": 0.4, "seed": 1})
 BAR_WIDTH = 24
 POLL_SECONDS = 0.1
 LAST_ANSWERS_SECONDS = 1.0  # between the engine's death and the server's end
