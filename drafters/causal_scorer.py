@@ -137,9 +137,10 @@ class CausalModel:
             for row, confidence, length in zip(tokens, confidences, lengths.tolist(), strict=True)
         ]
 
-    def learn(self, history: Tokens, num_known: int) -> None:
-        """Learn how far to trust copying from the tokens `history[num_known:]`, as the target chose them."""
-        self.greedy_chains([history], [0], num_learned=[num_known])
+    def learn(self, histories: Sequence[Tokens], num_known: Sequence[int]) -> None:
+        """Learn how far to trust copying from what each history holds behind so many tokens, as the target chose it."""
+        if self.use_copy:
+            self.greedy_chains(histories, [0] * len(histories), num_learned=num_known)
 
 
 def no_noise(count: int) -> Noise:

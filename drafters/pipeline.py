@@ -156,12 +156,12 @@ class DraftPipeline:
         """
         if not candidates or self._diffusion is None or self._search is None:
             return DraftingCost()
-        if not self._drafts_freely:
-            self._learn(candidates)
         requests = [
             MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
             for c in candidates
         ]
+        if self._causal is not None and not self._drafts_freely:  # what only judges learns just before it is asked
+            self._causal.learn([request.tokens for request in requests], _take_unlearned(candidates))
         try:
             started = self._clock()
             rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
@@ -188,12 +188,6 @@ class DraftPipeline:
             num_diffusion_rows=rows,
             num_searches=len(candidates),
         )
-
-    def _learn(self, candidates: Sequence[Candidate]) -> None:
-        """Learn how far to trust copies, for a causal model that judges and doesn't draft: just before it is asked."""
-        if self._causal is not None and self._causal.use_copy:
-            histories = [candidate.request.tokens for candidate in candidates]
-            self._causal.greedy_chains(histories, [0] * len(histories), num_learned=_take_unlearned(candidates))
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from service.setting_groups import (
     BUNDLED_MODELS,
+    NO_DRAFTER,
     AuditSettings,
     AuthSettings,
     LimitSettings,
@@ -54,9 +55,10 @@ class Settings(BaseSettings):
     @property
     def drafts_freely(self) -> bool:
         """Whether something may be drafted without a model: the scorer may propose, and knows something."""
-        speculation = self.speculation
-        has_ngrams = self.model.ngram_folder is not None and speculation.reads_ngrams
-        return speculation.copying and (speculation.reads_text or has_ngrams)
+        speculation, model = self.speculation, self.model
+        has_ngrams = model.ngram_folder is not None and speculation.reads_ngrams
+        is_wanted = speculation.copying and model.drafter_choice != NO_DRAFTER
+        return is_wanted and (speculation.reads_text or has_ngrams)
 
     @classmethod
     def settings_customise_sources(

@@ -200,8 +200,7 @@ def build_pipeline(
     from drafters.planner import LengthOptions
 
     speculation = settings.speculation
-    drafts = settings.model.drafter_choice != NO_DRAFTER and (drafter is not None or settings.drafts_freely)
-    max_draft_tokens = speculation.max_draft_tokens if drafts else 0
+    max_draft_tokens = speculation.max_draft_tokens if drafter is not None or settings.drafts_freely else 0
     causal = _build_causal(settings, target) if max_draft_tokens else None
     diffusion, search, names = None, None, []
     if drafter is not None and causal is not None:

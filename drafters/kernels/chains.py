@@ -5,9 +5,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import clear_text, follow_copy, index_token, learn_copying
+from drafters.kernels.copying import (
+    clear_text,
+    copied_token,
+    follow_copy,
+    index_token,
+    learn_copying,
+    mixed_probability,
+)
 from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains, token_at
+from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
@@ -36,13 +43,11 @@ def _most_probable(
     for index in range(found):
         for successor in range(starts[index], stops[index]):
             token = np.int64(tokens[successor])
-            probability = (1.0 - weight) * (sums[token] + rest * unigram[token])
-            if token == copied:
-                probability += weight
+            probability = mixed_probability(token, copied, weight, rest, sums, unigram)
             if probability > best_probability:
                 best, best_probability = token, probability
     if weight > 0.0:
-        probability = weight + (1.0 - weight) * (sums[copied] + rest * unigram[copied])
+        probability = mixed_probability(copied, copied, weight, rest, sums, unigram)
         if probability > best_probability:
             best, best_probability = np.int64(copied), probability
     return best, best_probability
@@ -70,9 +75,7 @@ def _likely_draw(
         start, stop = (starts[index], stops[index]) if index >= 0 else (np.int64(0), np.int64(weight > 0.0))
         for successor in range(start, stop):
             token = np.int64(tokens[successor]) if index >= 0 else np.int64(copied)
-            probability = (1.0 - weight) * (sums[token] + rest * unigram[token])
-            if token == copied:
-                probability += weight
+            probability = mixed_probability(token, copied, weight, rest, sums, unigram)
             if probability < least or token == best:
                 continue
             value = scale * np.log(probability) + gumbel(key, token)
@@ -101,7 +104,7 @@ def greedy_chains(
         survival, match, place = 1.0, np.int64(0), np.int64(NO_TOKEN)
         for step in range(most):
             match, place = follow_copy(text, path, step, step, match, place, work)
-            copied = np.int64(token_at(text, path, place)) if match > 0 else np.int64(NO_TOKEN)
+            copied = copied_token(text, path, match, place)
             weight = copying.weights[match]
             found, rest = enter_context(ngram, text, path, step, work)
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)

@@ -115,6 +115,19 @@ def follow_copy(
 
 
 @compiled
+def copied_token(text: Any, path: Any, match: int, place: int) -> np.int64:
+    """What a match goes on with; NO_TOKEN without one."""
+    return np.int64(token_at(text, path, place)) if match > 0 else np.int64(NO_TOKEN)
+
+
+@compiled
+def mixed_probability(token: int, copied: int, weight: float, rest: float, sums: Any, unigram: Any) -> float:
+    """Of a token in the mixture of copying, by its `weight`, and the n-grams of the context at hand."""
+    probability: float = (1.0 - weight) * (sums[token] + rest * unigram[token])
+    return probability + weight if token == copied else probability
+
+
+@compiled
 def copy_weight(right: float, seen: float) -> float:
     return min(right / seen, 0.995)  # never so sure that all else becomes impossible
 

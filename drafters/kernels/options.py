@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.kernels.chains import Noise
-from drafters.kernels.copying import follow_copy
+from drafters.kernels.copying import copied_token, follow_copy, mixed_probability
 from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains, token_at
+from drafters.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential, logarithm
 from transformer.noise import gumbel, noise_key
@@ -90,11 +90,9 @@ def expand(
     successors of this very path. match: [2] length of the match one token before, and where it goes on; becomes the one
     at hand.
     """
-    copied = np.int64(NO_TOKEN)
     if search.use_copy:
         match[0], match[1] = follow_copy(text, path, length, 0, match[0], match[1], work)
-        if match[0] > 0:
-            copied = np.int64(token_at(text, path, match[1]))
+    copied = copied_token(text, path, match[0], match[1])
     weight = copy_weights[match[0]]
     found, rest = enter_context(ngram, text, path, length, work)
     vocabulary = min(search.logits.shape[1], len(ngram.unigram))
@@ -146,11 +144,8 @@ def _look_up_causal(
 ) -> None:
     """What the mixture of copying and n-grams says in the context at hand: log probability, floored."""
     tokens, log_causal, sums, unigram = room.option_tokens, room.option_scores[2], work.sums, ngram.unigram
-    for index in range(count):
-        token = tokens[index]
-        log_causal[index] = (1.0 - weight) * (sums[token] + rest * unigram[token])  # not a logarithm yet
-        if token == copied:
-            log_causal[index] += weight
+    for index in range(count):  # not logarithms yet
+        log_causal[index] = mixed_probability(tokens[index], copied, weight, rest, sums, unigram)
     for index in range(count):
         log_causal[index] = max(float(logarithm(np.float32(max(log_causal[index], 1e-30)))), log_floor)
 

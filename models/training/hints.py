@@ -45,7 +45,7 @@ def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
     promised = np.zeros((rows, length), np.float16)
     texts = data.tokens.astype(np.int32)
     for text in texts[:: max(rows // LEARN_ROWS, 1)]:
-        causal.learn(text, 1)
+        causal.learn([text], [1])
     for row, text in enumerate(texts):
         first, temperature = int(data.prompt_lengths[row]) - 1, float(data.temperatures[row])
         seed = int(data.seeds[row]) or None

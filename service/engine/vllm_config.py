@@ -16,7 +16,7 @@ from service.engine.vllm_memory import (
     host_memory,
     plan_memory,
 )
-from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
+from service.preflight import wants_drafter
 from service.settings import Settings
 from transformer.config import CheckpointError, TransformerConfig
 
@@ -51,10 +51,8 @@ def max_draft_tokens(settings: Settings) -> int:
         return 0
     if settings.vllm.method != OURS:
         return settings.vllm.method_tokens
-    speculation = settings.speculation
-    has_model = settings.model.drafter_choice not in (PROMPT_LOOKUP, NO_DRAFTER) and speculation.diffusion
-    drafts = settings.model.drafter_choice != NO_DRAFTER and (has_model or settings.drafts_freely)
-    return speculation.max_draft_tokens if drafts else 0
+    drafts = wants_drafter(settings) or settings.drafts_freely
+    return settings.speculation.max_draft_tokens if drafts else 0
 
 
 def context_length(settings: Settings, target: TargetFacts) -> int:
@@ -161,12 +159,9 @@ def engine_arguments(settings: Settings, target: TargetFacts, plan: MemoryPlan) 
 
 
 def _drafter_bytes(settings: Settings) -> int:
-    if settings.vllm.method != OURS:
+    if settings.vllm.method != OURS or not wants_drafter(settings):
         return 0
-    choice = settings.model.drafter_choice
-    if choice in (PROMPT_LOOKUP, NO_DRAFTER) or not max_draft_tokens(settings) or not settings.speculation.diffusion:
-        return 0
-    folder = Path(choice)
+    folder = Path(settings.model.drafter_choice)
     window = drafter_window(settings, TransformerConfig.from_folder(folder))
     return drafter_bytes(folder, settings.model.dtype, settings.scheduler.max_running, window)
 

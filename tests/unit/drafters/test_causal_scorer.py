@@ -166,9 +166,9 @@ def test_learning_moves_the_weight_towards_what_was_seen() -> None:
     repeating, random = tokens([1, 2, 3, 4, 5] * 100), np.random.default_rng(0).integers(0, 12, 500).astype(np.int32)
     model = CausalModel(VOCABULARY)
     before = model.copy_weights.copy()
-    model.learn(repeating, 100)
+    model.learn([repeating], [100])
     assert model.copy_weights[MAX_MATCH] > before[MAX_MATCH]
-    model.learn(random, 0)
+    model.learn([random], [0])
     assert model.copy_weights[1] < before[1]
     assert model.copy_weights[0] == 0.0
 
@@ -177,28 +177,28 @@ def test_copies_that_are_right_by_chance_earn_no_weight() -> None:
     """In random text a copy is right once in twelve times, which the uniform rest explains."""
     text = np.random.default_rng(1).integers(0, VOCABULARY, 4_000).astype(np.int32)
     copying = new_copying(prior_strength=1.0, decay=1.0)
-    CausalModel(VOCABULARY, copying=copying).learn(text, 0)
+    CausalModel(VOCABULARY, copying=copying).learn([text], [0])
     assert 0.0 <= copying.weights[1] < 0.04
 
 
 def test_learning_only_what_is_new_equals_learning_all_at_once() -> None:
     text = np.random.default_rng(2).integers(0, 4, 400).astype(np.int32)
     at_once, by_parts = CausalModel(VOCABULARY), CausalModel(VOCABULARY)
-    at_once.learn(text, 100)
+    at_once.learn([text], [100])
     for end in range(103, 401, 3):
-        by_parts.learn(text[:end], end - 3)
+        by_parts.learn([text[:end]], [end - 3])
     np.testing.assert_allclose(at_once.copy_weights, by_parts.copy_weights, rtol=1e-6)
 
 
 def test_learning_counts_and_forgets() -> None:
     copying = new_copying(prior_strength=4.0, decay=0.9)
     model = CausalModel(VOCABULARY, copying=copying)
-    model.learn(np.tile(np.arange(5, dtype=np.int32), 100), 100)
+    model.learn([np.tile(np.arange(5, dtype=np.int32), 100)], [100])
     assert copying.weights[MAX_MATCH] > 0.99
     for last in range(5, 10):  # the copied token is another one every time
         text = np.append(np.tile(np.arange(5, dtype=np.int32), 10), last).astype(np.int32)
-        model.learn(text, 50)
-        model.learn(text, 50)
+        model.learn([text], [50])
+        model.learn([text], [50])
     assert copying.weights[MAX_MATCH] < 0.5
 
 
