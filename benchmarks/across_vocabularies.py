@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import torch
 
-import service.drafter
+import service.drafter_loading
 from benchmarks.decoding import decode, held_out_prompts
-from drafters.vocabulary_map import VocabularyMap, VocabularyRelation
+from drafters.diffusion.vocabulary_map import VocabularyMap, VocabularyRelation
 from service.bench.cells import build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import load
@@ -45,7 +45,7 @@ async def run(arguments: argparse.Namespace) -> int:
         def drafting() -> Drafting:
             return build(find_cell(arguments.cell), loaded.settings, loaded.models)
 
-        with patch.object(service.drafter, "relate", related):
+        with patch.object(service.drafter_loading, "relate", related):
             found = await decode(loaded, drafting, prompts, 64)
         same = found.outputs == plain.outputs
         status |= not same

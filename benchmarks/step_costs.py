@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import KINDS, SIZES, drafter_config, random_model, target_config
-from drafters.causal_scorer import CausalModel
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions
-from drafters.lattice import DraftLattice, LatticeOptions
-from drafters.masked import MaskedRequest
-from drafters.path_search import PathSearch
+from drafters.diffusion.drafter import DiffusionDrafter, DiffusionOptions
+from drafters.diffusion.masked import MaskedRequest
+from drafters.search.causal_model import CausalModel
+from drafters.search.lattice import DraftLattice, LatticeOptions
+from drafters.search.path_search import PathSearch
 from service.bench.environment import describe_environment
-from service.costs import measure_bandwidth, model_cost
+from service.footprint import measure_bandwidth, model_footprint
 from transformer.cache import KeyValueCache
 from transformer.config import TransformerConfig
 from transformer.model import RowBatch, Transformer
@@ -87,7 +87,7 @@ class Bench:
         return random_model(config, self.device, getattr(torch, self.dtype))
 
     def floor_milliseconds(self, config: TransformerConfig, context: int) -> float:
-        cost = model_cost(config, self.dtype, not self.device.startswith("cuda"), context)
+        cost = model_footprint(config, self.dtype, not self.device.startswith("cuda"), context)
         return 1e3 * (cost.read_bytes + cost.cache_bytes) / self.bandwidth
 
 

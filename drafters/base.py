@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int32]
 PolicyName = Literal["goodput", "paper", "fixed"]
-ScorerName = Literal["mixed", "ngram", "text", "uniform"]
+CausalModelName = Literal["mixed", "ngram", "text", "uniform"]
 """What the causal model knows. `ngram`: n-grams that were fitted offline. `text`: the request's own text, as it grows.
 `mixed`: both. `uniform`: nothing."""
-SourceName = Literal["none", "copy", "diffusion"]
+SourceName = Literal["none", "free", "diffusion"]
 """`none`: nothing drafted. `copy`: the free draft (the request's own text and the n-gram model).
 `diffusion`: a pass of the diffusion model, its lattice joined with the free candidates in one search."""
 

@@ -10,10 +10,10 @@ import numpy as np
 from drafters.base import Draft, DraftRequest, PolicyName
 from drafters.estimates import Floats, RequestAgreement
 from drafters.length import PaperLength
-from drafters.path_search import Path
+from drafters.search.path_search import Path
 
 IDLE_STEPS = 4  # without a draft under `goodput`, until a request rests
-MOST_REST_STEPS = 32  # steps in a row in which a resting request isn't looked at: looking costs time, too
+MAX_REST_STEPS = 32  # steps in a row in which a resting request isn't looked at: looking costs time, too
 REST_STEPS_PER_REQUEST = 8  # the same, for each request of the batch
 
 _RESTING = Draft(bypass_reason="resting")
@@ -43,7 +43,7 @@ class RequestState:
         """After a step under `goodput`: rest ever longer while nothing is worth drafting, in full batches above all."""
         self.idle_steps = 0 if is_drafted else self.idle_steps + 1
         if self.idle_steps >= IDLE_STEPS:
-            longest = min(REST_STEPS_PER_REQUEST * num_requests, MOST_REST_STEPS)
+            longest = min(REST_STEPS_PER_REQUEST * num_requests, MAX_REST_STEPS)
             self.rest_steps = min(2 ** (self.idle_steps - IDLE_STEPS), longest)
 
 
@@ -100,7 +100,7 @@ class Candidate:
         chances = calibrated.tolist()
         return Draft(
             tokens=self.tokens[:length],
-            source="diffusion" if path else "copy",
+            source="diffusion" if path else "free",
             confidences=tuple(chances),
             expected_accepted=sum(accumulate(chances, operator.mul)),
             **({} if path is None else _found(path)),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drafters.base import DraftRequest
-from drafters.path_search import Path
+from drafters.search.path_search import Path
 
 FORCED_CONFIDENCE = 0.9  # of a token that the structure leaves no choice about, but for how its text is cut into tokens
 

@@ -13,11 +13,11 @@ from transformer.compiled import compiled
 Floats = NDArray[np.float64]
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-MOST_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
+MAX_OUTLIER = 2.0  # a process that was descheduled counts as so many times the estimate, whatever it took
 SHARED_BY_PLAIN = 0.5  # of a change of level: what slows plain passes (a busier machine) slows drafts' rows, too
 SHARED_BY_DRAFTED = 0.1  # but drafts' rows may cost more by themselves: plain passes must not look dearer for it
-MOST_STRETCH = 4.0  # times the level of plain passes, either way: where rows cost nothing, nothing else would bound it
-MOST_EXTRA = 2.0  # plain passes
+MAX_STRETCH = 4.0  # times the level of plain passes, either way: where rows cost nothing, nothing else would bound it
+MAX_EXTRA = 2.0  # plain passes
 EXTRA_RATE = 0.1
 GUESSED_ROW_SHARE = 0.05  # of a pass of one row, for each further one, until more is known
 KNOT_ROWS = np.asarray(KNOTS, dtype=np.float64)
@@ -69,7 +69,7 @@ class CostCurve:
         return self.level * seconds_on_lines(rows, KNOTS, self._rising)
 
     def observe(self, rows: int, seconds: float, expected: float | None = None) -> float:
-        """Pull the curve towards one measured pass; an outlier counts as `MOST_OUTLIER` estimates.
+        """Pull the curve towards one measured pass; an outlier counts as `MAX_OUTLIER` estimates.
 
         expected: what it was estimated to take, where that is not the curve alone. Returns how far off that was, as a
         share of it.
@@ -77,7 +77,7 @@ class CostCurve:
         expected = self.at(rows) if expected is None else expected
         if expected <= 0.0 or seconds <= 0.0:
             return 0.0
-        error = min(seconds / expected, MOST_OUTLIER) - 1.0
+        error = min(seconds / expected, MAX_OUTLIER) - 1.0
         self.level *= 1.0 + self._level_rate * error
         i, share = _segment(rows)
         self._shape[i - 1] *= 1.0 + self._shape_rate * (1.0 - share) * error
@@ -155,9 +155,9 @@ class StepCosts:
         expected = self.drafted_seconds(rows, num_requests)
         before = self.verify.level
         error = self.verify.observe(rows, seconds, expected)
-        self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MOST_EXTRA)
+        self.extra_share = min(max(self.extra_share + EXTRA_RATE * error, 0.0), MAX_EXTRA)
         self.plain.level *= (self.verify.level / before) ** SHARED_BY_DRAFTED
-        lowest, highest = self.plain.level / MOST_STRETCH, self.plain.level * MOST_STRETCH
+        lowest, highest = self.plain.level / MAX_STRETCH, self.plain.level * MAX_STRETCH
         self.verify.level = min(max(self.verify.level, lowest), highest)
 
     def drafted_seconds(self, rows: float, num_requests: int) -> float:
@@ -175,6 +175,6 @@ class StepCosts:
     def observe_overheads(self, searches: int, search: float, overhead: float, rate: float = 0.05) -> None:
         """Learn what comes on top of the passes; an outlier, such as the first of all, counts as in `CostCurve`."""
         if searches:
-            seconds = min(search / searches, MOST_OUTLIER * self.search_seconds)
+            seconds = min(search / searches, MAX_OUTLIER * self.search_seconds)
             self.search_seconds += rate * (seconds - self.search_seconds)
-        self.overhead_seconds += rate * (min(overhead, MOST_OUTLIER * self.overhead_seconds) - self.overhead_seconds)
+        self.overhead_seconds += rate * (min(overhead, MAX_OUTLIER * self.overhead_seconds) - self.overhead_seconds)

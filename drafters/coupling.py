@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from drafters.base import DraftRequest
-from drafters.causal_scorer import no_noise
-from drafters.kernels.chains import Noise
+from drafters.search.causal_model import no_noise
+from drafters.search.kernels.chains import Noise
 
 CAUSAL_TEMPERATURE = 1.1  # of the target's distribution that the causal model stands for; from replayed draws
 

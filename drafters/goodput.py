@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 HYSTERESIS = 0.02  # a draft must promise this much more than none: the estimates are noisy, plain decoding is not
 BATCH_HYSTERESIS = 0.02  # more for every further request, up to ...
-MOST_HYSTERESIS = 0.25  # ... this: who is drafted for ends early, and leaves the others passes that are less full
+MAX_HYSTERESIS = 0.25  # ... this: who is drafted for ends early, and leaves the others passes that are less full
 PASS_HYSTERESIS = 0.08  # the same for a diffusion pass, which is paid for before its draft is seen
 MAX_SWEEPS = 3
 
@@ -165,4 +165,4 @@ def choose_lengths(
 
 def hysteresis(num_requests: int) -> float:
     """How much more than none drafts must promise in a batch of so many requests."""
-    return min(HYSTERESIS + BATCH_HYSTERESIS * (num_requests - 1), MOST_HYSTERESIS)
+    return min(HYSTERESIS + BATCH_HYSTERESIS * (num_requests - 1), MAX_HYSTERESIS)

@@ -11,19 +11,19 @@ import numpy as np
 
 from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 from drafters.candidate import Candidate, RequestState
-from drafters.causal_scorer import CausalModel
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.coupling import known_noise
+from drafters.diffusion.masked import MaskedDrafter, MaskedRequest, measure_passes
 from drafters.estimates import temperature_class
-from drafters.lattice import DraftLattice, LatticeOptions
 from drafters.length import PaperLength
-from drafters.masked import MaskedDrafter, MaskedRequest, measure_passes
-from drafters.path_search import PathSearch
 from drafters.planner import DraftPlanner, LengthOptions
+from drafters.search.causal_model import CausalModel
+from drafters.search.lattice import DraftLattice, LatticeOptions
+from drafters.search.path_search import PathSearch
 
 log = logging.getLogger(__name__)
 
-LEAST_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
+MIN_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
 RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
 
 
@@ -43,14 +43,14 @@ class DraftPipeline:
         description: str,
         lattice: LatticeOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        drafts_freely: bool = True,
+        free_drafts: bool = True,
     ) -> None:
         """causal: the free drafter, and the search's judge. search: None without `diffusion`.
 
-        drafts_freely: False lets `causal` only judge; nothing is drafted without a diffusion pass then.
+        free_drafts: False lets `causal` only judge; nothing is drafted without a diffusion pass then.
         """
         self._causal, self._search, self._diffusion = causal, search, diffusion
-        self._drafts_freely = drafts_freely and causal is not None
+        self._free_drafts = free_drafts and causal is not None
         self._lengths, self._lattice, self._clock = lengths, lattice or LatticeOptions(), clock
         self.description = description
         self.max_draft_tokens = lengths.max_draft_tokens
@@ -121,10 +121,10 @@ class DraftPipeline:
         return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
 
     def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
-        if self._causal is None or not self._drafts_freely:
+        if self._causal is None or not self._free_drafts:
             return
         histories = [candidate.request.tokens for candidate in candidates]
-        least = max(LEAST_SURVIVAL, self._planner.least_survival(len(candidates)))
+        least = max(MIN_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
         chains = self._causal.greedy_chains(
@@ -160,7 +160,7 @@ class DraftPipeline:
             MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
             for c in candidates
         ]
-        if self._causal is not None and not self._drafts_freely:  # what only judges learns just before it is asked
+        if self._causal is not None and not self._free_drafts:  # what only judges learns just before it is asked
             self._causal.learn([request.tokens for request in requests], _take_unlearned(candidates))
         try:
             started = self._clock()
@@ -191,7 +191,7 @@ class DraftPipeline:
 
     def _draft_on(self, candidates: Sequence[Candidate]) -> None:
         """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
-        if self._causal is None or not self._drafts_freely:
+        if self._causal is None or not self._free_drafts:
             return
         going = []
         for candidate in candidates:
@@ -211,7 +211,7 @@ class DraftPipeline:
         chains = self._causal.greedy_chains(
             [request.tokens for request in requests],
             [candidate.cap - len(candidate.tokens) for candidate in going],
-            [LEAST_SURVIVAL] * len(going),
+            [MIN_SURVIVAL] * len(going),
             known_noise(requests),
         )
         for candidate, chain in zip(going, chains, strict=True):

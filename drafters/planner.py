@@ -18,7 +18,7 @@ from drafters.goodput import PASS_HYSTERESIS, choose_lengths, choose_sources
 from drafters.length import PaperLengthOptions
 
 PROMISED_TOKENS = 8  # of a free draft, by whose expected acceptance the benefit of a diffusion pass is foretold
-MOST_CATCH_UP_ROWS = 16  # a first pass may read a long window, but later ones profit: it is charged no more rows
+MAX_CATCH_UP_ROWS = 16  # a first pass may read a long window, but later ones profit: it is charged no more rows
 ROWS_AHEAD = 8  # of a draft, over which the cost of one row is taken
 CAUTION = 0.5  # confidences are not calibrated yet when a free draft ends
 EXPLORATION = 0.005  # of all seconds, for passes that do not seem worth it: estimates must be able to rise again
@@ -112,7 +112,7 @@ class DraftPlanner:
             for candidate in adaptive:
                 candidate.state.waited_steps += 1
             return
-        pending = [min(pending_rows(candidate.request), MOST_CATCH_UP_ROWS) for candidate in adaptive]
+        pending = [min(pending_rows(candidate.request), MAX_CATCH_UP_ROWS) for candidate in adaptive]
         draft_rows = np.array(pending, np.float64) + [min(candidate.cap, longest) for candidate in adaptive]
         chosen = self._choose(adaptive, draft_rows) if is_worth else np.zeros(len(adaptive), np.bool_)
         explored = None

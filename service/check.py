@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import TextIO
 
-from drafters.ngram import NgramError
-from drafters.vocabulary_map import VocabularyMap
-from service.costs import PairCost, device_bytes, measure_bandwidth, model_cost
-from service.drafter import PATHS, drafter_window
+from drafters.diffusion.vocabulary_map import VocabularyMap
+from drafters.search.ngram import NgramError
+from service.drafter_loading import PATHS, drafter_window
 from service.folders import FolderFacts, relate
+from service.footprint import PairFootprint, device_bytes, measure_bandwidth, model_footprint
 from service.preflight import check_models
 from service.settings import Settings
 from service.text.tokenizer import TokenizerError
-from service.wiring import MOST_DEFAULT_CONTEXT, build_tokenizer, load_parts
+from service.wiring import MAX_DEFAULT_CONTEXT, build_tokenizer, load_parts
 from transformer.config import CheckpointError
 
 DEAR_PASS = 0.33  # of the target's step: a drafter that costs more needs uncommon acceptance
@@ -43,7 +43,7 @@ def check(settings: Settings, output: TextIO, options: CheckOptions | None = Non
     if vocabularies is not None:
         print(f"\n{_vocabulary_sentence(vocabularies)}", file=output)
     context = options.context or settings.model.context_length
-    context = context or min(target.config.max_positions, MOST_DEFAULT_CONTEXT)
+    context = context or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
     cost = _cost(settings, target, drafter, context, options)
     print(f"\nAs {settings.model.dtype} on {settings.model.device}, {options.batch} x {context} tokens:", file=output)
     _print_rows(_cost_rows(cost), output)
@@ -99,23 +99,23 @@ def _vocabulary_sentence(vocabularies: VocabularyMap) -> str:
 
 def _cost(
     settings: Settings, target: FolderFacts, drafter: FolderFacts | None, context: int, options: CheckOptions
-) -> PairCost:
+) -> PairFootprint:
     model = settings.model
     on_cpu = not model.device.startswith("cuda")
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else measure_bandwidth(model.device)
     drafting = None
     if drafter is not None:
         window = min(drafter_window(settings, drafter.config), context)
-        drafting = model_cost(drafter.config, model.dtype, on_cpu, options.batch * window)
-    return PairCost(
-        target=model_cost(target.config, model.dtype, on_cpu, options.batch * context),
+        drafting = model_footprint(drafter.config, model.dtype, on_cpu, options.batch * window)
+    return PairFootprint(
+        target=model_footprint(target.config, model.dtype, on_cpu, options.batch * context),
         drafter=drafting,
         bandwidth=bandwidth,
         passes=settings.speculation.refinement_steps,
     )
 
 
-def _cost_rows(cost: PairCost) -> list[tuple[str, str, str]]:
+def _cost_rows(cost: PairFootprint) -> list[tuple[str, str, str]]:
     target, drafter = cost.target, cost.drafter
     rows = [
         ("", "target", "drafter"),
@@ -141,7 +141,7 @@ def _remarks(
     drafter: FolderFacts | None,
     vocabularies: VocabularyMap | None,
     context: int,
-    cost: PairCost,
+    cost: PairFootprint,
 ) -> list[str]:
     """What would be slow, or of little use."""
     if drafter is None or vocabularies is None:

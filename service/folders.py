@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafters.vocabulary_map import VocabularyMap, compare_vocabularies
+from drafters.diffusion.vocabulary_map import VocabularyMap, compare_vocabularies
 from transformer.config import CheckpointError, TransformerConfig
 from transformer.folder import read_vocabulary
 from transformer.weights import check_weights, read_headers

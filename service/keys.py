@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.settings import SettingsError
 
 HASHED = re.compile(r"sha256:[0-9a-f]{64}")
-LEAST_KEY_CHARACTERS = 8  # of keys given as they are; `diffuspec key` makes 43
+MIN_KEY_CHARACTERS = 8  # of keys given as they are; `diffuspec key` makes 43
 SECONDS_PER_MINUTE = 60.0
 
 
@@ -111,8 +111,8 @@ def load_keys(plain: Sequence[str], file: Path | None, clock: Callable[[], float
 def _digest_from_setting(text: str) -> bytes:
     if HASHED.fullmatch(text):
         return bytes.fromhex(text.removeprefix("sha256:"))
-    if len(text) < LEAST_KEY_CHARACTERS or not text.isascii() or not text.isprintable() or " " in text:
-        raise SettingsError(f"auth.api_keys: a key has at least {LEAST_KEY_CHARACTERS} printable ASCII characters")
+    if len(text) < MIN_KEY_CHARACTERS or not text.isascii() or not text.isprintable() or " " in text:
+        raise SettingsError(f"auth.api_keys: a key has at least {MIN_KEY_CHARACTERS} printable ASCII characters")
     return digest_of(text)
 
 

@@ -54,10 +54,10 @@ class Settings(BaseSettings):
 
     @property
     def drafts_freely(self) -> bool:
-        """Whether something may be drafted without a model: the scorer may propose, and knows something."""
+        """Whether something may be drafted without a model: the causal model may propose, and knows something."""
         speculation, model = self.speculation, self.model
         has_ngrams = model.ngram_folder is not None and speculation.reads_ngrams
-        is_wanted = speculation.copying and model.drafter_choice != NO_DRAFTER
+        is_wanted = speculation.free_drafts and model.drafter_choice != NO_DRAFTER
         return is_wanted and (speculation.reads_text or has_ngrams)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from drafters.base import PolicyName, ScorerName
+from drafters.base import CausalModelName, PolicyName
 from service.setting_groups import SettingsGroup
 
 
@@ -23,15 +23,15 @@ class SpeculationSettings(SettingsGroup):
         default=True, description="Search the lattice for the best path; off: each position's best token."
     )
     diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
-    scorer: ScorerName = Field(
+    causal_model: CausalModelName = Field(
         default="mixed",
         description="What judges a path from left to right: n-grams fitted offline (`ngram`), the request's own text "
         "(`text`), both (`mixed`) or nothing (`uniform`).",
     )
-    copying: bool = Field(
+    free_drafts: bool = Field(
         default=True,
-        description="Let what the scorer would go on with draft, too: copies of the request's own text, n-grams. Off: "
-        "it only judges what the diffusion model proposes.",
+        description="Draft without a model, too: copies of the request's own text, and n-grams. Off: the causal model "
+        "only judges what the diffusion model proposes.",
     )
     beam_width: int = Field(default=2, ge=1, le=64, description="Paths kept while searching (the paper's B, 3 there).")
     candidate_mass: float = Field(
@@ -39,7 +39,7 @@ class SpeculationSettings(SettingsGroup):
     )
     max_candidates: int = Field(default=15, ge=1, le=64, description="Most candidates of a position (M_max).")
     lattice_weight: float = Field(
-        default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal scorer's (λ)."
+        default=0.5, ge=0, le=1, description="Weight of the diffusion model's score against the causal model's (λ)."
     )
     lattice_weight_decay: float = Field(
         default=0.5, ge=0, le=1, description="Factor on λ from one position of a draft to the next; the paper's is 1."
@@ -81,10 +81,10 @@ class SpeculationSettings(SettingsGroup):
 
     @property
     def reads_text(self) -> bool:
-        """Whether the scorer knows the request's own text."""
-        return self.scorer in ("mixed", "text")
+        """Whether the causal model knows the request's own text."""
+        return self.causal_model in ("mixed", "text")
 
     @property
     def reads_ngrams(self) -> bool:
-        """Whether the scorer knows n-grams, where there are any."""
-        return self.scorer in ("mixed", "ngram")
+        """Whether the causal model knows n-grams, where there are any."""
+        return self.causal_model in ("mixed", "ngram")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from prometheus_client import CollectorRegistry
 
 from drafters.base import DraftRequest, PolicyName
-from service.drafter import BuiltDrafter, build_drafter
+from service.drafter_loading import BuiltDrafter, build_drafter
 from service.engine.audit import AuditedEngine, AuditOptions
 from service.engine.base import Engine
 from service.engine.drafting import Drafting
@@ -29,13 +29,13 @@ from transformer.config import CheckpointError, TransformerConfig
 from verifiers.base import SamplingRules, Verifier, VerifyRequest
 
 if TYPE_CHECKING:
-    from drafters.causal_scorer import CausalModel
     from drafters.pipeline import DraftPipeline
+    from drafters.search.causal_model import CausalModel
     from transformer.model import Transformer
 
 Progress = Callable[[str, float], None]
 
-MOST_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, would not fit into memory
+MAX_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, would not fit into memory
 
 
 def build_metrics(settings: Settings) -> ServiceMetrics:
@@ -87,7 +87,7 @@ def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, gree
 
 def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
     """vLLM, with the pipeline below in its worker."""
-    from service.engine.vllm import VllmEngine
+    from service.engine.vllm.engine import VllmEngine
 
     engine = VllmEngine(settings, (metrics.observe,), metrics.observe_drafter_failures)
     metrics.pass_through()
@@ -143,7 +143,7 @@ def load_parts(
         return Transformer.load(folder, model.device, dtype, report)
 
     target = load_model(model.target, "target", 0.1, 0.6)
-    context = model.context_length or min(target.config.max_positions, MOST_DEFAULT_CONTEXT)
+    context = model.context_length or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
     if context > target.config.max_positions:
         raise CheckpointError(
             f"model.context_length is {context}, but the target was made for {target.config.max_positions} tokens."
@@ -193,11 +193,11 @@ def build_pipeline(
     on_drafter: Callable[[BuiltDrafter], None] | None = None,
 ) -> "DraftPipeline":
     """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
-    from drafters.lattice import LatticeOptions
     from drafters.length import PaperLengthOptions
-    from drafters.path_search import PathSearch
     from drafters.pipeline import DraftPipeline
     from drafters.planner import LengthOptions
+    from drafters.search.lattice import LatticeOptions
+    from drafters.search.path_search import PathSearch
 
     speculation = settings.speculation
     max_draft_tokens = speculation.max_draft_tokens if drafter is not None or settings.drafts_freely else 0
@@ -215,12 +215,12 @@ def build_pipeline(
             speculation.lattice_weight,
             speculation.lattice_weight_decay,
             mode="search" if speculation.search else "argmax",
-            use_proposals=speculation.copying,
+            use_proposals=speculation.free_drafts,
         )
         names.append(built.description)
     if causal is not None and settings.drafts_freely:
         if causal.use_copy:
-            names.append("copy")
+            names.append("own text")
         if causal.has_ngrams:
             names.append("n-grams")
     lengths = LengthOptions(
@@ -237,12 +237,12 @@ def build_pipeline(
     )
     lattice = LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids)
     description = " + ".join(names) or NO_DRAFTER
-    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, drafts_freely=settings.drafts_freely)
+    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, free_drafts=settings.drafts_freely)
 
 
 def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":
-    from drafters.causal_scorer import CausalModel
-    from drafters.ngram import NgramModel
+    from drafters.search.causal_model import CausalModel
+    from drafters.search.ngram import NgramModel
 
     folder, speculation = settings.model.ngram_folder, settings.speculation
     return CausalModel(

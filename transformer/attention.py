@@ -13,9 +13,9 @@ from transformer.cache import KeyValueCache
 
 Indices = NDArray[np.int64]
 
-LONGEST_PADDED = 64  # rows; sequences with more attend alone, so that a prefill does not pad everybody's decode row
-MOST_PADDING = 0.25  # of the pairs of rows and positions that a call of a batch with `bounds_padding` works out in vain
-MOST_SPREAD = 2  # slots that a call reads in place, over those that it needs
+MAX_PADDED = 64  # rows; sequences with more attend alone, so that a prefill does not pad everybody's decode row
+MAX_PADDING = 0.25  # of the pairs of rows and positions that a call of a batch with `bounds_padding` works out in vain
+MAX_SPREAD = 2  # slots that a call reads in place, over those that it needs
 FREE_PADDING = 4096  # pairs; less than that costs less than a further call
 
 
@@ -54,7 +54,7 @@ class Attention:
             groups = bounded_groups(counts, np.maximum.reduceat(limits, offsets))
         else:
             groups = padded_groups(counts)
-        spread = 1 if rows.bounds_padding else MOST_SPREAD
+        spread = 1 if rows.bounds_padding else MAX_SPREAD
         self._calls = [padded_call(slots[g], counts[g], offsets[g], limits, cache, group, spread) for g in groups]
         if len(groups) > 1:
             joined = np.concatenate([np.arange(offsets[i], offsets[i] + counts[i]) for g in groups for i in g])
@@ -154,7 +154,7 @@ def padded_call(
 
 def padded_groups(counts: Indices) -> list[Indices]:
     """The sequences that share a call: all short ones, and each long one alone."""
-    long = counts > LONGEST_PADDED
+    long = counts > MAX_PADDED
     if not long.any() or (counts == counts[0]).all():
         return [np.arange(len(counts))]
     short = [] if long.all() else [np.flatnonzero(~long)]
@@ -164,7 +164,7 @@ def padded_groups(counts: Indices) -> list[Indices]:
 def bounded_groups(counts: Indices, lengths: Indices) -> list[Indices]:
     """Sequences of like size share a call, so that of its pairs of rows and positions few are padding.
 
-    A call pads every sequence to the most rows and the greatest length of any. Of at most MOST_PADDING more pairs than
+    A call pads every sequence to the most rows and the greatest length of any. Of at most MAX_PADDING more pairs than
     are needed, or FREE_PADDING.
     """
     order = np.lexsort((counts, lengths))[::-1].tolist()
@@ -174,7 +174,7 @@ def bounded_groups(counts: Indices, lengths: Indices) -> list[Indices]:
         rows, pairs = int(counts[index]), int(counts[index] * lengths[index])
         if groups:
             padded = (len(groups[-1]) + 1) * max(most_rows, rows) * int(lengths[groups[-1][0]])
-            if padded - (needed + pairs) <= max(MOST_PADDING * (needed + pairs), FREE_PADDING):
+            if padded - (needed + pairs) <= max(MAX_PADDING * (needed + pairs), FREE_PADDING):
                 groups[-1].append(index)
                 most_rows, needed = max(most_rows, rows), needed + pairs
                 continue

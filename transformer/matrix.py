@@ -5,9 +5,9 @@ from torch import Tensor
 
 from transformer.product import LANES, Kernel, has_fast_sums, product_kernels
 
-MOST_KERNEL_ROWS = 48  # beyond it the library can use several threads; where there is one, the kernel is faster
-MOST_ROWS_ALONE = 256  # up to here
-MOST_PACKED_ENTRIES = 1 << 22  # larger matrices wait for memory anyway, and want several threads
+MAX_KERNEL_ROWS = 48  # beyond it the library can use several threads; where there is one, the kernel is faster
+MAX_ROWS_ALONE = 256  # up to here
+MAX_PACKED_ENTRIES = 1 << 22  # larger matrices wait for memory anyway, and want several threads
 
 
 class Matrix:
@@ -18,7 +18,7 @@ class Matrix:
         self._weight = weight
         self._inputs, self._outputs = weight.shape
         self._panels: Tensor | None = None
-        small = has_fast_sums() and weight.numel() <= MOST_PACKED_ENTRIES and self._outputs % LANES == 0
+        small = has_fast_sums() and weight.numel() <= MAX_PACKED_ENTRIES and self._outputs % LANES == 0
         if small and is_plain(weight):
             panels = weight.view(self._inputs, self._outputs // LANES, LANES)
             self._panels = panels.permute(1, 0, 2).contiguous()
@@ -68,7 +68,7 @@ class Matrix:
 
 def suits_kernels(num_rows: int) -> bool:
     """Whether a product with so many rows is better left to our kernels than to the library."""
-    return num_rows <= MOST_KERNEL_ROWS or (num_rows <= MOST_ROWS_ALONE and torch.get_num_threads() == 1)
+    return num_rows <= MAX_KERNEL_ROWS or (num_rows <= MAX_ROWS_ALONE and torch.get_num_threads() == 1)
 
 
 def is_plain(tensor: Tensor) -> bool:

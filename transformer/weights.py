@@ -12,7 +12,7 @@ from transformer.folder import CheckpointError, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MOST_HEADER_BYTES = 100 << 20  # what safetensors itself allows
+MAX_HEADER_BYTES = 100 << 20  # what safetensors itself allows
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
@@ -121,7 +121,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > MOST_HEADER_BYTES:
+            if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is too long")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)

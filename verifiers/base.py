@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 TokenIds = Sequence[int] | NDArray[np.int32]
 
 
-LEAST_TEMPERATURE = 1e-5  # below it a request is greedy: so small a number would not survive in float32
+MIN_TEMPERATURE = 1e-5  # below it a request is greedy: so small a number would not survive in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class SamplingRules:
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken rather than drawn."""
-        return self.temperature < LEAST_TEMPERATURE
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def temperature_alone(self) -> bool:

@@ -18,9 +18,9 @@ from statistics import quantiles
 
 from prometheus_client.parser import text_string_to_metric_families
 
-MOST_REPLICAS = 256
+MAX_REPLICAS = 256
 NUM_REQUESTS = 4000  # of one simulated replica; the first tenth warms it up
-LEAST_STEPS = 20  # of a batch size, to count as measured
+MIN_STEPS = 20  # of a batch size, to count as measured
 Point = tuple[float, float, float]  # batch, seconds of a step, tokens of a step
 
 
@@ -68,7 +68,7 @@ def read_costs(text: str) -> StepCosts:
     points = sorted(
         (_middle(batch), seconds[batch] / count, tokens[batch] / count)
         for batch, count in steps.items()
-        if count >= LEAST_STEPS
+        if count >= MIN_STEPS
     )
     if not points or not prompt_tokens:
         raise ValueError("this replica has not decoded enough yet: load it first, with as many users as it will have")
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"prompts: {1000 * costs.prefill_seconds:.2f} ms a token\n")
     print("replicas  requests/s each  busy  batch  first token p50 / p99 s  request p50 / p99 s")
     replicas = max(1, int(options.rate / most_rate(costs, workload)))
-    for count in range(replicas, MOST_REPLICAS + 1):
+    for count in range(replicas, MAX_REPLICAS + 1):
         found = simulate(costs, workload, options.rate / count, Random(0))
         first, total = ([found.percentile(times, p) for p in (50, 99)] for times in (found.first_token, found.total))
         print(

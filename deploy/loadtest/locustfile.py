@@ -22,7 +22,7 @@ from locust import LoadTestShape, User, between, constant, events, task
 from streaming import CutShortError, RefusedError, monotonic, read_stream
 from workloads import Mix
 
-MOST_OUTSTANDING = 500  # of one open-loop user; beyond it the client, not the server, would be measured
+MAX_OUTSTANDING = 500  # of one open-loop user; beyond it the client, not the server, would be measured
 RAMP_STEPS = 8
 SOAK_WARM_UP_SECONDS = 30
 
@@ -67,7 +67,7 @@ class StreamingUser(User):
         self.random = Random(f"{options.seed} {next(started_users)}")
         self.mix = Mix.parse(options.mix, options.max_tokens)
         self.session = requests.Session()
-        adapter = requests.adapters.HTTPAdapter(pool_maxsize=MOST_OUTSTANDING)
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=MAX_OUTSTANDING)
         self.session.mount("http://", adapter)
         self.session.mount("https://", adapter)
         self.session.headers.update(headers(options.api_key))
@@ -118,7 +118,7 @@ class OpenLoopUser(StreamingUser):
 
     def on_start(self) -> None:
         super().on_start()
-        self.outstanding = Pool(MOST_OUTSTANDING)
+        self.outstanding = Pool(MAX_OUTSTANDING)
 
     @task
     def arrive(self) -> None:
@@ -126,7 +126,7 @@ class OpenLoopUser(StreamingUser):
         if self.outstanding.free_count() > 0:
             self.outstanding.spawn(self.send)
         else:
-            self.report("total", "not sent", 0.0, error=RuntimeError(f"{MOST_OUTSTANDING} requests are outstanding"))
+            self.report("total", "not sent", 0.0, error=RuntimeError(f"{MAX_OUTSTANDING} requests are outstanding"))
 
     def on_stop(self) -> None:
         self.outstanding.join(timeout=30)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from drafters.causal_scorer import CausalModel
-from drafters.ngram import NgramModel
+from drafters.search.causal_model import CausalModel
+from drafters.search.ngram import NgramModel
 from models.training.cards import write_cards
 from models.training.continuations import ContinuationRecipe, Continuations, corpus_rows, write_continuations
 from models.training.data import Corpus

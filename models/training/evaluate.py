@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
-from drafters.ngram import NgramModel
+from drafters.search.ngram import NgramModel
 from models.training.blocks import BLOCK_SIZE, attach_blocks, hints_of
 from models.training.continuations import Continuations, continue_prompts, random_prompts
 from models.training.drafter import ConditionedDrafter

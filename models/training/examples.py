@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from models.training.blocks import BlockBatch, attach_blocks, draw_blocks, hints_of
 from models.training.drafter import DrafterRecipe
-from models.training.hints import LONGEST_HINT, Lessons
+from models.training.hints import MAX_HINT, Lessons
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def drawn_contexts(
 def known_hints(blocks: NDArray[np.int64], recipe: DrafterRecipe, random: np.random.Generator) -> NDArray[np.int64]:
     """How many tokens of its free draft each row's block knows: none, a random number, or (mostly) all."""
     chance = random.random(blocks.shape)
-    cut = random.integers(1, LONGEST_HINT + 1, blocks.shape)
-    counts = np.where(chance < 2 * recipe.unhinted_share, cut, LONGEST_HINT)
+    cut = random.integers(1, MAX_HINT + 1, blocks.shape)
+    counts = np.where(chance < 2 * recipe.unhinted_share, cut, MAX_HINT)
     counts = np.where(chance < recipe.unhinted_share, 0, counts)
     return np.take_along_axis(counts, blocks, 1)

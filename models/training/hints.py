@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import DraftRequest
-from drafters.causal_scorer import CausalModel
 from drafters.coupling import known_noise
-from drafters.pipeline import LEAST_SURVIVAL
+from drafters.pipeline import MIN_SURVIVAL
+from drafters.search.causal_model import CausalModel
 from models.training.continuations import Continuations
 
-LONGEST_HINT = 16  # tokens; blocks are rarely longer
+MAX_HINT = 16  # tokens; blocks are rarely longer
 NO_HINT = -1
 LEARN_ROWS = 64  # rows that the weights of copying are learned from before the first draft
 
 
 @dataclass(frozen=True)
 class FreeDrafts:
-    """`tokens` int16 `[rows, anchors, LONGEST_HINT]`, NO_HINT behind each draft's end and at anchors inside prompts;
+    """`tokens` int16 `[rows, anchors, MAX_HINT]`, NO_HINT behind each draft's end and at anchors inside prompts;
     `promised` float16 `[rows, anchors]`: how many of its tokens it expects to be accepted, by its own confidences.
     """
 
@@ -41,7 +41,7 @@ class Lessons:
 def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
     """The free drafts of all anchors from each prompt's last token on."""
     rows, length = data.tokens.shape
-    tokens = np.full((rows, length, LONGEST_HINT), NO_HINT, np.int16)
+    tokens = np.full((rows, length, MAX_HINT), NO_HINT, np.int16)
     promised = np.zeros((rows, length), np.float16)
     texts = data.tokens.astype(np.int32)
     for text in texts[:: max(rows // LEARN_ROWS, 1)]:
@@ -50,13 +50,13 @@ def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
         first, temperature = int(data.prompt_lengths[row]) - 1, float(data.temperatures[row])
         seed = int(data.seeds[row]) or None
         requests = [
-            DraftRequest("", text[: anchor + 1], LONGEST_HINT, None, temperature, seed)
+            DraftRequest("", text[: anchor + 1], MAX_HINT, None, temperature, seed)
             for anchor in range(first, length - 1)
         ]
         chains = causal.greedy_chains(
             [request.tokens for request in requests],
-            [LONGEST_HINT] * len(requests),
-            [LEAST_SURVIVAL] * len(requests),
+            [MAX_HINT] * len(requests),
+            [MIN_SURVIVAL] * len(requests),
             known_noise(requests),
         )
         for anchor, chain in enumerate(chains, start=first):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.ngram import MAX_ORDER, NgramArrays, locate_contexts, new_workspace, score_text
-from drafters.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
+from drafters.search.kernels.ngram import MAX_ORDER, NgramArrays, locate_contexts, new_workspace, score_text
+from drafters.search.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
 
 CONTEXTS_PER_BUCKET = 4
 NEW_WORD_WEIGHT = 3.0  # w above; flat between 2 and 4.5 on held-out text

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError, UnsupportedMediaError
 
-MOST_DROPPED_BYTES = 64 << 20
+MAX_DROPPED_BYTES = 64 << 20
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -42,16 +42,16 @@ async def _read_bytes(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
     total = int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
     data = bytearray()
-    if total <= max_bytes + MOST_DROPPED_BYTES:
+    if total <= max_bytes + MAX_DROPPED_BYTES:
         total = 0
         async for piece in request.stream():
             total += len(piece)
             if total <= max_bytes:
                 data += piece
-            elif total > max_bytes + MOST_DROPPED_BYTES:
+            elif total > max_bytes + MAX_DROPPED_BYTES:
                 break
     if total > max_bytes:
-        cut = {"Connection": "close"} if total > max_bytes + MOST_DROPPED_BYTES else None
+        cut = {"Connection": "close"} if total > max_bytes + MAX_DROPPED_BYTES else None
         raise BodyTooLargeError(f"The body is larger than the {max_bytes} bytes that this server takes.", headers=cut)
     return bytes(data)
 

@@ -41,7 +41,7 @@ _MODEL = {
     "created": 1795706000,
     "owned_by": "diffuspec",
     "max_model_len": 1024,
-    "drafter": "diffusion (qwen2, block, 1.3M, identical vocabulary) + copy + n-grams",
+    "drafter": "diffusion (qwen2, block, 1.3M, identical vocabulary) + own text + n-grams",
 }
 
 ANSWERS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from service.text.detokenizer import IncrementalDetokenizer
 from service.text.tokenizer import TextTokenizer
 from verifiers.base import TokenLogprobs
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 def legacy_logprobs(
@@ -104,7 +104,7 @@ def _traced_token(tokenizer: TextTokenizer, step: TracedStep, position: int) -> 
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+    return max(logprob, MIN_LOGPROB)
 
 
 def _top(tokenizer: TextTokenizer, entry: TokenLogprobs) -> dict[str, float]:

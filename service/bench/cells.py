@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from drafters import prompt_lookup
-from drafters.base import Draft, DraftingCost, DraftRequest, PolicyName, ScorerName, StepRecord
+from drafters.base import CausalModelName, Draft, DraftingCost, DraftRequest, PolicyName, StepRecord
+from drafters.search import prompt_lookup
 from service.bench.records import Role
 from service.engine.drafting import Drafting
 from service.setting_groups import PROMPT_LOOKUP
@@ -48,7 +48,7 @@ class Cell:
 def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     """The diffusion drafter by itself: nothing else drafts, and what the search knows only judges its candidates."""
     path = "the searched path (CPS)" if mode == "cps" else "each position's best token"
-    overrides: dict[str, Any] = {"copying": False, "search": mode == "cps", "policy": policy}
+    overrides: dict[str, Any] = {"free_drafts": False, "search": mode == "cps", "policy": policy}
     overrides["lattice_weight_decay"] = 1.0  # the paper's search
     if policy == "paper":
         overrides["max_draft_tokens"] = 32  # the paper drafts 20 to 30 tokens
@@ -56,15 +56,17 @@ def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
     return Cell(f"{mode}-{policy}", meaning, overrides, drafter="real", is_usual=policy == "goodput")
 
 
-def _free_cell(name: str, scorer: ScorerName, meaning: str, is_usual: bool = False) -> Cell:
+def _free_cell(name: str, causal_model: CausalModelName, meaning: str, is_usual: bool = False) -> Cell:
     """What is drafted without a model."""
-    return Cell(name, meaning, {"policy": "goodput", "copying": True, "scorer": scorer}, is_usual=is_usual)
+    return Cell(
+        name, meaning, {"policy": "goodput", "free_drafts": True, "causal_model": causal_model}, is_usual=is_usual
+    )
 
 
 CELLS = (
     Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
     Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),
-    _free_cell("copy", "text", "the request's own text, length policy goodput"),
+    _free_cell("own-text", "text", "the request's own text, length policy goodput"),
     _free_cell("ngram", "ngram", "the n-gram model alone, length policy goodput"),
     _free_cell("free", "mixed", "both of them, length policy goodput: the best draft without a model", is_usual=True),
     *(_diffusion_cell("argmax", policy) for policy in ("fixed", "paper", "goodput")),
@@ -75,7 +77,7 @@ CELLS = (
     Cell(
         "garbage",
         "a drafter as costly and as sure as the real one, and wrong; length policy goodput",
-        {"copying": False, "search": False, "policy": "goodput"},
+        {"free_drafts": False, "search": False, "policy": "goodput"},
         drafter="garbage",
     ),
 )
@@ -169,7 +171,7 @@ class PromptLookupDrafting:
         for request in requests:
             length = min(request.max_draft_tokens, self.max_draft_tokens)
             tokens = prompt_lookup.propose(request.tokens, length)
-            drafts.append(Draft(tokens, "copy") if tokens else Draft(bypass_reason="no_candidates"))
+            drafts.append(Draft(tokens, "free") if tokens else Draft(bypass_reason="no_candidates"))
         self.last_cost = DraftingCost(time.perf_counter() - started)
         return drafts
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from drafters.ngram import NgramError
+from drafters.search.ngram import NgramError
 from service.bench import prompts as prompt_sources
 from service.bench.arguments import FEWEST_PAIRS
 from service.bench.cells import Cell, UnknownCellError, choose_cells

@@ -9,7 +9,7 @@ from pathlib import Path
 from models.training.corpus import standard_library
 
 Encode = Callable[[str], list[int]]
-MOST_FILE_BYTES = 1_000_000
+MAX_FILE_BYTES = 1_000_000
 
 
 class PromptError(Exception):
@@ -43,10 +43,10 @@ def folder_texts(folder: Path) -> list[Text]:
     """Every Python file below `folder`, by name. Raises PromptError if there is none."""
     texts = []
     for path in sorted(folder.rglob("*.py")):
-        if path.is_file() and path.stat().st_size <= MOST_FILE_BYTES:
+        if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
             texts.append(Text(path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8", errors="replace")))
     if not texts:
-        raise PromptError(f"no Python file of at most {MOST_FILE_BYTES} bytes below {folder}")
+        raise PromptError(f"no Python file of at most {MAX_FILE_BYTES} bytes below {folder}")
     return texts
 
 

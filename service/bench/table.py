@@ -41,7 +41,7 @@ def _milliseconds(seconds: float | None) -> str:
 def _sources(summary: Summary) -> str:
     if not summary.sources:
         return "-"
-    return "/".join(f"{100 * summary.sources.get(source, 0.0):.0f}" for source in ("none", "copy", "diffusion"))
+    return "/".join(f"{100 * summary.sources.get(source, 0.0):.0f}" for source in ("none", "free", "diffusion"))
 
 
 def _lossless(summary: Summary) -> str:

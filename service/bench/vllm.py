@@ -11,7 +11,7 @@ from service.bench.embedded import EmbeddedContestant, StepLog
 from service.bench.prompts import Prompt
 from service.bench.records import Acceptance, Pass, Role, Workload
 from service.engine.base import GenerationRequest, SpeculationStats
-from service.engine.vllm import VllmEngine
+from service.engine.vllm.engine import VllmEngine
 from service.settings import Settings
 
 NEAR_TIE_NATS = 1e-4  # a step over several rows rounds differently from a step over one
@@ -76,7 +76,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
     from transformer.config import TransformerConfig
 
     built = Settings(**settings)
-    speculation = built.speculation.model_copy(update={"copying": False, "search": False})
+    speculation = built.speculation.model_copy(update={"free_drafts": False, "search": False})
     built = built.model_copy(update={"speculation": speculation})
     dtype: torch.dtype = getattr(torch, built.model.dtype)
     drafter = ShiftedTransformer.load(built.model.drafter_choice, device, dtype)  # type: ignore[arg-type]

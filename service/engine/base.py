@@ -182,7 +182,7 @@ class Engine(Protocol):
 
     @property
     def drafter_description(self) -> str:
-        """For `/v1/models` and the banner, e.g. `diffusion (block, 1.3M) + copy`."""
+        """For `/v1/models` and the banner, e.g. `diffusion (block, 1.3M) + own text`."""
 
     async def start(self) -> None:
         """Load everything; returns when ready, raises if it cannot be."""

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 StepObserver = Callable[[StepRecord], None]
 
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+_MIN_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 1.0, 60.0
 _READING = Draft(bypass_reason="prefill")
 _DISABLED = Draft(bypass_reason="disabled")
 _LAST_TOKEN = Draft(bypass_reason="last_token")
@@ -139,7 +139,7 @@ class Decoder:
     def _pause_drafting(self, what: str) -> None:
         """Contain a failure of the pipeline: decode without drafts for a while, longer each time it fails again."""
         self._num_failures += 1
-        self._pause_seconds = min(max(2 * self._pause_seconds, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+        self._pause_seconds = min(max(2 * self._pause_seconds, _MIN_PAUSE_SECONDS), _MAX_PAUSE_SECONDS)
         self._drafting_resumes_at = self._clock() + self._pause_seconds
         log.exception("%s; decoding goes on without drafts for %.0f s", what, self._pause_seconds)
 

@@ -15,7 +15,7 @@ class Drafting(Protocol):
 
     @property
     def description(self) -> str:
-        """For people, e.g. `diffusion (block, 1.3M) + copy`."""
+        """For people, e.g. `diffusion (block, 1.3M) + own text`."""
 
     @property
     def drafter_up(self) -> bool:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 _MEMORY = 32  # places that the pace is estimated from
-_SHORTEST_SECONDS, _UNKNOWN_SECONDS, _LONGEST_SECONDS = 1.0, 1.0, 60.0
+_MIN_SECONDS, _UNKNOWN_SECONDS, _MAX_SECONDS = 1.0, 1.0, 60.0
 
 
 class Pace:
@@ -28,4 +28,4 @@ class Pace:
         if len(times) < 2:
             return _UNKNOWN_SECONDS
         elapsed = self._clock() - times[0]  # up to now: if nothing becomes free any more, it takes longer and longer
-        return min(max(num_places * elapsed / len(times), _SHORTEST_SECONDS), _LONGEST_SECONDS)
+        return min(max(num_places * elapsed / len(times), _MIN_SECONDS), _MAX_SECONDS)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
 WINDOW = "20s"  # what Grafana would put for $__rate_interval
-MOST_SECONDS = 300  # a bound, not a claim
+MAX_SECONDS = 300  # a bound, not a claim
 PROMPTS = ["def main():\n", "import os\n\n", "class Reader:\n    def __init__(self, path):\n", "for line in lines:\n"]
 SPECULATION: list[dict[str, Any]] = [
     {"policy": "goodput"},
@@ -102,7 +102,7 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_every_query_of_every_dashboard_returns_data(prometheus: Prometheus) -> None:
     asked = queries()
     assert len(asked) > 50
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     while missing := unanswered(asked, prometheus.samples):
         assert time.monotonic() < deadline, f"no data for {sorted(missing)}"
         asked = {name: asked[name] for name in missing}
@@ -119,7 +119,7 @@ def test_the_dashboards_variables_have_values(prometheus: Prometheus) -> None:
 
 
 def test_every_rule_is_evaluated_and_records_something(prometheus: Prometheus) -> None:
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS
     while True:
         rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
         recorded = {rule["name"]: rule["name"] for rule in rules if rule["type"] == "recording"}

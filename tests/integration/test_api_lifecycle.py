@@ -188,7 +188,7 @@ def test_a_server_starts_serves_and_drains_on_sigterm(tiny_target: Path, tiny_dr
         body = json.loads(banner.partition("-d '")[2].partition("'\n")[0])
         curl = httpx.post(url + "/v1/completions", json=body)
         assert curl.status_code == 200
-        assert "diffusion (qwen2, block, 0.0M, identical vocabulary) + copy" in banner
+        assert "diffusion (qwen2, block, 0.0M, identical vocabulary) + own text" in banner
         slow = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", url + "/v1/completions", json=slow) as answer:
             pieces = answer.iter_text()

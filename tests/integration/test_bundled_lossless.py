@@ -25,10 +25,10 @@ from tests.unit.engine.driver import Driver
 from verifiers.base import SamplingRules
 
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 50, 96, 200
-LONGEST_DRAFT = 32
+MAX_DRAFT = 32
 
 BY_NAME = {cell.name: cell for cell in CELLS}
-ANY_LENGTH = {"policy": "fixed", "max_draft_tokens": LONGEST_DRAFT, "fixed_draft_tokens": LONGEST_DRAFT}
+ANY_LENGTH = {"policy": "fixed", "max_draft_tokens": MAX_DRAFT, "fixed_draft_tokens": MAX_DRAFT}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_greedy_equals_transformers_at_every_draft_length(
 ) -> None:
     """Requests of one batch draft 0 to 32 tokens each."""
     cell = replace(BY_NAME[name], overrides={**BY_NAME[name].overrides, **ANY_LENGTH})
-    lengths = [i % (LONGEST_DRAFT + 1) for i in range(NUM_PROMPTS)]
+    lengths = [i % (MAX_DRAFT + 1) for i in range(NUM_PROMPTS)]
     check(write(loaded, cell, greedy(prompts, lengths)), reference, prompts, near_ties)
 
 
@@ -174,7 +174,7 @@ def test_seeded_sampling_is_the_same_with_speculation_on_and_off(
     cell, lengths = BY_NAME.get(name, BY_NAME["default"]), [None] * len(SAMPLERS)
     if name == "any-length":
         cell = replace(cell, overrides={**cell.overrides, **ANY_LENGTH})
-        lengths = np.random.default_rng(3).integers(0, LONGEST_DRAFT + 1, len(SAMPLERS)).tolist()
+        lengths = np.random.default_rng(3).integers(0, MAX_DRAFT + 1, len(SAMPLERS)).tolist()
     plain = write(loaded, cell, sampled(prompts, False, lengths), batch=7)
     speculative = write(loaded, cell, sampled(prompts, True, lengths), batch=16)
     assert speculative == plain

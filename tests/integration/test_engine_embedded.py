@@ -184,5 +184,5 @@ def test_a_request_can_go_without_drafts_or_show_them(model: Transformer) -> Non
         each.draft.bypass_reason for step in drafter.steps for each in step.outcomes if each.request_id == "plain"
     } == {"prefill", "disabled"}
     traces = [delta.trace for delta in traced.deltas[1:-1] if delta.trace is not None]
-    assert all(len(trace.drafted) <= 4 and trace.source == "copy" for trace in traces)
+    assert all(len(trace.drafted) <= 4 and trace.source == "free" for trace in traces)
     assert any(trace.drafted for trace in traces)

@@ -172,7 +172,7 @@ def test_drafts_that_break_their_promise_are_not_verified(
 ) -> None:
     class Unbounded(RuleDrafter):
         def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
-            return [Draft(tuple(bad), "copy") for _ in requests]
+            return [Draft(tuple(bad), "free") for _ in requests]
 
     (plain,) = Driver(verifier(model), no_drafts()).outputs([request()])
     assert Driver(verifier(model), Unbounded(lambda _: (), 4)).outputs([request()]) == [plain]

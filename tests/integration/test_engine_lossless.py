@@ -217,7 +217,7 @@ def test_the_real_pipeline_changes_no_token(
         overrides={
             "model.target": tiny_target,
             "model.drafter": str(tiny_drafter),
-            "speculation.copying": source != "diffusion",
+            "speculation.free_drafts": source != "diffusion",
             "speculation.policy": policy,
         }
     )

@@ -31,7 +31,7 @@ def settings_of(target: Path, drafter: Path, **overrides: object) -> Settings:
         overrides={
             "model.target": target,
             "model.drafter": str(drafter),
-            "speculation.copying": False,
+            "speculation.free_drafts": False,
             "speculation.policy": "fixed",
             "speculation.window_tokens": 64,
         }

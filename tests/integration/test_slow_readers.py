@@ -16,7 +16,7 @@ from tests.integration.raw_client import begin
 from tests.integration.scripted_engine import ScriptedEngine, Step, deltas
 
 HIGH_WATER = 64 << 10  # of asyncio's transports: beyond it whoever writes has to wait
-LONGEST_FRAME = 4096
+MAX_FRAME = 4096
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def test_what_waits_for_a_reader_is_bounded_and_no_sequence_waits_with_it(
             buffered = connection.transport.get_write_buffer_size  # type: ignore[union-attr]
             wait_for(lambda: buffered() > HIGH_WATER // 2)
             for _ in range(20):
-                assert buffered() <= HIGH_WATER + LONGEST_FRAME
+                assert buffered() <= HIGH_WATER + MAX_FRAME
                 time.sleep(0.01)
             if is_listening:
                 received = b""

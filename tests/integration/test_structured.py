@@ -144,7 +144,7 @@ def test_the_structure_prunes_the_drafts(
         assert stats is not None
         return stats.num_accepted_draft_tokens / max(stats.num_draft_tokens, 1)
 
-    for sources in ({"copying": False}, {"diffusion": False}):
+    for sources in ({"free_drafts": False}, {"diffusion": False}):
         assert accepted_share(True, **sources) > 0.9
         assert accepted_share(False, **sources) < 0.2
 

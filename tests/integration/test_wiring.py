@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from drafters.base import Draft, DraftRequest
-from service.engine.vllm_config import max_draft_tokens
+from service.engine.vllm.config import max_draft_tokens
 from service.setting_groups import BUNDLED_MODELS
 from service.settings import Settings, load_settings
 from service.wiring import build_pipeline
@@ -33,23 +33,23 @@ def draft(settings: Settings, drafter: Transformer | None = None) -> Draft:
 
 
 @pytest.mark.parametrize(
-    ("scorer", "described"),
-    [("mixed", "copy + n-grams"), ("text", "copy"), ("ngram", "n-grams"), ("uniform", "none")],
+    ("causal_model", "described"),
+    [("mixed", "own text + n-grams"), ("text", "own text"), ("ngram", "n-grams"), ("uniform", "none")],
 )
-def test_a_scorer_drafts_from_what_it_knows(scorer: str, described: str) -> None:
-    settings = settings_with(scorer=scorer, policy="fixed")
+def test_a_scorer_drafts_from_what_it_knows(known: str, described: str) -> None:
+    settings = settings_with(causal_model=known, policy="fixed")
     target = TransformerConfig.from_folder(settings.model.target)
     assert build_pipeline(settings, target, None).description == described
     tokens = draft(settings).tokens
-    if scorer in ("mixed", "text"):
+    if known in ("mixed", "text"):
         assert tokens == tuple(TEXT[:8].tolist())
     else:
-        assert bool(tokens) == (scorer == "ngram")
+        assert bool(tokens) == (known == "ngram")
         assert tokens[:2] != tuple(TEXT[:2].tolist())
 
 
 def test_without_copying_nothing_is_drafted_but_by_the_model(drafter: Transformer) -> None:
-    free = settings_with(copying=False, policy="fixed")
+    free = settings_with(free_drafts=False, policy="fixed")
     assert draft(free).tokens == ()
     joined, alone = draft(settings_with(policy="fixed"), drafter), draft(free, drafter)
     assert joined.source == alone.source == "diffusion"
@@ -59,15 +59,15 @@ def test_without_copying_nothing_is_drafted_but_by_the_model(drafter: Transforme
 
 def test_without_copying_the_scorer_still_judges(drafter: Transformer) -> None:
     paths = {
-        scorer: draft(settings_with(copying=False, policy="fixed", scorer=scorer), drafter).tokens
-        for scorer in ("mixed", "uniform")
+        known: draft(settings_with(free_drafts=False, policy="fixed", causal_model=known), drafter).tokens
+        for known in ("mixed", "uniform")
     }
     assert paths["mixed"] != paths["uniform"]
 
 
 @pytest.mark.parametrize("engine", ["embedded", "vllm"])
 @pytest.mark.parametrize(
-    ("change", "drafts"), [({}, True), ({"scorer": "uniform"}, False), ({"copying": False}, False)]
+    ("change", "drafts"), [({}, True), ({"causal_model": "uniform"}, False), ({"free_drafts": False}, False)]
 )
 def test_where_nothing_can_draft_no_room_is_kept_for_drafts(engine: str, change: dict[str, Any], drafts: bool) -> None:
     settings = settings_with(diffusion=False, **change)

@@ -34,8 +34,8 @@ class InProcess:
     """vLLM's `LLM` over the service's own engine arguments, and a way to its worker."""
 
     def __init__(self, settings: Any) -> None:
-        from service.engine.vllm_config import budget, engine_arguments, prepare_environment
-        from service.engine.vllm_memory import TargetFacts
+        from service.engine.vllm.config import budget, engine_arguments, prepare_environment
+        from service.engine.vllm.memory import TargetFacts
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         prepare_environment(settings)

@@ -29,7 +29,7 @@ def assert_same(tiny: InProcess, folder: Path, relation: str, expected: list[tup
         overrides={
             "model.target": target,
             "model.drafter": str(folder),
-            "speculation.copying": False,
+            "speculation.free_drafts": False,
             "speculation.policy": "fixed",
             "speculation.fixed_draft_tokens": 4,
             "speculation.window_tokens": 64,

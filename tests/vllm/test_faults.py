@@ -77,7 +77,7 @@ def test_a_request_at_the_contexts_end_does_not_take_drafts_from_others(
 def test_the_pause_grows_while_the_drafter_fails_and_ends_with_success() -> None:
     import numpy as np
 
-    from drafters.vllm_guard import DraftGuard
+    from service.engine.vllm.guard import DraftGuard
 
     class Broken:
         is_broken = True
@@ -107,8 +107,8 @@ def test_the_pause_grows_while_the_drafter_fails_and_ends_with_success() -> None
 
 async def test_a_shutdown_that_takes_its_time_is_no_death(tiny_folders: tuple[Path, Path]) -> None:
     """The server ends with status 1 when its engine dies, and 0 after a signal."""
-    from service.engine.vllm import VllmEngine
-    from service.engine.vllm_watch import StepWatch
+    from service.engine.vllm.engine import VllmEngine
+    from service.engine.vllm.watch import StepWatch
     from tests.vllm.conftest import settings_for
 
     class Closing:
@@ -130,8 +130,8 @@ async def test_a_shutdown_that_takes_its_time_is_no_death(tiny_folders: tuple[Pa
 
 
 def test_what_does_not_fit_is_refused_with_the_three_numbers(tiny_folders: tuple[Path, Path]) -> None:
-    from service.engine.vllm_config import budget
-    from service.engine.vllm_memory import MemoryBudgetError, TargetFacts
+    from service.engine.vllm.config import budget
+    from service.engine.vllm.memory import MemoryBudgetError, TargetFacts
     from tests.vllm.conftest import settings_for
 
     target, drafter = tiny_folders

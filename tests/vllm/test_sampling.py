@@ -20,7 +20,7 @@ from tests.vllm.conftest import InProcess
 from tests.vllm.pipelines import Scripted, draft
 
 PROMPT = [100, 101, 102]
-LEAST_P = 1e-4
+MIN_P = 1e-4
 FEWEST_EXPECTED = 5.0
 CASES = {
     "temperature 1": {"temperature": 1.0},
@@ -142,8 +142,8 @@ def test_second_and_third_token_follow_the_exact_distribution(
     accepted = sum(outcome.num_accepted for outcome in outcomes)
     assert 0.05 < accepted / sum(len(outcome.draft.tokens) for outcome in outcomes) < 0.95
     print(f"\n{case}: p = {results[True]} with drafts, {results[False]} without, N = {count}")
-    assert min(results[False]) > LEAST_P
-    assert min(results[True]) > LEAST_P
+    assert min(results[False]) > MIN_P
+    assert min(results[True]) > MIN_P
 
 
 def test_seeded_requests_are_exact_too(tiny: InProcess, exact: Exact, full: bool) -> None:
@@ -155,15 +155,15 @@ def test_seeded_requests_are_exact_too(tiny: InProcess, exact: Exact, full: bool
     count = 20_000 if full else 1000
     params = [SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False, seed=i, **rules) for i in range(count)]
     runs = tiny.run([PROMPT] * count, params)
-    assert p_value([run.tokens[1] for run in runs], second) > LEAST_P
-    assert p_value([run.tokens[2] for run in runs], third) > LEAST_P
+    assert p_value([run.tokens[1] for run in runs], second) > MIN_P
+    assert p_value([run.tokens[2] for run in runs], third) > MIN_P
 
 
 def test_vllms_cpu_sampling_is_mended() -> None:
     """Without `mend_cpu_sampling` both calls go wrong: the first reads memory that nobody wrote, the last raises."""
     from vllm.v1.sample import rejection_sampler
 
-    from drafters.vllm_cpu_sampling import mend_cpu_sampling
+    from service.engine.vllm.cpu_sampling import mend_cpu_sampling
 
     assert mend_cpu_sampling()
     counts = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -188,7 +188,7 @@ def test_a_seeded_prompt_is_read_in_parts(speculative: InProcess, prompts: list[
 
 
 def test_a_token_drawn_in_vain_leaves_no_trace() -> None:
-    from drafters.vllm_cpu_sampling import hiding_generators, keeping_generators
+    from service.engine.vllm.cpu_sampling import hiding_generators, keeping_generators
 
     generators = {row: torch.Generator().manual_seed(row) for row in range(3)}
     batch = SimpleNamespace(num_reqs=4, generators=generators)
@@ -206,7 +206,7 @@ def test_a_token_drawn_in_vain_leaves_no_trace() -> None:
 
 
 def test_vllms_own_kernel_still_needs_mending() -> None:
-    """Fails once vLLM has mended it: then `drafters.vllm_cpu_sampling` can go."""
+    """Fails once vLLM has mended it: then `service.engine.vllm.cpu_sampling` can go."""
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
     output = torch.full((5,), -1.0)
@@ -217,7 +217,7 @@ def test_vllms_own_kernel_still_needs_mending() -> None:
 def test_other_versions_of_vllm_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    from drafters.vllm_cpu_sampling import mend_cpu_sampling
+    from service.engine.vllm.cpu_sampling import mend_cpu_sampling
 
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     assert not mend_cpu_sampling()

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from drafters.vllm_lifeline import parent_of
+from service.engine.vllm.lifeline import parent_of
 from tests.integration.api_server import wait_for
 
 PORT = 8157
@@ -86,7 +86,7 @@ def test_vllms_processes_end_with_a_service_that_was_killed_outright() -> None:
     """With stand-ins for the three processes: the service, vLLM's engine process and a worker that holds the line."""
     script = """
 import multiprocessing, os, sys, time
-from drafters import vllm_lifeline
+from service.engine.vllm import lifeline as vllm_lifeline
 
 def worker():
     vllm_lifeline.POLL_SECONDS = vllm_lifeline.GRACE_SECONDS = 0.1

@@ -27,10 +27,10 @@ from tests.e2e.soak.server import Server, server
 
 WARM_SHARE, FAULTS_FROM, FAULTS_TO = 0.25, 0.7, 0.93  # of the time
 FAULT_INTERVAL_SECONDS = 8.0
-MOST_GROWTH = 1.05  # of memory, from after warming up to the end
+MAX_GROWTH = 1.05  # of memory, from after warming up to the end
 SLACK_MEBIBYTES = 16
 SLACK_FILES = 4
-MOST_SHOWN = 12
+MAX_SHOWN = 12
 SETTLE_SECONDS = 25  # readers that never read are cut off, and audits run
 SETTINGS = {
     "DIFFUSPEC_SCHEDULER__MAX_RUNNING": "8",
@@ -90,7 +90,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         violations += wrong_outputs(traffic.seen, bodies, references(reference.url, bodies))
     report["compared outputs"] = sum(one.answer is not None for one in traffic.seen)
     report["violations"] = len(violations)
-    report["first violations"] = violations[:MOST_SHOWN]
+    report["first violations"] = violations[:MAX_SHOWN]
     return report
 
 
@@ -162,7 +162,7 @@ def _plant(running: Server, engine: str, noise: random.Random) -> str:
 def _memory_grown(report: dict[str, Any]) -> list[str]:
     sizes, files = report["mebibytes"], report["files"]
     grown = []
-    if sizes["end"] > MOST_GROWTH * sizes["warm"] + SLACK_MEBIBYTES:
+    if sizes["end"] > MAX_GROWTH * sizes["warm"] + SLACK_MEBIBYTES:
         grown.append(f"memory grew from {sizes['warm']} to {sizes['end']} MiB")
     if files["end"] > files["start"] + SLACK_FILES:
         grown.append(f"open files grew from {files['start']} to {files['end']}")

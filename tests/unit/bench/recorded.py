@@ -16,7 +16,7 @@ def drafted_steps(tokens: tuple[int, ...]) -> tuple[DraftedStep, ...]:
     made = 1
     while made < len(tokens):
         kept = min(3, len(tokens) - made - 1) if len(steps) % 2 == 0 else 0
-        step = DraftedStep("copy", 4, kept) if len(steps) % 2 == 0 else DraftedStep("diffusion", 2, 0)
+        step = DraftedStep("free", 4, kept) if len(steps) % 2 == 0 else DraftedStep("diffusion", 2, 0)
         steps.append(step)
         made += kept + 1
     return tuple(steps)
@@ -35,7 +35,7 @@ def record(mismatches: tuple[Mismatch, ...] = ()) -> WorkloadRecord:
         seconds = 2.0 * (pair + 1)
         passes += [
             one_pass("plain", pair, tokens, seconds, plain_steps(tokens)),
-            one_pass("copy", pair, tokens, seconds / 2, drafted_steps(tokens)),
+            one_pass("free", pair, tokens, seconds / 2, drafted_steps(tokens)),
             one_pass("fast <b>", pair, tokens, seconds / (4 if pair < 2 else 2), drafted_steps(tokens)),
         ]
-    return WorkloadRecord(Workload(1, 0.0, 18), "plain", ("copy",), tuple(passes), mismatches, 4)
+    return WorkloadRecord(Workload(1, 0.0, 18), "plain", ("free",), tuple(passes), mismatches, 4)

@@ -7,11 +7,11 @@ from transformer.model import Transformer
 
 
 def test_a_cell_may_be_given_settings_of_its_own() -> None:
-    cell = find_cell("cps-fixed+refinement_steps=2+draft_part_confidence=0.5+copying=true")
+    cell = find_cell("cps-fixed+refinement_steps=2+draft_part_confidence=0.5+free_drafts=true")
     plain = find_cell("cps-fixed")
-    assert cell.name == "cps-fixed+refinement_steps=2+draft_part_confidence=0.5+copying=true"
+    assert cell.name == "cps-fixed+refinement_steps=2+draft_part_confidence=0.5+free_drafts=true"
     assert cell.overrides == {
-        **plain.overrides, "refinement_steps": 2, "draft_part_confidence": 0.5, "copying": True
+        **plain.overrides, "refinement_steps": 2, "draft_part_confidence": 0.5, "free_drafts": True
     }  # fmt: skip
     assert (cell.drafter, cell.role) == (plain.drafter, plain.role)
     assert "refinement_steps=2" in cell.meaning
@@ -21,14 +21,14 @@ def test_a_cell_may_be_given_settings_of_its_own() -> None:
 def test_the_path_is_all_that_tells_the_search_from_the_raw_argmax(policy: str) -> None:
     searched, raw = find_cell(f"cps-{policy}"), find_cell(f"argmax-{policy}")
     assert searched.overrides == {**raw.overrides, "search": True}
-    assert searched.overrides["copying"] is False
+    assert searched.overrides["free_drafts"] is False
     assert searched.drafter == raw.drafter == "real"
 
 
 def test_what_drafts_without_a_model_is_measured_whatever_the_settings_say_of_one() -> None:
     settings = load_settings(overrides={"model.drafter": "none"})
     models = Models(TransformerConfig.from_folder(settings.model.target), {})
-    for name, sources in (("copy", "copy"), ("ngram", "n-grams"), ("free", "copy + n-grams")):
+    for name, sources in (("own-text", "own text"), ("ngram", "n-grams"), ("free", "own text + n-grams")):
         built = build(find_cell(name), settings, models)
         assert (built.description, built.max_draft_tokens) == (sources, 32)
     assert build(find_cell("plain"), settings, models).max_draft_tokens == 0
@@ -39,7 +39,7 @@ def test_a_cell_without_diffusion_drafts_without_the_model() -> None:
     model = Transformer.load(settings.model.target.parent / "drafter")
     models = Models(TransformerConfig.from_folder(settings.model.target), {"real": model})
     assert "diffusion" in build(find_cell("default"), settings, models).description
-    assert build(find_cell("default+diffusion=false"), settings, models).description == "copy + n-grams"
+    assert build(find_cell("default+diffusion=false"), settings, models).description == "own text + n-grams"
 
 
 def test_plain_is_always_measured_first_and_each_cell_once() -> None:

@@ -16,7 +16,7 @@ from service.bench.report import Report, to_json
 from service.bench.table import MISMATCHES_SHOWN, mismatch_lines, render_table
 from tests.unit.bench.recorded import record
 
-MISMATCH = Mismatch("copy", 0, "prompt-0", 3, 1, 2, 0.5)
+MISMATCH = Mismatch("free", 0, "prompt-0", 3, 1, 2, 0.5)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def report() -> Report:
 def test_the_table_has_a_line_for_everyone() -> None:
     lines_ = render_table(record()).splitlines()
     assert lines_[0].startswith("greedy, concurrency 1: 4 prompts, 18 new tokens each; 50%")
-    assert [line.split("  ")[0] for line in lines_[3:6]] == ["plain", "copy", "fast <b>"]
+    assert [line.split("  ")[0] for line in lines_[3:6]] == ["plain", "free", "fast <b>"]
     assert "2.00 [2.00, 2.00]" in lines_[4]
     assert lines_[4].endswith("yes")
 

@@ -43,7 +43,7 @@ def test_acceptance_counts_the_extra_token_once_per_step() -> None:
     plain, copy, _ = summarize(record())
     assert plain.acceptance.length == 1.0
     assert plain.acceptance.length_when_drafted is None
-    steps = [s for entry in record().of("copy") for generation in entry.generations for s in generation.steps]
+    steps = [s for entry in record().of("free") for generation in entry.generations for s in generation.steps]
     made = sum(step.num_accepted + 1 for step in steps)
     assert made == 4 * 17
     assert copy.acceptance.length == pytest.approx(made / len(steps))
@@ -57,7 +57,7 @@ def test_positions_count_only_drafts_that_reach_them() -> None:
     assert copy.accepted_by_position[3] == 0
     assert copy.accepted_by_position[0] <= long
     assert copy.sources == {
-        "copy": pytest.approx(long / (long + short)),
+        "free": pytest.approx(long / (long + short)),
         "diffusion": pytest.approx(short / (long + short)),
     }
 
@@ -70,8 +70,8 @@ def test_phases_add_up_to_the_seconds() -> None:
 
 
 def test_near_ties_are_not_failures() -> None:
-    failure = Mismatch("copy", 0, "prompt-0", 3, 1, 2, 0.5)
-    near_tie = Mismatch("copy", 1, "prompt-1", 3, 1, 2, 1e-5, is_near_tie=True)
+    failure = Mismatch("free", 0, "prompt-0", 3, 1, 2, 0.5)
+    near_tie = Mismatch("free", 1, "prompt-1", 3, 1, 2, 1e-5, is_near_tie=True)
     copy = summarize(record((failure, near_tie)))[1]
     assert (copy.num_mismatches, copy.num_near_ties) == (1, 1)
 
@@ -91,7 +91,7 @@ def test_the_first_difference_is_where_common_prefixes_end(left: tuple[int, ...]
 
 def test_a_shorter_continuation_is_a_mismatch() -> None:
     whole = one_pass("plain", 0, VARIED, 1.0, plain_steps(VARIED))
-    short = one_pass("copy", 0, VARIED[:-1], 1.0, (DraftedStep("copy", 1, 1),))
+    short = one_pass("free", 0, VARIED[:-1], 1.0, (DraftedStep("free", 1, 1),))
     (mismatch,) = find_mismatches(whole, short)
     assert (mismatch.position, mismatch.expected, mismatch.found) == (17, 17, None)
     assert find_mismatches(whole, whole) == []

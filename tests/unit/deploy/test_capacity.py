@@ -51,7 +51,7 @@ def test_beyond_the_most_rate_the_queue_grows_and_below_it_does_not() -> None:
 
 def test_it_reads_what_a_replica_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = ServiceMetrics(CollectorRegistry(), "tiny", max_draft_tokens=4)
-    drafted = Outcome("a", Draft(tokens=(1, 2), source="copy"), 2)
+    drafted = Outcome("a", Draft(tokens=(1, 2), source="free"), 2)
     for _ in range(50):
         metrics.observe(StepRecord([drafted], 3, 0, verify_seconds=0.02))
         metrics.observe(StepRecord([drafted] * 4, 12, 0, verify_seconds=0.04))

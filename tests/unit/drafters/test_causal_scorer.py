@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.causal_scorer import LONGEST_CHAIN, WINDOW, CausalModel, new_copying
-from drafters.kernels.copying import MAX_MATCH, index_token
-from drafters.kernels.copying import find_copy as compiled_find_copy
-from drafters.kernels.copying import follow_copy as compiled_follow_copy
-from drafters.kernels.copying import index_text as compiled_index_text
-from drafters.kernels.ngram import new_workspace
-from drafters.kernels.tokens import NO_TOKEN
-from drafters.ngram import NgramModel
+from drafters.search.causal_model import MAX_CHAIN, WINDOW, CausalModel, new_copying
+from drafters.search.kernels.copying import MAX_MATCH, index_token
+from drafters.search.kernels.copying import find_copy as compiled_find_copy
+from drafters.search.kernels.copying import follow_copy as compiled_follow_copy
+from drafters.search.kernels.copying import index_text as compiled_index_text
+from drafters.search.kernels.ngram import new_workspace
+from drafters.search.kernels.tokens import NO_TOKEN
+from drafters.search.ngram import NgramModel
 from models.training.ngram import fit_ngram
 
 VOCABULARY = 12
@@ -213,14 +213,14 @@ def test_wrong_sizes_are_refused() -> None:
 def test_nothing_of_a_text_or_its_draft_is_left_behind(ngram: NgramModel, history: list[int]) -> None:
     """The index of positions is shared by all calls: what stayed in it would be looked for in the next text."""
     model = CausalModel(VOCABULARY, ngram, end_tokens=[0])
-    for most in (0, 5, LONGEST_CHAIN + 50):
+    for most in (0, 5, MAX_CHAIN + 50):
         (chain,) = model.greedy_chains([tokens(history)], [most], [0.0], num_learned=[len(history) // 2])
-        assert len(chain.tokens) <= min(most, LONGEST_CHAIN)
+        assert len(chain.tokens) <= min(most, MAX_CHAIN)
         assert (model.workspace.last == NO_TOKEN).all()
         assert (model.workspace.sums == 0).all()
 
 
 def test_the_longest_chain_copies_to_its_end() -> None:
     model = CausalModel(VOCABULARY)
-    (chain,) = model.greedy_chains([tokens([3, 4, 5] * 10)], [LONGEST_CHAIN + 50])
-    assert chain.tokens == tuple(([3, 4, 5] * LONGEST_CHAIN)[:LONGEST_CHAIN])
+    (chain,) = model.greedy_chains([tokens([3, 4, 5] * 10)], [MAX_CHAIN + 50])
+    assert chain.tokens == tuple(([3, 4, 5] * MAX_CHAIN)[:MAX_CHAIN])

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from drafters.base import DraftRequest, Tokens
-from drafters.causal_scorer import CausalModel
 from drafters.coupling import CAUSAL_TEMPERATURE, known_noise
-from drafters.lattice import DraftLattice, LatticeOptions
-from drafters.ngram import NgramModel
-from drafters.path_search import PathSearch
+from drafters.search.causal_model import CausalModel
+from drafters.search.lattice import DraftLattice, LatticeOptions
+from drafters.search.ngram import NgramModel
+from drafters.search.path_search import PathSearch
 from models.training.ngram import fit_ngram
 from transformer.noise import draw_tokens, noise_keys
 

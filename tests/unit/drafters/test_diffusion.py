@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions
-from drafters.masked import MaskedRequest, split_rows
+from drafters.diffusion.drafter import DiffusionDrafter, DiffusionOptions
+from drafters.diffusion.masked import MaskedRequest, split_rows
 from tests.checkpoints import VOCABULARY_SIZE, write_block_drafter, write_checkpoint, write_full_drafter
 from transformer.model import Transformer
 

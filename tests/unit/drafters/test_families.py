@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions
-from drafters.masked import MaskedRequest, split_rows
+from drafters.diffusion.drafter import DiffusionDrafter, DiffusionOptions
+from drafters.diffusion.masked import MaskedRequest, split_rows
 from tests.checkpoints import (
     HUB_DRAFTERS,
     MASK_TOKEN,

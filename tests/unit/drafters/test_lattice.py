@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.lattice import DraftLattice, LatticeOptions
+from drafters.search.lattice import DraftLattice, LatticeOptions
 
 
 def random_logits(seed: int, rows: int, vocabulary: int, scale: float = 3.0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.ngram import NgramError, NgramModel
+from drafters.search.ngram import NgramError, NgramModel
 from models.training.ngram import evaluate_ngram, fit_ngram
 
 VOCABULARY = 40

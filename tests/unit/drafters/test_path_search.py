@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafters.causal_scorer import CausalModel
-from drafters.lattice import DraftLattice, LatticeOptions
-from drafters.ngram import NgramModel
-from drafters.path_search import LOG_FLOOR, Path, PathSearch
+from drafters.search.causal_model import CausalModel
+from drafters.search.lattice import DraftLattice, LatticeOptions
+from drafters.search.ngram import NgramModel
+from drafters.search.path_search import LOG_FLOOR, Path, PathSearch
 from models.training.ngram import fit_ngram
 from tests.unit.drafters.test_causal_scorer import mixture
 

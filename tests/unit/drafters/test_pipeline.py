@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord, Tokens
-from drafters.causal_scorer import CausalModel
-from drafters.diffusion import DiffusionDrafter
-from drafters.path_search import PathSearch
+from drafters.diffusion.drafter import DiffusionDrafter
 from drafters.pipeline import RETRY_AFTER_STEPS, DraftPipeline
 from drafters.planner import LengthOptions
+from drafters.search.causal_model import CausalModel
+from drafters.search.path_search import PathSearch
 from tests.checkpoints import VOCABULARY_SIZE
 from tests.faulty import FaultyTransformer
 from transformer.model import Transformer
@@ -24,19 +24,23 @@ REAL_ROWS = {1: 1e-3, 64: 4e-3}
 
 
 def build(
-    folder: Path | None, num_slots: int = 8, copying: bool = True, model: Transformer | None = None, **options: object
+    folder: Path | None,
+    num_slots: int = 8,
+    free_drafts: bool = True,
+    model: Transformer | None = None,
+    **options: object,
 ) -> DraftPipeline:
     causal = CausalModel(VOCABULARY_SIZE)
     model = Transformer.load(folder) if model is None and folder is not None else model
     diffusion = None if model is None else DiffusionDrafter(model, num_slots, VOCABULARY_SIZE)
     return DraftPipeline(
         causal,
-        PathSearch(causal, use_proposals=copying),
+        PathSearch(causal, use_proposals=free_drafts),
         diffusion,
         LengthOptions(**options),  # type: ignore[arg-type]
         "tiny",
         clock=itertools.count(step=TICK).__next__,
-        drafts_freely=copying,
+        free_drafts=free_drafts,
     )
 
 
@@ -95,7 +99,7 @@ def test_all_that_drafts_but_the_search_counts_as_drafting(tiny_drafter: Path) -
 
 
 def test_paper_policy_falls_to_its_shortest_length(tiny_drafter: Path) -> None:
-    pipeline = build(tiny_drafter, policy="paper", copying=False)
+    pipeline = build(tiny_drafter, policy="paper", free_drafts=False)
     first = pipeline.propose([request(text(20))])[0]
     assert len(first.tokens) == 30
     pipeline.observe(record(["a"], [first], [1]))
@@ -107,7 +111,7 @@ def test_goodput_copies_repeated_text_without_a_diffusion_pass(tiny_drafter: Pat
     pipeline.calibrate(CHEAP_ROWS)
     repeated = np.tile(text(20), 6)
     draft = pipeline.propose([request(repeated)])[0]
-    assert draft.source == "copy"
+    assert draft.source == "free"
     assert draft.tokens[:5] == tuple(repeated[:5].tolist())
     assert draft.expected_accepted > 1.0
 
@@ -205,7 +209,7 @@ def test_release_forgets_everything(tiny_drafter: Path) -> None:
 
 
 def test_without_any_source_nothing_is_drafted() -> None:
-    pipeline = build(None, copying=False)
+    pipeline = build(None, free_drafts=False)
     assert pipeline.propose([request(np.tile(text(20), 3))])[0].bypass_reason == "no_candidates"
 
 
@@ -214,7 +218,7 @@ def test_what_only_judges_learns_all_the_same_before_it_is_asked(tiny_drafter: P
     causal = CausalModel(VOCABULARY_SIZE)
     diffusion = DiffusionDrafter(Transformer.load(tiny_drafter), 1, VOCABULARY_SIZE)
     search = PathSearch(causal, use_proposals=False)
-    pipeline = DraftPipeline(causal, search, diffusion, LengthOptions(policy="fixed"), "judge", drafts_freely=False)
+    pipeline = DraftPipeline(causal, search, diffusion, LengthOptions(policy="fixed"), "judge", free_drafts=False)
     before = causal.copy_weights.copy()
     repeated = np.tile(text(20), 6)
     for length in range(40, 110, 10):

@@ -9,8 +9,8 @@ from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, StepRecord
 from drafters.candidate import Candidate, RequestState
 from drafters.goodput import PASS_HYSTERESIS
 from drafters.length import PaperLength, PaperLengthOptions
-from drafters.path_search import Path
 from drafters.planner import EXPLORATION, DraftPlanner, LengthOptions, num_common
+from drafters.search.path_search import Path
 
 STEP = 1e-3  # seconds
 DEAR_DRAFTS = {1: 4e-3, 64: 8e-3}  # no pass is ever worth it

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drafters.prompt_lookup import propose
+from drafters.search.prompt_lookup import propose
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(0, 6))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
-from drafters.step_packing import pack_record, unpack_records
-from drafters.vllm_proposer import RequestOptions, Row, VllmProposer
+from service.engine.vllm.proposer import RequestOptions, Row, VllmProposer
+from service.engine.vllm.step_packing import pack_record, unpack_records
 
 
 class CopyingPipeline:
@@ -25,7 +25,7 @@ class CopyingPipeline:
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
         self.requests = list(requests)
         return [
-            Draft((int(request.tokens[-1]),) * request.max_draft_tokens, "copy", (0.5,) * request.max_draft_tokens)
+            Draft((int(request.tokens[-1]),) * request.max_draft_tokens, "free", (0.5,) * request.max_draft_tokens)
             for request in requests
         ]
 
@@ -130,7 +130,7 @@ def test_records_and_traces_carry_the_services_names(proposer: VllmProposer) -> 
         proposer.propose([row("a", sampled=2, verified=4, trace=True)])
     records = proposer.take_records()
     assert {outcome.request_id for record in records for outcome in record.outcomes} == {"our-a"}
-    assert proposer.trace_of("our-a")[-1] == ("copy", [7] * 4, 1)
+    assert proposer.trace_of("our-a")[-1] == ("free", [7] * 4, 1)
     assert proposer.trace_of("other") == []
     assert proposer.take_records() == []
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter, DiffusionOptions
-from drafters.masked import MaskedRequest
-from drafters.vocabulary import MappedDrafter, RetokenizingDrafter
-from drafters.vocabulary_map import VocabularyMap, compare_vocabularies
+from drafters.diffusion.drafter import DiffusionDrafter, DiffusionOptions
+from drafters.diffusion.masked import MaskedRequest
+from drafters.diffusion.vocabulary import MappedDrafter, RetokenizingDrafter
+from drafters.diffusion.vocabulary_map import VocabularyMap, compare_vocabularies
 from tests.checkpoints import TOKENIZER_LENGTH, VOCABULARY_SIZE, write_hub_drafter
 from tests.faulty import FaultyTransformer
 from transformer.model import Transformer

@@ -30,7 +30,7 @@ class RuleDrafter:
         for request in requests:
             tokens = tuple(int(token) for token in self._rule(request)[: request.max_draft_tokens])
             drafts.append(
-                Draft(tokens, "copy", (0.5,) * len(tokens)) if tokens else Draft(bypass_reason="no_candidates")
+                Draft(tokens, "free", (0.5,) * len(tokens)) if tokens else Draft(bypass_reason="no_candidates")
             )
         return drafts
 

@@ -32,7 +32,7 @@ def result(num_accepted: int, next_token: int, *logprobs: TokenLogprobs) -> Veri
 
 def test_accepted_tokens_and_the_extra_one_are_committed_and_all_but_the_last_are_cached() -> None:
     one = decoding()
-    delta = one.commit(1, Draft((4, 5, 6), "copy"), result(2, 7))
+    delta = one.commit(1, Draft((4, 5, 6), "free"), result(2, 7))
     assert delta is not None
     assert delta.tokens == (4, 5, 7)
     assert delta.finish_reason is None
@@ -44,7 +44,7 @@ def test_accepted_tokens_and_the_extra_one_are_committed_and_all_but_the_last_ar
 @pytest.mark.parametrize("include", [False, True])
 def test_the_first_stop_token_ends_the_request_wherever_it_stands_in_the_draft(include: bool) -> None:
     one = decoding(include_stop_token=include)
-    delta = one.commit(1, Draft((4, STOP, STOP, 6), "copy"), result(4, 7))
+    delta = one.commit(1, Draft((4, STOP, STOP, 6), "free"), result(4, 7))
     assert delta is not None
     assert delta.tokens == ((4, STOP) if include else (4,))
     assert (delta.finish_reason, delta.stop_token) == ("stop", STOP)
@@ -57,7 +57,7 @@ def test_the_first_stop_token_ends_the_request_wherever_it_stands_in_the_draft(i
 
 
 def test_without_stop_tokens_nothing_stops() -> None:
-    delta = decoding(stops=()).commit(1, Draft((4, STOP), "copy"), result(2, STOP))
+    delta = decoding(stops=()).commit(1, Draft((4, STOP), "free"), result(2, STOP))
     assert delta is not None
     assert delta.tokens == (4, STOP, STOP)
     assert delta.finish_reason is None
@@ -65,21 +65,21 @@ def test_without_stop_tokens_nothing_stops() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 3, 4])
 def test_the_output_ends_at_max_tokens_exactly(max_tokens: int) -> None:
-    delta = decoding(max_tokens).commit(1, Draft((4, 5, 6), "copy"), result(3, 7))
+    delta = decoding(max_tokens).commit(1, Draft((4, 5, 6), "free"), result(3, 7))
     assert delta is not None
     assert delta.tokens == (4, 5, 6, 7)[:max_tokens]
     assert delta.finish_reason == "length"
 
 
 def test_a_stop_token_in_the_last_place_is_a_stop() -> None:
-    delta = decoding(2).commit(1, Draft((4,), "copy"), result(1, STOP))
+    delta = decoding(2).commit(1, Draft((4,), "free"), result(1, STOP))
     assert delta is not None
     assert (delta.tokens, delta.finish_reason) == ((4,), "stop")
 
 
 def test_log_probabilities_are_cut_with_their_tokens() -> None:
     each = [TokenLogprobs(token, -1.0, 1, ()) for token in (4, STOP, 6)]
-    delta = decoding().commit(1, Draft((4, STOP), "copy"), result(2, 6, *each))
+    delta = decoding().commit(1, Draft((4, STOP), "free"), result(2, 6, *each))
     assert delta is not None
     assert [one.token for one in delta.logprobs] == [4]
 
@@ -101,8 +101,8 @@ def test_statistics_count_only_steps_with_drafts_and_are_snapshots() -> None:
     one = decoding(100)
     deltas = [
         one.commit(1, Draft(), result(0, 4)),
-        one.commit(1, Draft((4, 5, 6), "copy"), result(1, 4)),
-        one.commit(1, Draft((4, 5), "copy"), result(2, 4)),
+        one.commit(1, Draft((4, 5, 6), "free"), result(1, 4)),
+        one.commit(1, Draft((4, 5), "free"), result(2, 4)),
     ]
     stats = [delta.stats for delta in deltas if delta is not None]
     assert [each.num_spec_steps for each in stats if each] == [0, 1, 2]

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from service.engine.vllm_live import LiveRequests
+from service.engine.vllm.live import LiveRequests
 
 
 class Clock:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from drafters.causal_scorer import CausalModel
+from drafters.search.causal_model import CausalModel
 from models.training.continuations import ContinuationRecipe, Continuations, write_continuations
 from models.training.drafter import DrafterRecipe
 from models.training.hints import Lessons, free_drafts

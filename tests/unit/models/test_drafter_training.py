@@ -8,11 +8,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drafters.base import DraftRequest
-from drafters.causal_scorer import CausalModel
 from drafters.coupling import known_noise
-from drafters.diffusion import DiffusionDrafter
-from drafters.masked import MaskedRequest
-from drafters.pipeline import LEAST_SURVIVAL
+from drafters.diffusion.drafter import DiffusionDrafter
+from drafters.diffusion.masked import MaskedRequest
+from drafters.pipeline import MIN_SURVIVAL
+from drafters.search.causal_model import CausalModel
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows
 from models.training.distillation import Phase, distil, train_drafter
@@ -92,7 +92,7 @@ def test_free_drafts_are_those_of_serving(toy_continuations: Continuations, toy_
     row = int(np.flatnonzero(toy_continuations.temperatures > 0)[0])
     text, seed = toy_continuations.tokens[row].astype(np.int32), int(toy_continuations.seeds[row])
     request = DraftRequest("", text[:60], 16, None, float(toy_continuations.temperatures[row]), seed)
-    (chain,) = causal.greedy_chains([request.tokens], [16], [LEAST_SURVIVAL], known_noise([request]))
+    (chain,) = causal.greedy_chains([request.tokens], [16], [MIN_SURVIVAL], known_noise([request]))
     known = [token for token in drafts.tokens[row, 59].tolist() if token != NO_HINT]
     assert tuple(known) == chain.tokens
     assert drafts.promised[row, 59] == np.float16(chain.confidences.cumprod().sum())

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from service.check import CheckOptions, check
-from service.costs import model_cost
 from service.folders import find_mismatch, read_folder, relate
+from service.footprint import model_footprint
 from service.settings import Settings, load_settings
 from tests.checkpoints import (
     VOCABULARY_SIZE,
@@ -124,7 +124,7 @@ def test_memory_in_use_is_what_was_said(tiny_target: Path) -> None:
     from transformer.model import Transformer
 
     config = read_folder(tiny_target).config
-    said = model_cost(config, "bfloat16", on_cpu=True, num_cached=20)
+    said = model_footprint(config, "bfloat16", on_cpu=True, num_cached=20)
     model = Transformer.load(tiny_target, dtype=torch.bfloat16)
     assert model.new_cache(1, 20).entries.nbytes == said.cache_bytes
     kept = [model._embedding, model._head._weight]

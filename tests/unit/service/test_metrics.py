@@ -14,7 +14,7 @@ DRAFTED = Draft(
 STEP = StepRecord(
     outcomes=(
         Outcome("a", DRAFTED, 2),
-        Outcome("b", Draft(tokens=(5,), source="copy", expected_accepted=0.5), 0),
+        Outcome("b", Draft(tokens=(5,), source="free", expected_accepted=0.5), 0),
         Outcome("c", Draft(bypass_reason="not_worth_it"), 0),
         Outcome("d", Draft(bypass_reason="a reason nobody foresaw"), 0),
     ),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from service.engine import vllm_config
-from service.engine.vllm_memory import MemoryBudgetError, TargetFacts, plan_memory
+from service.engine.vllm import config as vllm_config
+from service.engine.vllm.memory import MemoryBudgetError, TargetFacts, plan_memory
 from service.settings import Settings, SettingsError, load_settings
 from transformer.config import CheckpointError
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.attention import FREE_PADDING, MOST_PADDING, bounded_groups
+from transformer.attention import FREE_PADDING, MAX_PADDING, bounded_groups
 
 SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 2048)), min_size=1, max_size=40)
 
@@ -18,7 +18,7 @@ def test_no_call_pads_more_than_its_bound(sizes: list[tuple[int, int]]) -> None:
     for group in groups:
         needed = int((counts[group] * lengths[group]).sum())
         padded = len(group) * int(counts[group].max()) * int(lengths[group].max())
-        assert padded - needed <= max(MOST_PADDING * needed, FREE_PADDING)
+        assert padded - needed <= max(MAX_PADDING * needed, FREE_PADDING)
 
 
 def test_like_sequences_share_one_call_and_a_long_one_attends_alone() -> None:

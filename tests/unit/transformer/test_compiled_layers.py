@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.checkpoints import FAMILIES, TOKENIZER_LENGTH, Family, write_checkpoint
 from transformer.compiled import compiled
 from transformer.intrinsics import exponential, logarithm
-from transformer.matrix import MOST_KERNEL_ROWS, MOST_ROWS_ALONE
+from transformer.matrix import MAX_KERNEL_ROWS, MAX_ROWS_ALONE
 from transformer.model import RowBatch, Transformer
 from transformer.product import LANES, product_kernels
 
@@ -30,7 +30,7 @@ def random_tokens(count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sizes", [[1, 2, 7, 30], [12] * 5, [MOST_KERNEL_ROWS, 1], [100, 3, 90]])
+@pytest.mark.parametrize("sizes", [[1, 2, 7, 30], [12] * 5, [MAX_KERNEL_ROWS, 1], [100, 3, 90]])
 def test_a_row_is_the_same_to_the_last_bit_in_any_batch(tmp_path: Path, family: Family, sizes: list[int]) -> None:
     model = load(tmp_path, family)
     together, alone = model.new_cache(len(sizes), LENGTH), model.new_cache(len(sizes), LENGTH)
@@ -59,10 +59,10 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_batch(tmp_path: Path, family: 
 )
 def test_any_number_of_heads_may_share_keys(tmp_path: Path, overrides: dict[str, object]) -> None:
     model = load(tmp_path, "llama", **overrides)
-    text = random_tokens(MOST_ROWS_ALONE + 1)
+    text = random_tokens(MAX_ROWS_ALONE + 1)
     cache = model.new_cache(2, 300)
     by_layer = model.forward(RowBatch(text, [0], [0], [len(text)]), cache)  # too many rows: layer by layer
-    compiled_rows = model.forward(RowBatch(text[:-1], [1], [0], [MOST_ROWS_ALONE]), cache)
+    compiled_rows = model.forward(RowBatch(text[:-1], [1], [0], [MAX_ROWS_ALONE]), cache)
     assert (by_layer[:-1] - compiled_rows).abs().max() < 1e-4
 
 

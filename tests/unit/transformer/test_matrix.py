@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from transformer.matrix import LANES, MOST_KERNEL_ROWS, MOST_ROWS_ALONE, Matrix
+from transformer.matrix import LANES, MAX_KERNEL_ROWS, MAX_ROWS_ALONE, Matrix
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -11,7 +11,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "rows", [1, 2, 3, 5, 6, 7, 8, 12, 13, 31, MOST_KERNEL_ROWS, MOST_KERNEL_ROWS + 1, MOST_ROWS_ALONE]
+    "rows", [1, 2, 3, 5, 6, 7, 8, 12, 13, 31, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1, MAX_ROWS_ALONE]
 )
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, LANES), (40, 3 * LANES), (256, 512), (33, 17)])
 def test_products_equal_the_library_s(rows: int, inputs: int, outputs: int) -> None:
@@ -27,9 +27,9 @@ def test_products_equal_the_library_s(rows: int, inputs: int, outputs: int) -> N
 
 
 def test_a_row_is_the_same_to_the_last_bit_in_any_batch() -> None:
-    matrix, given = Matrix(random(256, 640)), random(MOST_KERNEL_ROWS, 256)
+    matrix, given = Matrix(random(256, 640)), random(MAX_KERNEL_ROWS, 256)
     alone = torch.cat([matrix.multiply(row[None]) for row in given])
-    for size in (2, 6, 7, 11, MOST_KERNEL_ROWS):
+    for size in (2, 6, 7, 11, MAX_KERNEL_ROWS):
         assert torch.equal(torch.cat([matrix.multiply(part) for part in given.split(size)]), alone)
 
 

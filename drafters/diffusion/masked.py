@@ -23,7 +23,7 @@ class MaskedRequest:
 
 
 class MaskedDrafter(Protocol):
-    """What the pipeline asks of a diffusion drafter, whatever its vocabulary (see `drafters.vocabulary`)."""
+    """What the pipeline asks of a diffusion drafter, whatever its vocabulary (see `drafters.diffusion.vocabulary`)."""
 
     @property
     def longest(self) -> int:

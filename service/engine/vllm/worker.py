@@ -14,11 +14,11 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from drafters.base import StepRecord
-from drafters.step_packing import KEY, pack_record
-from drafters.vllm_cpu_sampling import mend_cpu_sampling
-from drafters.vllm_guard import DraftGuard
-from drafters.vllm_lifeline import hold_lifeline
-from drafters.vllm_proposer import RequestOptions, Row, Trace, VllmProposer
+from service.engine.vllm.cpu_sampling import mend_cpu_sampling
+from service.engine.vllm.guard import DraftGuard
+from service.engine.vllm.lifeline import hold_lifeline
+from service.engine.vllm.proposer import RequestOptions, Row, Trace, VllmProposer
+from service.engine.vllm.step_packing import KEY, pack_record
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -101,7 +101,7 @@ class PipelineProposer:
     def propose(
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
-        """See `drafters.vllm_guard.Proposer.propose`."""
+        """See `service.engine.vllm.guard.Proposer.propose`."""
         if self._proposer is None:
             return [[] for _ in sampled_token_ids]
         return self._proposer.propose(self._batch(sampled_token_ids, num_tokens_no_spec, token_ids_cpu))

@@ -1,6 +1,6 @@
 """The diffusion drafter: a forward pass proposes a distribution for every masked position of every request.
 
-A request's clean tokens run once and stay in the key-value cache (`drafters.clean_prefix`); a draft runs the tokens
+A request's clean tokens run once and stay in the key-value cache (`clean_prefix`); a draft runs the tokens
 committed since the last one, followed by the block of masks.
 """
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafters.clean_prefix import CleanPrefix, CleanPrefixes
-from drafters.masked import MaskedRequest, split_rows
+from drafters.diffusion.clean_prefix import CleanPrefix, CleanPrefixes
+from drafters.diffusion.masked import MaskedRequest, split_rows
 from transformer.model import RowBatch, Transformer
 
-LONGEST_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
+MAX_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class DiffusionDrafter:
     @property
     def longest(self) -> int:
         """Most tokens one call proposes: the block the model was trained for, or four parts."""
-        block = self._model.config.block_size or LONGEST_WITHOUT_BLOCK
+        block = self._model.config.block_size or MAX_WITHOUT_BLOCK
         return max(block, 4 * self._options.part_tokens)
 
     @property

@@ -1,4 +1,4 @@
-"""Drafting across a gap between vocabularies: in the tokens that both have, or in text (`drafters.vocabulary_map`).
+"""Drafting across a gap between vocabularies: in the tokens that both have, or in text (`vocabulary_map`).
 
 Verification makes both exact; what differs is the cost and what is accepted.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from drafters.base import Tokens
-from drafters.diffusion import DiffusionDrafter
-from drafters.masked import MaskedRequest, split_rows
-from drafters.vocabulary_map import VocabularyMap
+from drafters.diffusion.drafter import DiffusionDrafter
+from drafters.diffusion.masked import MaskedRequest, split_rows
+from drafters.diffusion.vocabulary_map import VocabularyMap
 
-LEAST_CONFIDENCE, LARGEST_CONFIDENCE = 1e-6, 0.999  # of a token that was tokenized again
+MIN_CONFIDENCE, LARGEST_CONFIDENCE = 1e-6, 0.999  # of a token that was tokenized again
 
 
 class MappedDrafter:
@@ -217,4 +217,4 @@ class RetokenizingDrafter:
             begin = stop
         if end is not None:
             draft.append(end)
-        return [(token, min(max(sure, LEAST_CONFIDENCE), LARGEST_CONFIDENCE)) for token, sure in draft]
+        return [(token, min(max(sure, MIN_CONFIDENCE), LARGEST_CONFIDENCE)) for token, sure in draft]

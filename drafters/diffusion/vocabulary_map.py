@@ -5,8 +5,8 @@ Qwen3): what is compared is which token an id stands for.
 
 - `identical`: every token of the target has the same id in the drafter, which may have further ones of its own. Ids
   pass through.
-- `overlapping`: the drafter drafts in the tokens both have (`drafters.vocabulary.MappedDrafter`).
-- `disjoint`: drafted text is tokenized again for the target (`drafters.vocabulary.RetokenizingDrafter`).
+- `overlapping`: the drafter drafts in the tokens both have (`drafters.diffusion.vocabulary.MappedDrafter`).
+- `disjoint`: drafted text is tokenized again for the target (`drafters.diffusion.vocabulary.RetokenizingDrafter`).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 VocabularyRelation = Literal["identical", "overlapping", "disjoint"]
 
-LEAST_OVERLAP = 0.5  # of the smaller vocabulary; with less, most of a draft would be cut: text is what both understand
+MIN_OVERLAP = 0.5  # of the smaller vocabulary; with less, most of a draft would be cut: text is what both understand
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,6 @@ def compare_vocabularies(target: Mapping[str, int], drafter: Mapping[str, int]) 
     relation: VocabularyRelation = "disjoint"
     if num_same_id == len(target):
         relation = "identical"
-    elif num_shared >= LEAST_OVERLAP * min(len(target), len(drafter)):
+    elif num_shared >= MIN_OVERLAP * min(len(target), len(drafter)):
         relation = "overlapping"
     return VocabularyMap(relation, len(target), len(drafter), num_shared, num_same_id, to_drafter, to_target)

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from drafters.step_packing import KEY
-from service.drafter import drafter_window
-from service.engine.vllm_memory import (
+from service.drafter_loading import drafter_window
+from service.engine.vllm.memory import (
     BLOCK_TOKENS,
     MemoryPlan,
     TargetFacts,
@@ -16,15 +15,16 @@ from service.engine.vllm_memory import (
     host_memory,
     plan_memory,
 )
+from service.engine.vllm.step_packing import KEY
 from service.preflight import wants_drafter
 from service.settings import Settings
 from transformer.config import CheckpointError, TransformerConfig
 
-MOST_DEFAULT_CONTEXT = 8192
+MAX_DEFAULT_CONTEXT = 8192
 OURS = "diffuspec"
-PROPOSER = "drafters.vllm_worker.PipelineProposer"
-WORKER = "drafters.vllm_worker.DraftingWorker"
-SCHEDULER = "drafters.vllm_worker.ReportingScheduler"
+PROPOSER = "service.engine.vllm.worker.PipelineProposer"
+WORKER = "service.engine.vllm.worker.DraftingWorker"
+SCHEDULER = "service.engine.vllm.worker.ReportingScheduler"
 
 
 def prepare_environment(settings: Settings) -> None:
@@ -57,7 +57,7 @@ def max_draft_tokens(settings: Settings) -> int:
 
 def context_length(settings: Settings, target: TargetFacts) -> int:
     """Raises CheckpointError if the target was not made for the length that is asked for."""
-    length = settings.model.context_length or min(target.max_positions, MOST_DEFAULT_CONTEXT)
+    length = settings.model.context_length or min(target.max_positions, MAX_DEFAULT_CONTEXT)
     if length > target.max_positions:
         raise CheckpointError(
             f"model.context_length is {length}, but the target was made for {target.max_positions} tokens."

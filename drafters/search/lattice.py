@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.kernels.lattice import select_rows
+from drafters.search.kernels.lattice import select_rows
 
 
 @dataclass(frozen=True, slots=True)

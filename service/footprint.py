@@ -19,7 +19,7 @@ BYTES_OF_TYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCost:
+class ModelFootprint:
     """Of one model in one type of numbers."""
 
     weight_bytes: int  # in memory
@@ -28,11 +28,11 @@ class ModelCost:
 
 
 @dataclass(frozen=True, slots=True)
-class PairCost:
+class PairFootprint:
     """Seconds are floors, from `bandwidth` in bytes per second."""
 
-    target: ModelCost
-    drafter: ModelCost | None
+    target: ModelFootprint
+    drafter: ModelFootprint | None
     bandwidth: float
     passes: int = 1  # of the drafter, for a draft
 
@@ -59,7 +59,7 @@ class PairCost:
         return (self.plain_seconds + self.draft_seconds) / self.plain_seconds
 
 
-def model_cost(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: int) -> ModelCost:
+def model_footprint(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: int) -> ModelFootprint:
     """num_cached: tokens whose keys and values are held, of all requests together."""
     size = BYTES_OF_TYPE[dtype]
     shapes = weight_shapes(config)
@@ -68,12 +68,12 @@ def model_cost(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: 
     read = stored if config.tie_word_embeddings else stored - embedding  # of the embedding only single rows are read
     copies = (embedding if config.tie_word_embeddings else 0) + _packed_bytes(config, dtype) if on_cpu else 0
     per_token = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * size
-    return ModelCost(stored + copies, read, per_token * num_cached)
+    return ModelFootprint(stored + copies, read, per_token * num_cached)
 
 
 def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
     """Of the second copies of small matrices that the CPU's kernel works on."""
-    from transformer.matrix import MOST_PACKED_ENTRIES
+    from transformer.matrix import MAX_PACKED_ENTRIES
     from transformer.product import LANES
 
     if dtype != "float32":
@@ -88,7 +88,7 @@ def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
     )
     matrices = [*(layer * config.num_layers), (config.hidden_size, config.vocabulary_size)]
     packed = [rows * columns for rows, columns in matrices if columns % LANES == 0]
-    return 4 * sum(entries for entries in packed if entries <= MOST_PACKED_ENTRIES)
+    return 4 * sum(entries for entries in packed if entries <= MAX_PACKED_ENTRIES)
 
 
 def device_bytes(device: str) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
-SHORTEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 60.0
 
 TokenIds = NDArray[np.int32]
 
@@ -114,7 +114,7 @@ class DraftGuard:
         """Note a failure, and decode plainly for a while."""
         self.num_failures += 1
         self.last_failure = f"{type(error).__name__}: {error}"
-        self._pause_seconds = min(max(2 * self._pause_seconds, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+        self._pause_seconds = min(max(2 * self._pause_seconds, MIN_PAUSE_SECONDS), MAX_PAUSE_SECONDS)
         self._resumes_at = self._clock() + self._pause_seconds
         log.error(
             "the drafter failed (%s); decoding goes on without drafts for %.0f s",

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.tokens import NO_TOKEN, contains
+from drafters.search.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential
 

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels.chains import Noise, greedy_chains
-from drafters.kernels.copying import MAX_MATCH, Copying, copy_weight
-from drafters.kernels.ngram import new_workspace
-from drafters.ngram import NgramModel
+from drafters.search.kernels.chains import Noise, greedy_chains
+from drafters.search.kernels.copying import MAX_MATCH, Copying, copy_weight
+from drafters.search.kernels.ngram import new_workspace
+from drafters.search.ngram import NgramModel
 
 WINDOW = 4096  # tokens of a request's text that copying looks at
-LONGEST_CHAIN = 256  # tokens
+MAX_CHAIN = 256  # tokens
 PRIOR_STRENGTH = 20.0  # observations the shipped weights count for
 # By match length 0..16, fitted on half of the held-out text beside an earlier n-gram model; serving moves them.
 PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
@@ -79,7 +79,7 @@ class CausalModel:
         self._copying = copying or new_copying()
         if not use_copy:
             self._copying.weights[:] = 0.0
-        self.workspace = new_workspace(vocabulary_size, WINDOW + LONGEST_CHAIN)
+        self.workspace = new_workspace(vocabulary_size, WINDOW + MAX_CHAIN)
 
     @property
     def has_ngrams(self) -> bool:
@@ -99,7 +99,7 @@ class CausalModel:
         num_learned: Sequence[int] | None = None,
     ) -> list[Chain]:
         """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token, or
-        the one that the target would draw from the mixture, where its `noise` is known. At most LONGEST_CHAIN tokens.
+        the one that the target would draw from the mixture, where its `noise` is known. At most MAX_CHAIN tokens.
 
         least_survival: a request's chain ends where it would survive with less than this probability (default 0).
         num_learned: how far to trust copying is learned from what the histories hold behind so many tokens, as the
@@ -113,7 +113,7 @@ class CausalModel:
             start, stop = starts[request], starts[request + 1]
             behind = len(history) if num_learned is None or not self.use_copy else num_learned[request]
             first = max(stop - start - max(len(history) - behind, 0), 0)
-            most = min(most, LONGEST_CHAIN)
+            most = min(most, MAX_CHAIN)
             bounds.append((start, stop, first, most))
             longest = max(longest, most)
         count = len(bounds)

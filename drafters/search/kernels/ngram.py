@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.tokens import NO_TOKEN, token_at
+from drafters.search.kernels.tokens import NO_TOKEN, token_at
 from transformer.compiled import compiled
 
 MAX_ORDER = 8
 
 
 class NgramArrays(NamedTuple):
-    """A static n-gram model as the kernels read it (see `drafters.ngram`)."""
+    """A static n-gram model as the kernels read it (see `drafters.search.ngram`)."""
 
     order: int  # longest context plus one; 1: no contexts, only `unigram`
     bucket_contexts: NDArray[np.uint32]  # [buckets + 1] first context of each hash bucket

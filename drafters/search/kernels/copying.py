@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, token_at
+from drafters.search.kernels.ngram import enter_context, leave_context
+from drafters.search.kernels.tokens import NO_TOKEN, token_at
 from transformer.compiled import compiled
 
 MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this long

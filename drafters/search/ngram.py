@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.kernels.ngram import MAX_ORDER, NgramArrays, enter_context, new_workspace
+from drafters.search.kernels.ngram import MAX_ORDER, NgramArrays, enter_context, new_workspace
 
 MAX_SUCCESSORS = 255  # of one context
 LEVELS_PER_NAT = 25.0

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drafters.vocabulary_map import VocabularyMap
+from drafters.diffusion.vocabulary_map import VocabularyMap
 from service.folders import FolderFacts, read_folder, relate
 from service.settings import Settings
 from service.text.tokenizer import TextTokenizer
 from transformer.config import TransformerConfig
 
 if TYPE_CHECKING:
-    from drafters.masked import MaskedDrafter
+    from drafters.diffusion.masked import MaskedDrafter
     from transformer.model import Transformer
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class BuiltDrafter:
 
 
 class TextCodec:
-    """A tokenizer as `drafters.vocabulary` wants it: plain text, no special tokens."""
+    """A tokenizer as `drafters.diffusion.vocabulary` wants it: plain text, no special tokens."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -70,8 +70,8 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
 
     Raises CheckpointError or TokenizerError.
     """
-    from drafters.diffusion import DiffusionDrafter, DiffusionOptions
-    from drafters.vocabulary import MappedDrafter, RetokenizingDrafter
+    from drafters.diffusion.drafter import DiffusionDrafter, DiffusionOptions
+    from drafters.diffusion.vocabulary import MappedDrafter, RetokenizingDrafter
 
     speculation, num_slots = settings.speculation, settings.scheduler.max_running
     theirs, ours = read_folder(settings.model.target), read_folder(Path(settings.model.drafter_choice))

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from drafters.base import StepRecord
-from drafters.step_packing import unpack_records
-from service.engine import vllm_config
 from service.engine.base import (
     EngineStatus,
     EngineUnavailableError,
@@ -22,10 +20,12 @@ from service.engine.base import (
     RequestTimeoutError,
     TokenDelta,
 )
-from service.engine.vllm_live import LiveRequests
-from service.engine.vllm_memory import GIB, TargetFacts
-from service.engine.vllm_probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
-from service.engine.vllm_requests import DeltaReader, leaves_no_token, sampling_params
+from service.engine.vllm import config as vllm_config
+from service.engine.vllm.live import LiveRequests
+from service.engine.vllm.memory import GIB, TargetFacts
+from service.engine.vllm.probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
+from service.engine.vllm.requests import DeltaReader, leaves_no_token, sampling_params
+from service.engine.vllm.step_packing import unpack_records
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from service.engine.vllm_watch import StepWatch
+        from service.engine.vllm.watch import StepWatch
 
         self._loading = ("starting vLLM's processes", 0.3)
         arguments = vllm_config.engine_arguments(settings, target, plan)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import clear_text, index_text
-from drafters.kernels.lattice import is_broken, new_select_room, select_row
-from drafters.kernels.options import expand, new_room
-from drafters.kernels.tokens import contains
+from drafters.search.kernels.copying import clear_text, index_text
+from drafters.search.kernels.lattice import is_broken, new_select_room, select_row
+from drafters.search.kernels.options import expand, new_room
+from drafters.search.kernels.tokens import contains
 from transformer.compiled import allocating, compiled
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.copying import (
+from drafters.search.kernels.copying import (
     clear_text,
     copied_token,
     follow_copy,
@@ -13,12 +13,12 @@ from drafters.kernels.copying import (
     learn_copying,
     mixed_probability,
 )
-from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains
+from drafters.search.kernels.ngram import enter_context, leave_context
+from drafters.search.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
-LEAST_SHARE = 1e-3  # of the most probable token's probability: less probable ones are not expected to be drawn
+MIN_SHARE = 1e-3  # of the most probable token's probability: less probable ones are not expected to be drawn
 
 
 class Noise(NamedTuple):
@@ -110,7 +110,7 @@ def greedy_chains(
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
             if noise.scales[request, 0] > 0.0 and best != NO_TOKEN:
                 key = noise_key(noise.places[request, 0], np.int64(noise.places[request, 1]) + step)
-                scale, least = noise.scales[request, 0], confidence * LEAST_SHARE
+                scale, least = noise.scales[request, 0], confidence * MIN_SHARE
                 best, confidence = _likely_draw(ngram, found, rest, copied, weight, least, scale, key, work)
             leave_context(ngram, found, work)
             survival *= confidence

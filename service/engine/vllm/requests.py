@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from drafters.step_packing import KEY
-from drafters.vllm_proposer import RequestOptions
 from service.engine.base import (
     FinishReason,
     GenerationRequest,
@@ -17,6 +15,8 @@ from service.engine.base import (
     StructureSpec,
     TokenDelta,
 )
+from service.engine.vllm.proposer import RequestOptions
+from service.engine.vllm.step_packing import KEY
 from verifiers.base import TokenLogprobs
 from verifiers.sampling import BANNED, ban, restrict
 
@@ -25,7 +25,7 @@ _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort"
 
 
 def sampling_params(request: GenerationRequest, probe: int | None = None) -> Any:
-    """vLLM's `SamplingParams`. `probe`: always draft so many tokens (see `drafters.vllm_proposer`)."""
+    """vLLM's `SamplingParams`. `probe`: always draft so many tokens (see `service.engine.vllm.proposer`)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

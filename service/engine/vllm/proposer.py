@@ -1,6 +1,6 @@
 """The drafting pipeline as vLLM's worker sees it: batch rows in, drafts out, true counts back.
 
-Nothing here imports vLLM: `drafters.vllm_worker` translates its objects into the few words below.
+Nothing here imports vLLM: `service.engine.vllm.worker` translates its objects into the few words below.
 """
 
 from collections import OrderedDict, deque
@@ -15,8 +15,8 @@ from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PolicyName
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_RECORDS = 4096  # kept until somebody takes them
-MOST_TRACES = 64  # requests whose traces are kept after they ended
+MAX_RECORDS = 4096  # kept until somebody takes them
+MAX_TRACES = 64  # requests whose traces are kept after they ended
 
 _READING = Draft(bypass_reason="prefill")
 _DISABLED = Draft(bypass_reason="disabled")
@@ -94,7 +94,7 @@ class VllmProposer:
         self._clock = clock
         self._pending = _Pending()
         self._names: dict[str, str] = {}  # requests in the batch: vLLM's id -> the service's
-        self._records: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
+        self._records: deque[StepRecord] = deque(maxlen=MAX_RECORDS)
         self._traces: OrderedDict[str, Trace] = OrderedDict()
         self._probes: dict[tuple[int, int], list[StepRecord]] = {}  # (batch, drafted tokens) -> calibration steps
         self._step_started = 0.0
@@ -196,7 +196,7 @@ class VllmProposer:
         """A draft that is surely wrong but costs what a draft costs."""
         count = min(row.options.probe or 0, row.num_left - 1)
         last = int(row.tokens[-1])
-        return Draft(tuple((last + 1 + i) % self._vocabulary_size for i in range(count)), "copy")
+        return Draft(tuple((last + 1 + i) % self._vocabulary_size for i in range(count)), "free")
 
     def _record(self, rows: Sequence[Row], now: float) -> StepRecord:
         gap = 0.0 if self._last_ended is None else max(self._step_started - self._last_ended, 0.0)
@@ -233,7 +233,7 @@ class VllmProposer:
             if outcome.request_id in traced:
                 trace = self._traces.setdefault(outcome.request_id, [])
                 trace.append((outcome.draft.source, list(outcome.draft.tokens), outcome.num_accepted))
-        while len(self._traces) > MOST_TRACES:
+        while len(self._traces) > MAX_TRACES:
             self._traces.popitem(last=False)
 
 

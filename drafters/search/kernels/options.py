@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.kernels.chains import Noise
-from drafters.kernels.copying import copied_token, follow_copy, mixed_probability
-from drafters.kernels.ngram import enter_context, leave_context
-from drafters.kernels.tokens import NO_TOKEN, contains
+from drafters.search.kernels.chains import Noise
+from drafters.search.kernels.copying import copied_token, follow_copy, mixed_probability
+from drafters.search.kernels.ngram import enter_context, leave_context
+from drafters.search.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential, logarithm
 from transformer.noise import gumbel, noise_key

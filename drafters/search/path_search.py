@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.causal_scorer import CausalModel, join, no_noise
-from drafters.kernels.chains import Noise
-from drafters.kernels.options import Search
-from drafters.kernels.search import (
+from drafters.search.causal_model import CausalModel, join, no_noise
+from drafters.search.kernels.chains import Noise
+from drafters.search.kernels.options import Search
+from drafters.search.kernels.search import (
     IS_BROKEN,
     LENGTH,
     MEAN_WIDTH,
@@ -29,7 +29,7 @@ from drafters.kernels.search import (
     Found,
     search_paths,
 )
-from drafters.lattice import DraftLattice
+from drafters.search.lattice import DraftLattice
 
 LOG_FLOOR = -20.0  # nats
 

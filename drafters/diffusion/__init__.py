@@ -1,0 +1,1 @@
+"""The diffusion models that draft: checkpoints, windows and caches, vocabularies."""
