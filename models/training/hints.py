@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from drafters.base import DraftRequest
 from drafters.coupling import known_noise
-from drafters.pipeline import MIN_SURVIVAL
+from drafters.policy.policy import MIN_SURVIVAL
 from drafters.search.causal_model import CausalModel
 from models.training.continuations import Continuations
 
