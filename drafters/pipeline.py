@@ -127,7 +127,7 @@ class DraftPipeline:
         least = max(MIN_SURVIVAL, self._planner.least_survival(len(candidates)))
         floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
         noise = known_noise([candidate.request for candidate in candidates])
-        chains = self._causal.greedy_chains(
+        chains = self._causal.draft(
             histories, [candidate.cap for candidate in candidates], floors, noise, _take_unlearned(candidates)
         )
         for candidate, chain in zip(candidates, chains, strict=True):
@@ -147,7 +147,7 @@ class DraftPipeline:
         def pending_rows(request: DraftRequest) -> int:
             return diffusion.pending_rows(request.request_id, len(request.tokens))
 
-        self._planner.plan_diffusion(candidates, diffusion.longest, pending_rows)
+        self._planner.plan_diffusion(candidates, diffusion.max_tokens, pending_rows)
 
     def _diffuse(self, candidates: Sequence[Candidate]) -> DraftingCost:
         """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts.
@@ -208,7 +208,7 @@ class DraftPipeline:
             replace(candidate.request, tokens=np.append(candidate.request.tokens, np.array(candidate.tokens, np.int32)))
             for candidate in going
         ]
-        chains = self._causal.greedy_chains(
+        chains = self._causal.draft(
             [request.tokens for request in requests],
             [candidate.cap - len(candidate.tokens) for candidate in going],
             [MIN_SURVIVAL] * len(going),
