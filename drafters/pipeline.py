@@ -107,7 +107,7 @@ class DraftPipeline:
         nothing = Draft(bypass_reason="no_candidates")
         if self._causal is None or not self._free_drafts:
             return [nothing] * len(requests)
-        chains = self._causal.greedy_chains(
+        chains = self._causal.draft(
             [request.tokens for request in requests],
             [request.max_draft_tokens for request in requests],
             [self._policy.min_survival(request) for request in requests],
@@ -130,7 +130,7 @@ class DraftPipeline:
         if diffusion is None or self._search is None or self._backoff.is_paused:
             return found
         pending = [diffusion.pending_rows(request.request_id, len(request.tokens)) for request in requests]
-        lengths = self._policy.pass_lengths(requests, free, pending, diffusion.longest)
+        lengths = self._policy.pass_lengths(requests, free, pending, diffusion.max_tokens)
         places = [i for i, length in enumerate(lengths) if length]
         if not places:
             return found
@@ -207,7 +207,7 @@ class DraftPipeline:
             replace(requests[i], tokens=np.append(requests[i].tokens, np.array(drafts[i].tokens, np.int32)))
             for i in going
         ]
-        chains = self._causal.greedy_chains(
+        chains = self._causal.draft(
             [request.tokens for request in longer],
             [request.max_draft_tokens - len(drafts[i].tokens) for i, request in zip(going, longer, strict=True)],
             [self._policy.min_survival(request) for request in longer],
