@@ -35,7 +35,7 @@ class Exploring:
 
     def is_due(self, kind: Hashable, price: float) -> bool:
         """Return whether enough is saved to try an action that costs `price` seconds more than the best; spend it."""
-        if self._saved[kind] < price:
+        if self._saved[kind] <= price:
             return False
         self._saved[kind] = 0.0
         return True
