@@ -1,7 +1,7 @@
 """The words of drafting, shared by both engines."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -91,12 +91,27 @@ class Draft:
             return self
         if length <= 0:
             return Draft(search=self.search, bypass_reason=reason)
-        return replace(
-            self,
-            tokens=self.tokens[:length],
-            confidences=self.confidences[:length],
-            survival=self.survival[:length],
-            num_searched=min(self.num_searched, length),
+        return Draft(
+            self.tokens[:length],
+            self.source,
+            self.confidences[:length],
+            min(self.num_searched, length),
+            self.survival[:length],
+            self.search,
+            self.free,
+        )
+
+    def with_survival(self, survival: Sequence[float]) -> "Draft":
+        """Return the draft with the policy's estimate of it."""
+        return Draft(
+            self.tokens,
+            self.source,
+            self.confidences,
+            self.num_searched,
+            tuple(survival),
+            self.search,
+            self.free,
+            self.bypass_reason,
         )
 
 

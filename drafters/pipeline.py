@@ -110,7 +110,7 @@ class DraftPipeline:
         chains = self._causal.draft(
             [request.tokens for request in requests],
             [request.max_draft_tokens for request in requests],
-            [self._policy.min_survival(request) for request in requests],
+            self._policy.min_survival(requests),
             known_noise(requests),
             self._take_unlearned(requests),
         )
@@ -210,7 +210,7 @@ class DraftPipeline:
         chains = self._causal.draft(
             [request.tokens for request in longer],
             [request.max_draft_tokens - len(drafts[i].tokens) for i, request in zip(going, longer, strict=True)],
-            [self._policy.min_survival(request) for request in longer],
+            self._policy.min_survival(longer),
             known_noise(longer),
         )
         for i, chain in zip(going, chains, strict=True):

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,15 +53,16 @@ class Acceptance:
         self._rates: Floats = np.tile(np.linspace(0.0, 1.0, KNOTS), (2, NUM_CLASSES, 1))  # [sources, classes, knots]
         self._seen: Floats = np.full(self._rates.shape, PRIOR_WEIGHT)
 
-    def survival(self, drafts: Sequence[Draft], classes: Sequence[int], factors: Sequence[float]) -> Floats:
-        """Return `[drafts, longest]` the probability that each token and all before it are accepted; 0 behind the last.
+    def survival(self, drafts: Sequence[Draft], classes: Sequence[int], factors: Sequence[float]) -> list[list[float]]:
+        """Return for each draft `[tokens]` the probability that the token and all before it are accepted.
 
         classes: from `temperature_class`, one per draft, as the requests' `factors`.
         """
         confidences, sizes = _packed(drafts, classes)
-        survival = np.zeros_like(confidences)
+        survival = np.empty_like(confidences)
         _survive(confidences, sizes, self._rates, np.array(factors, np.float64), survival)
-        return survival
+        flat, ends = survival.tolist(), list(accumulate(len(draft.confidences) for draft in drafts))
+        return [flat[end - len(draft.confidences) : end] for draft, end in zip(drafts, ends, strict=True)]
 
     def observe(self, drafts: Sequence[Draft], classes: Sequence[int], num_accepted: Sequence[int]) -> None:
         """Take in verified drafts: their first `num_accepted` tokens were right, the next one (if any) was not."""
@@ -69,12 +71,10 @@ class Acceptance:
 
 
 def _packed(drafts: Sequence[Draft], classes: Sequence[int]) -> tuple[Floats, Ints]:
-    """Return `[drafts, longest]` confidences, and `[drafts, 3]` length, tokens that the search chose, class."""
-    sizes = [(len(draft.tokens), draft.num_searched, where) for draft, where in zip(drafts, classes, strict=True)]
-    confidences = np.zeros((len(drafts), max((size[0] for size in sizes), default=0)))
-    for row, draft in zip(confidences, drafts, strict=True):
-        row[: len(draft.tokens)] = draft.confidences
-    return confidences, np.array(sizes, np.int64).reshape(-1, 3)
+    """Return the confidences of all drafts in a row, and `[drafts, 3]` length, tokens that the search chose, class."""
+    sizes = [(len(draft.confidences), draft.num_searched, where) for draft, where in zip(drafts, classes, strict=True)]
+    confidences = [confidence for draft in drafts for confidence in draft.confidences]
+    return np.array(confidences, np.float64), np.array(sizes, np.int64).reshape(-1, 3)
 
 
 @compiled
@@ -87,27 +87,31 @@ def _place(confidence: float) -> tuple[int, float]:
 
 @compiled
 def _survive(confidences: Floats, sizes: Ints, rates: Floats, factors: Floats, survival: Floats) -> None:
+    start = 0
     for draft in range(len(sizes)):
         length, searched, where = sizes[draft]
         alive = 1.0
         for position in range(length):
             table = rates[1 if position < searched else 0, where]
-            knot, share = _place(confidences[draft, position])
+            knot, share = _place(confidences[start + position])
             rate = table[knot] + share * (table[knot + 1] - table[knot])
             alive *= min(rate * factors[draft], 1.0)
-            survival[draft, position] = alive
+            survival[start + position] = alive
+        start += length
 
 
 @compiled
 def _learn(confidences: Floats, sizes: Ints, num_accepted: Ints, rates: Floats, seen: Floats) -> None:
+    start = 0
     for draft in range(len(sizes)):
         length, searched, where = sizes[draft]
         for position in range(min(num_accepted[draft] + 1, length)):
             source = 1 if position < searched else 0
-            knot, share = _place(confidences[draft, position])
+            knot, share = _place(confidences[start + position])
             right = 1.0 if position < num_accepted[draft] else 0.0
             for side in range(2):
                 weight = share if side else 1.0 - share
                 seen[source, where, knot + side] += weight
                 rate = max(RATE, 1.0 / seen[source, where, knot + side])
                 rates[source, where, knot + side] += rate * weight * (right - rates[source, where, knot + side])
+        start += length

@@ -33,6 +33,10 @@ class Exploring:
         """Note that somebody took such an action: nothing need be saved for it."""
         self._saved[kind] = 0.0
 
+    def has_saved(self, kind: Hashable) -> bool:
+        """Return whether any time is saved for the kind: else its price need not be known."""
+        return self._saved[kind] > 0.0
+
     def is_due(self, kind: Hashable, price: float) -> bool:
         """Return whether enough is saved to try an action that costs `price` seconds more than the best; spend it."""
         if self._saved[kind] <= price:

@@ -16,7 +16,7 @@ from drafters.policy.seconds import StepSeconds
 Floats = NDArray[np.float64]
 
 MIN_GAIN = 0.03  # smallest relative gain for which drafting beats plain decoding. Doubled: fewer drafts that hardly pay
-MIN_SURVIVAL = 0.05  # of a free draft's token by its own account, else the draft ends. Doubled: shorter free drafts
+MIN_SURVIVAL = 0.05  # of a free draft's tokens, however cheap rows are. Doubled: shorter free drafts
 MAX_REST_STEPS = 16  # in which a request isn't looked at while nothing pays. Doubled: cheaper, slower to see a change
 PROMISES = (0.4, 0.9, 1.8, 4.0)  # accepted tokens expected of a free draft: upper edges of the classes of passes
 PRIOR_GAIN = 1.0  # accepted tokens that a pass adds, before any was verified. Doubled: more passes are tried at first
@@ -65,6 +65,7 @@ class Policy:
         self._gains: Floats = np.full(shape, PRIOR_GAIN)  # accepted tokens that a pass really added to the free draft
         self._num_passes: Floats = np.full(shape, PRIOR_WEIGHT)
         self._num_requests, self._num_rows = 1, 1  # of the step: requests, and rows without drafts
+        self._plain_seconds = 0.0  # of its verification without drafts
 
     def calibrate(
         self, verify: Mapping[int, float], passes: Mapping[int, float] | None, plain: Mapping[int, float] | None = None
@@ -75,15 +76,18 @@ class Policy:
     def open_step(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[DraftRequest]:
         """Begin a step of these requests; returns those worth drafting for: the others rest, or may not draft."""
         self._num_requests, self._num_rows = len(requests), len(requests) + num_prefill_rows
+        self._plain_seconds = self._seconds.plain(self._num_requests, self._num_rows)
         wanting = [request for request in requests if request.max_draft_tokens > 0]
         may_be_plain = all(self.is_adaptive(request) for request in wanting)
-        if wanting and may_be_plain and self._exploring.is_due("plain", self._plain_seconds()):
+        if wanting and may_be_plain and self._exploring.is_due("plain", self._plain_seconds):
             return []  # a step without drafts tells what plain decoding costs
         return [request for request in wanting if not self._rests(request)]
 
-    def min_survival(self, request: DraftRequest) -> float:
-        """Return the survival, by its own account, at which a request's free draft ends."""
-        return MIN_SURVIVAL if self.is_adaptive(request) else 0.0
+    def min_survival(self, requests: Sequence[DraftRequest]) -> list[float]:
+        """Return the survival, by its own account, at which each request's free draft ends: less isn't worth a row."""
+        pace = self._num_requests / self._plain_seconds
+        least = max(pace * self._seconds.row(self._num_requests, self._num_rows), MIN_SURVIVAL)
+        return [least if self.is_adaptive(request) else 0.0 for request in requests]
 
     def is_adaptive(self, request: DraftRequest) -> bool:
         """Return whether `goodput` decides for the request: nothing else says how long its drafts are."""
@@ -95,10 +99,7 @@ class Policy:
         survival = self._acceptance.survival(
             drafts, [state.temperature_class for state in states], [state.factor.value for state in states]
         )
-        return [
-            replace(draft, survival=tuple(row[: len(draft.tokens)])) if draft.tokens else draft
-            for draft, row in zip(drafts, survival.tolist(), strict=True)
-        ]
+        return [draft.with_survival(row) if row else draft for draft, row in zip(drafts, survival, strict=True)]
 
     def pass_lengths(
         self, requests: Sequence[DraftRequest], free: Sequence[Draft], pending: Sequence[int], max_length: int
@@ -162,10 +163,10 @@ class Policy:
         known = [(self._states[each.request_id], each) for each in step.outcomes if each.request_id in self._states]
         drafted = [(state, outcome) for state, outcome in known if outcome.draft.tokens]
         drafts, classes = [each.draft for _, each in drafted], [state.temperature_class for state, _ in drafted]
-        expected = self._acceptance.survival(drafts, classes, [1.0] * len(drafts)).sum(axis=1).tolist()
+        survival = self._acceptance.survival(drafts, classes, [1.0] * len(drafts))
         self._acceptance.observe(drafts, classes, [outcome.num_accepted for _, outcome in drafted])
-        for (state, outcome), tokens in zip(drafted, expected, strict=True):
-            state.factor.observe(outcome.num_accepted, tokens)
+        for (state, outcome), rates in zip(drafted, survival, strict=True):
+            state.factor.observe(outcome.num_accepted, sum(rates))
         for state, outcome in known:
             if not outcome.draft.tokens:
                 state.factor.observe(0.0, 0.0)
@@ -190,8 +191,8 @@ class Policy:
         if draft.source == "diffusion":
             state.paper.observe(facts.raw_length, outcome.num_accepted)
             right = draft.tokens[: outcome.num_accepted]
-            if outcome.next_token is not None:
-                right = (*right, outcome.next_token)
+            if outcome.next_token is not None and outcome.num_accepted < len(draft.tokens):
+                right = (*right, outcome.next_token)  # in place of a rejected token: the free draft may have had it
             added = outcome.num_accepted - num_common(draft.free, right)
         where = state.temperature_class, bisect_left(PROMISES, facts.promised)
         self._num_passes[where] += 1.0
@@ -211,12 +212,13 @@ class Policy:
         gains, seconds, wanted: `[requests]` accepted tokens and seconds of a pass for the first 1, 2, ... of them, and
         tokens of each one's draft.
         """
-        plain = self._plain_seconds()
-        if (gains / seconds).max() * plain <= self._num_requests:  # slower than plain decoding: not worth a closer look
+        if (
+            gains / seconds
+        ).max() * self._plain_seconds <= self._num_requests:  # slower than plain decoding: not worth a closer look
             return 0
         adaptive = [draft for request, draft in zip(requests, free, strict=True) if self.is_adaptive(request)]
         _, tokens, before = self._best_lengths(adaptive, 0, 0.0)
-        more = self._seconds.row(self._num_requests) * np.cumsum(wanted)
+        more = self._seconds.row(self._num_requests, self._num_rows) * np.cumsum(wanted)
         rates = (tokens + gains) / (before + seconds + more)
         best = int(rates.argmax())
         return best + 1 if rates[best] > (1.0 + MIN_GAIN) * tokens / before else 0
@@ -229,23 +231,20 @@ class Policy:
         A batch's tokens are taken in the order of their survival, as many as pay. other_rows: drafted for requests
         whose length is settled otherwise.
         """
-        count, longest = len(drafts), max(max(len(draft.tokens) for draft in drafts), 1)
-        survival = np.zeros((count, longest))
-        for row, draft in zip(survival, drafts, strict=True):
-            row[: len(draft.tokens)] = draft.survival
-        flat = survival.ravel()
-        order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
-        rows = self._num_rows + other_rows + np.arange(len(order) + 1.0)
-        seconds = self._seconds.drafted(self._num_requests, rows)
+        flat = np.array([value for draft in drafts for value in draft.survival])
+        order = np.argsort(-flat, kind="stable")  # a request's tokens stay in order: survival never rises along a draft
+        seconds = self._seconds.drafted(self._num_requests, self._num_rows + other_rows, len(flat))
         if not other_rows:
-            seconds[0] = self._seconds.plain(self._num_requests, self._num_rows)
+            seconds[0] = self._plain_seconds
         seconds += self._seconds.overhead + spent_seconds
-        tokens = self._num_requests + np.append(0.0, np.cumsum(flat[order]))
+        tokens = np.full(len(flat) + 1, float(self._num_requests))
+        tokens[1:] += np.cumsum(flat[order])
         rates = tokens / seconds
         best = int(rates.argmax())
         if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
             best = 0
-        lengths = np.bincount(order[:best] // longest, minlength=count).tolist()
+        owners = np.repeat(np.arange(len(drafts)), [len(draft.tokens) for draft in drafts])
+        lengths = np.bincount(owners[order[:best]], minlength=len(drafts)).tolist()
         return lengths, float(tokens[best]), float(seconds[best])
 
     def _better(self, request: DraftRequest, free: Draft, found: Draft | None) -> Draft:
@@ -259,15 +258,11 @@ class Policy:
 
     def _probe(self, state: RequestState, draft: Draft) -> int:
         """Return 1 if a token is worth verifying for what it tells, though not for itself; else 0."""
-        if not draft.tokens:
+        if not draft.tokens or not self._exploring.has_saved(("free", state.temperature_class)):
             return 0
-        rows = np.array([self._num_rows + 1.0])
-        more = float(self._seconds.drafted(self._num_requests, rows)[0]) - self._plain_seconds()
-        price = max(more, self._seconds.row(self._num_requests))
+        drafted = self._seconds.drafted(self._num_requests, self._num_rows, 1)
+        price = max(float(drafted[1]) - self._plain_seconds, float(drafted[1] - drafted[0]))
         return int(self._exploring.is_due(("free", state.temperature_class), price))
-
-    def _plain_seconds(self) -> float:
-        return self._seconds.plain(self._num_requests, self._num_rows)
 
     def _length(self, request: DraftRequest) -> int:
         """Return the most tokens of the request's draft by its policy."""

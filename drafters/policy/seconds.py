@@ -10,10 +10,11 @@ from drafters.base import StepRecord
 from drafters.policy.learning import PRIOR_WEIGHT, RATE, moved
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 StepKind = Literal["plain", "drafted", "pass"]
 
 GUESSED_ROW_SHARE = 0.05  # of one row's pass, for each further row, where only one size was measured
-BEYOND = 1 << 20  # rows: the curve goes on to here as its last line does
+MAX_ROWS = 1 << 14  # of a pass; what more rows cost is not told apart
 
 
 class StepSeconds:
@@ -40,34 +41,32 @@ class StepSeconds:
         self.search = 1e-4  # of lattice and path search, per request
         self.overhead = 2e-4  # of a step beside its passes: free drafts, the policy, the commit
 
-    def plain(self, num_requests: int, num_rows: int | None = None) -> float:
+    def plain(self, num_requests: int, num_rows: int) -> float:
         """Return the seconds of a verification pass without drafts. num_rows: its prompt rows included."""
-        rows = np.array([num_rows or num_requests], np.float64)
-        return float(self._verify(num_requests, rows)[0]) * self._ratio["plain"]
+        return float(self._verify(num_requests, num_rows, 0)[0]) * self._ratio["plain"]
 
-    def drafted(self, num_requests: int, rows: Floats) -> Floats:
-        """Return the seconds of verification passes of so many `rows` in all, drafts among them."""
-        return self._verify(num_requests, rows) * self._ratio["drafted"]
+    def drafted(self, num_requests: int, num_rows: int, max_drafted: int) -> Floats:
+        """Return `[1 + max_drafted]` seconds of verification passes with 0, 1, ... draft tokens beside `num_rows`."""
+        return self._verify(num_requests, num_rows, max_drafted) * self._ratio["drafted"]
 
-    def diffusion(self, rows: Floats) -> Floats:
+    def diffusion(self, rows: Ints) -> Floats:
         """Return the seconds of diffusion passes of so many `rows`; 0 for none."""
-        seconds: Floats = np.interp(rows, *self._passes) * self._ratio["pass"]
-        return np.where(rows > 0, seconds, 0.0)
+        seconds: Floats = self._passes[np.minimum(rows, MAX_ROWS)] * self._ratio["pass"]
+        return seconds
 
-    def row(self, num_requests: int) -> float:
-        """Return the seconds that one more row costs in a drafted pass of so many requests."""
-        few, more = self._verify(num_requests, np.array([num_requests, num_requests + 8.0]))
-        return float(more - few) / 8 * self._ratio["drafted"]
+    def row(self, num_requests: int, num_rows: int) -> float:
+        """Return the seconds of one more row in a drafted pass: the mean over the next eight."""
+        passes = self.drafted(num_requests, num_rows, 8)
+        return float(passes[8] - passes[0]) / 8
 
     def observe(self, step: StepRecord) -> None:
         """Learn from a step. Prompt rows need no logits and long attention, so steps with some teach nothing here."""
         num_requests, drafting = len(step.outcomes), step.drafting
         if num_requests and not step.num_prefill_rows:
             kind: StepKind = "drafted" if any(outcome.draft.tokens for outcome in step.outcomes) else "plain"
-            rows = np.array([step.num_rows], np.float64)
-            self._correct(kind, step.verify_seconds, float(self._verify(num_requests, rows)[0]))
+            self._correct(kind, step.verify_seconds, float(self._verify(num_requests, step.num_rows, 0)[0]))
         if drafting.num_diffusion_rows:
-            predicted = float(np.interp(drafting.num_diffusion_rows, *self._passes))
+            predicted = float(self._passes[min(drafting.num_diffusion_rows, MAX_ROWS)])
             self._correct("pass", drafting.pass_seconds, predicted)
         if drafting.num_searches:
             self.search = moved(self.search, drafting.search_seconds / drafting.num_searches)
@@ -75,26 +74,29 @@ class StepSeconds:
         for each in self._age:
             self._age[each] += 1
 
-    def _verify(self, num_requests: int, rows: Floats) -> Floats:
-        at = np.append(rows, num_requests)
-        by_rows = np.interp(at, *self._by_rows)
-        seconds: Floats = float(np.interp(num_requests, *self._by_requests)) + by_rows[:-1] - by_rows[-1]
-        return np.maximum(seconds, 1e-9)
+    def _verify(self, num_requests: int, num_rows: int, max_drafted: int) -> Floats:
+        """Return `[1 + max_drafted]` seconds by the start-up curves alone."""
+        first = min(num_rows, MAX_ROWS - max_drafted)
+        beside = self._by_requests[min(num_requests, MAX_ROWS)] - self._by_rows[min(num_requests, MAX_ROWS)]
+        seconds: Floats = np.maximum(self._by_rows[first : first + max_drafted + 1] + beside, 1e-9)
+        return seconds
 
     def _correct(self, kind: StepKind, seconds: float, predicted: float) -> None:
         """Pull a kind's ratio towards one step; the longer none was seen, the more."""
-        if seconds <= 0.0 or predicted <= 0.0:
-            return
-        rate = RATE * min(max(self._age[kind], 1), PRIOR_WEIGHT)
-        self._ratio[kind] = moved(self._ratio[kind], seconds / predicted, rate)
-        self._age[kind] = 0
+        if seconds > 0.0:
+            rate = RATE * min(max(self._age[kind], 1), PRIOR_WEIGHT)
+            self._ratio[kind] = moved(self._ratio[kind], seconds / predicted, rate)
+            self._age[kind] = 0
 
 
-def _curve(measured: Mapping[int, float]) -> tuple[Floats, Floats]:
-    """Return rows and seconds, never falling, that go on beyond the largest measured size."""
-    rows = sorted(measured)
-    seconds = np.maximum.accumulate([measured[size] for size in rows])
+def _curve(measured: Mapping[int, float]) -> Floats:
+    """Return `[MAX_ROWS + 1]` seconds by rows: lines between the measured sizes, never falling; 0 for none."""
+    sizes = sorted(measured)
+    seconds = np.maximum.accumulate([measured[size] for size in sizes])
     slope = GUESSED_ROW_SHARE * seconds[0]
-    if len(rows) > 1:
-        slope = (seconds[-1] - seconds[0]) / (rows[-1] - rows[0])
-    return np.array([*rows, BEYOND], np.float64), np.append(seconds, seconds[-1] + slope * (BEYOND - rows[-1]))
+    if len(sizes) > 1:
+        slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
+    beyond = seconds[-1] + slope * (MAX_ROWS - sizes[-1])
+    curve: Floats = np.interp(np.arange(MAX_ROWS + 1), [*sizes, MAX_ROWS], [*seconds, beyond])
+    curve[0] = 0.0
+    return curve
