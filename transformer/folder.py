@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Return token -> id of the folder's tokenizer, added tokens included; None without a tokenizer.
 
-    Reads tokenizer.json. If the tokenizer is a Python class of its own (Dream), reads vocab.json, added_tokens.json and
+    Reads tokenizer.json. If the tokenizer is a Python class (Dream), reads vocab.json, added_tokens.json and
     tokenizer_config.json. Raises CheckpointError if a file cannot be read.
     """
     path = folder / "tokenizer.json"

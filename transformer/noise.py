@@ -1,7 +1,7 @@
 """The noise that sampled tokens are drawn with. It depends on (seed, absolute position, token) alone.
 
 A token is drawn by the Gumbel-max rule: the token with the largest `log(weight) + noise` wins, which samples exactly
-from the weights. A request meets the same noise at the same position, however many tokens are drafted and whoever else
+from the weights. A request meets the same noise at the same position, however many tokens are drafted and whatever else
 is in the batch. So a seeded request gives the same tokens with speculation on or off. The noise is known before the
 target runs, so a drafter can use it: if its distribution is near the target's, so is its draw (Daliri et al.,
 2408.07978).

@@ -123,7 +123,7 @@ def oracle(requests: Sequence[GenerationRequest], outputs: Sequence[Sequence[int
 def outputs_under(
     setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: Drafting
 ) -> list[list[int]]:
-    """Run all requests, which join at random, beside others that are cancelled midway."""
+    """Run all requests, which join at random, together with others that are cancelled midway."""
     generator = np.random.default_rng(setting.seed)
     limits = SchedulerLimits(setting.num_slots, prefill_chunk_tokens=setting.chunk, reuse_prefixes=setting.reuse)
     driver = Driver(verifier(model, setting.num_slots), drafter, limits)
