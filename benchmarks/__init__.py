@@ -1,1 +1,1 @@
-"""Measurements that need no checkpoint: run from the repository's root, the same on a CPU and on CUDA."""
+"""Measurements beyond `diffuspec bench`. Run them from the repository's root."""

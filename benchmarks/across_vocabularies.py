@@ -1,9 +1,9 @@
-"""What the ways across vocabularies cost, apart from the vocabularies: the bundled drafter, as if they differed.
+"""Measure the cost of drafting across vocabularies: the bundled drafter, treated as if its vocabulary differed.
 
     python -m benchmarks.across_vocabularies
 
-`identical`: ids pass through. `overlapping`: through maps of ids that change nothing. `disjoint`: through text,
-with the same tokenizer on either side; what is lost is the search, which sees one candidate per position.
+`identical`: ids pass through. `overlapping`: ids go through maps that change nothing. `disjoint`: drafts go through
+text, with the same tokenizer on both sides; the search then sees only one candidate per position.
 """
 
 import argparse

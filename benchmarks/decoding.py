@@ -1,4 +1,4 @@
-"""One request after another through an engine with a given pipeline, and what became of the drafts."""
+"""Run one request after another through an engine with a given pipeline, and record the drafts' results."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from verifiers.base import SamplingRules, Verifier
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What was generated, by which steps, in what time."""
+    """Generated tokens, the steps that generated them, and the time."""
 
     outputs: list[tuple[int, ...]]
     records: list[StepRecord]
@@ -25,7 +25,7 @@ class Decoded:
 
     @property
     def _drafts(self) -> list[tuple[int, int]]:
-        """Drafted and accepted tokens of every verification, without those that read a prompt."""
+        """Drafted and accepted tokens of every verification, except while a prompt is read."""
         outcomes = [outcome for record in self.records for outcome in record.outcomes]
         return [(len(o.draft.tokens), o.num_accepted) for o in outcomes if o.draft.bypass_reason != READING]
 
@@ -36,24 +36,24 @@ class Decoded:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens per step, the extra one included."""
+        """Tokens per step, including the extra one."""
         return 1 + sum(accepted for _, accepted in self._drafts) / len(self._drafts)
 
     @property
     def accepted_per_draft(self) -> float:
-        """Accepted tokens of a draft."""
+        """Mean accepted tokens per draft."""
         drafts = [accepted for drafted, accepted in self._drafts if drafted]
         return sum(drafts) / max(len(drafts), 1)
 
     @property
     def seconds_per_draft(self) -> float:
-        """Of steps with a diffusion pass, in all that drafts but the search."""
+        """Mean drafting seconds, without the search, of steps with a diffusion pass."""
         passes = [record.seconds.draft for record in self.records if record.drafting.num_diffusion_rows]
         return sum(passes) / max(len(passes), 1)
 
 
 def held_out_prompts(loaded: Loaded, count: int, length: int) -> list[Prompt]:
-    """Pieces of held-out files, the same ones every time."""
+    """Cut prompts from held-out files, the same ones every time."""
 
     def encode(text: str) -> list[int]:
         return loaded.tokenizer.encode(text, add_special_tokens=False)
@@ -64,7 +64,7 @@ def held_out_prompts(loaded: Loaded, count: int, length: int) -> list[Prompt]:
 async def start_engine(
     loaded: Loaded, build: Callable[[], Pipeline], places: int = 1, observers: Sequence[StepLog] = ()
 ) -> EmbeddedEngine:
-    """An engine over the shared weights, with a pipeline of its own; every prompt is read anew."""
+    """Start an engine over the shared weights, with its own pipeline and without prefix reuse."""
 
     def parts(progress: Progress) -> tuple[Verifier, Pipeline]:
         return loaded.verifier, build()
@@ -83,7 +83,7 @@ async def decode(
     temperature: float = 0.0,
     structure: Structure | None = None,
 ) -> Decoded:
-    """Continue each prompt, one at a time, with a pipeline of its own."""
+    """Continue the prompts one at a time, in an engine with its own pipeline."""
     log = StepLog()
 
     engine = await start_engine(loaded, build, observers=[log])

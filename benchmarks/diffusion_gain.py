@@ -1,10 +1,10 @@
-"""What a diffusion pass adds to the free draft, and whether it is worth what it costs.
+"""Measure what a diffusion pass adds to the free draft, and what it costs.
 
     python -m benchmarks.diffusion_gain --temperatures 0,0.5
 
-The default configuration decodes held-out prompts, with a diffusion pass in every step that may draft. When the text is
-known, both drafts of each step are compared with it: the free one, and the one that was chosen after the pass. Steps
-are told apart by what the free draft promised, which is what the policy knows before it pays for a pass.
+The default configuration decodes held-out prompts, with a diffusion pass in every step that may draft. Afterwards both
+drafts of each step are compared with the text: the free draft, and the draft that was chosen after the pass. Steps are
+grouped by the number of tokens that the free draft promised, which the policy knows before a pass.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Tokens per second while all places of the batch are taken, with drafts and without.
+"""Measure tokens per second while the batch is full, with drafts and without.
 
     python -m benchmarks.full_batch --places 1,4,16,32 --temperatures 0,1.2
 
-As many clients as there are places, each sending its next prompt when the last one is answered: unlike `diffuspec bench
---concurrency`, whose batches run empty towards their end, faster requests make room for others. The engines share the
-weights and take turns; the first turn, in which they learn, does not count.
+There are as many clients as places in the batch, and each sends its next prompt when its last one is answered. (The
+batches of `diffuspec bench --concurrency` run empty towards their end.) The engines share the weights and take turns.
+They learn in the first turn, which does not count.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from service.engine.embedded import EmbeddedEngine
 from service.settings import load_settings
 from verifiers.base import SamplingRules
 
-FULL_SHARE = 0.75  # of a turn: afterwards clients run out of prompts
+FULL_SHARE = 0.75  # of a turn; after that, clients run out of prompts
 PROMPT_TOKENS, NEW_TOKENS = 96, 96
 PROMPTS_PER_PLACE = 6
 

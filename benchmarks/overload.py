@@ -1,12 +1,12 @@
-"""Ten times as many requests as the server can do: what becomes of those it accepts, and of its memory.
+"""Send ten times as many requests as the server can handle; measure those that it accepts, and its memory.
 
     python -m benchmarks.overload                      # the bundled pair, embedded engine
     python -m benchmarks.overload --engine vllm        # from .venv-vllm
 
-Starts a server of its own on 127.0.0.1, finds its capacity with as many clients as it has room for (each sends its next
-request when the last one is answered), then sends requests at a multiple of that rate whether or not the others are
-answered (an open loop), and compares. Nobody retries. Ends with status 1 if accepted requests take more than
-`--most` times as long as at capacity (medians), if anything but 200 and 429 is answered, or if an answer is missing.
+Starts its own server on 127.0.0.1 and finds its capacity, with as many clients as it can run and queue; each sends its
+next request when the last one is answered. Then sends requests at a multiple of that rate without waiting for answers
+(an open loop), and compares. Nobody retries. Exits with status 1 if accepted requests take more than `--max-ratio`
+times as long as at capacity (medians), if a status other than 200 and 429 comes back, or if an answer is missing.
 """
 
 import argparse
@@ -33,11 +33,11 @@ BODY = {"prompt": "def read(path):\n    with open(path) as file:\n", "max_tokens
 
 @dataclass(slots=True)
 class Load:
-    """What was answered, and how long it took."""
+    """The answers of one phase, and their times."""
 
     seconds: list[float] = field(default_factory=list)  # of accepted requests
     statuses: Counter[str] = field(default_factory=Counter)
-    retry_after: list[float] = field(default_factory=list)  # of refused ones
+    retry_after: list[float] = field(default_factory=list)  # of refused requests
     elapsed: float = 0.0
 
     @property
@@ -61,6 +61,7 @@ class Load:
 
 
 async def closed_loop(client: httpx.AsyncClient, clients: int, seconds: float) -> Load:
+    """Send requests from `clients` clients; each waits for its answer before the next request."""
     load, started = Load(), time.perf_counter()
 
     async def user(number: int) -> None:
@@ -75,7 +76,7 @@ async def closed_loop(client: httpx.AsyncClient, clients: int, seconds: float) -
 
 
 async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float) -> Load:
-    """Poisson arrivals."""
+    """Send requests at `rate` per second (Poisson arrivals), without waiting for answers."""
     load, started, arrivals = Load(), time.perf_counter(), random.Random(0)
     tasks: list[asyncio.Task[None]] = []
     due = started
@@ -89,7 +90,7 @@ async def open_loop(client: httpx.AsyncClient, rate: float, seconds: float) -> L
 
 
 def resident_megabytes(pid: int) -> float:
-    """Memory of a process and all that descend from it."""
+    """Return the resident memory of a process and all its descendants."""
     table = subprocess.run(["ps", "-eo", "pid=,ppid=,rss="], capture_output=True, text=True, check=True).stdout
     rows = [tuple(map(int, line.split())) for line in table.splitlines()]
     family, grown = {pid}, True
@@ -102,7 +103,7 @@ def resident_megabytes(pid: int) -> float:
 
 @asynccontextmanager
 async def server(arguments: argparse.Namespace) -> AsyncIterator[tuple[httpx.AsyncClient, int]]:
-    """A server of this checkout, and a client of it."""
+    """Start a server of this checkout; yield a client of it and its process id."""
     environment = os.environ | {
         "DIFFUSPEC_SCHEDULER__MAX_RUNNING": str(arguments.running),
         "DIFFUSPEC_SCHEDULER__MAX_WAITING": str(arguments.waiting),
@@ -138,13 +139,13 @@ async def _wait_until_ready(client: httpx.AsyncClient, process: asyncio.subproce
 
 async def run(arguments: argparse.Namespace) -> int:
     async with server(arguments) as (client, pid):
-        room = arguments.running + arguments.waiting
-        await closed_loop(client, room, arguments.seconds / 4)  # warm
-        at_capacity = await closed_loop(client, room, arguments.seconds)
+        clients = arguments.running + arguments.waiting
+        await closed_loop(client, clients, arguments.seconds / 4)  # warm
+        at_capacity = await closed_loop(client, clients, arguments.seconds)
         before = resident_megabytes(pid)
         overloaded = await open_loop(client, arguments.factor * at_capacity.rate, arguments.seconds)
         after = resident_megabytes(pid)
-        again = await closed_loop(client, room, arguments.seconds / 2)
+        again = await closed_loop(client, clients, arguments.seconds / 2)
     print(f"{arguments.engine} engine, {arguments.running} places and {arguments.waiting} in the queue")
     print(f"{'':24}{'sent/s':>8}{'done/s':>8}{'median s':>10}{'p95 s':>8}{'longest':>9}  answers")
     loads = {"at capacity": at_capacity, f"{arguments.factor:g} times": overloaded, "afterwards": again}
@@ -164,7 +165,7 @@ async def run(arguments: argparse.Namespace) -> int:
     unexpected = set(at_capacity.statuses + overloaded.statuses + again.statuses) - {"200", "429"}
     if unexpected:
         print(f"unexpected answers: {unexpected}")
-    return 1 if unexpected or ratio > arguments.most else 0
+    return 1 if unexpected or ratio > arguments.max_ratio else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,9 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
     parser.add_argument("--running", type=int, default=8, help="requests at the same time")
     parser.add_argument("--waiting", type=int, default=4, help="requests in the queue")
-    parser.add_argument("--factor", type=float, default=10.0, help="times the capacity")
+    parser.add_argument("--factor", type=float, default=10.0, help="request rate, as a multiple of the capacity")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
-    parser.add_argument("--most", type=float, default=1.5, help="ratio of the medians that is a success")
+    parser.add_argument("--max-ratio", type=float, default=1.5, help="largest ratio of the medians that is a success")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--port", type=int, default=8177)
     return asyncio.run(run(parser.parse_args(argv)))

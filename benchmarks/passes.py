@@ -1,9 +1,9 @@
-"""Forward passes of a small model by their rows: layer by layer in torch, and all layers in one compiled call.
+"""Time forward passes of a small model by their rows: layer by layer in torch, and as one compiled call.
 
     python -m benchmarks.passes --threads 1
 
-Both use the same matrix products. They take turns; figures are medians in milliseconds, logits included, of rows at the
-end of one sequence's context.
+Both use the same matrix products, and they take turns. Figures are medians in milliseconds, logits included, of rows at
+the end of one sequence's context.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformer.model import RowBatch, Transformer
 
 
 def medians(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Milliseconds of each, which run in turn so that all meet the same machine."""
+    """Return the median milliseconds of each. They run in turn, so that all meet the same conditions."""
     seconds: list[list[float]] = [[] for _ in works]
     for turn in range(repeats + 2):
         for work, times in zip(works, seconds, strict=True):
@@ -33,7 +33,7 @@ def medians(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def pass_of(model: Transformer, rows: int, context: int) -> Callable[[], object]:
-    """A pass of so many rows and its logits."""
+    """Return a function that runs a pass of `rows` rows and computes its logits."""
     cache = model.new_cache(1, context + rows)
     tokens = torch.arange(rows) % model.config.vocabulary_size
     batch = RowBatch(tokens, [0], [context], [rows], bounds_padding=True)
@@ -55,7 +55,7 @@ def main() -> None:
         for way in (True, False)
     )
     if not compiled.is_compiled:
-        raise SystemExit(f"{args.model}: the compiled way is for small float32 models alone")
+        raise SystemExit(f"{args.model}: only small float32 models have a compiled pass")
     print(f"{'rows':>6}{'by layer':>10}{'compiled':>10}{'ratio':>8}")
     for rows in map(int, args.rows.split(",")):
         layered, at_once = medians([pass_of(model, rows, args.context) for model in (by_layer, compiled)], args.repeats)

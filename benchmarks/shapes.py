@@ -1,4 +1,4 @@
-"""Models of random weights in the shapes of real ones: what a pass costs does not depend on what the weights say."""
+"""Models with random weights in the shapes of real ones. The cost of a pass does not depend on the weights."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -74,19 +74,19 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 
 def target_config(size: str) -> TransformerConfig:
-    """A causal model of that size. Raises KeyError for one that is not in SIZES."""
+    """Return a causal model of that size. Raises KeyError for a size that is not in SIZES."""
     return SIZES[size]
 
 
 def drafter_config(name: str) -> TransformerConfig:
-    """A diffusion model, by size and kind, such as `7b-dream`. Raises KeyError for an unknown one."""
+    """Return a diffusion model by size and kind, such as `7b-dream`. Raises KeyError for an unknown one."""
     size, _, kind = name.partition("-")
     config = SIZES[size]
     return replace(config, mask_token_ids=(config.vocabulary_size - 1,), **KINDS[kind])
 
 
 def random_model(config: TransformerConfig, device: str, dtype: torch.dtype, seed: int = 0) -> Transformer:
-    """Weights drawn on the device itself, a tensor at a time."""
+    """Return a model with random weights, drawn on the device itself, one tensor at a time."""
     generator = torch.Generator(device).manual_seed(seed)
     weights = {
         name: torch.empty(shape, device=device, dtype=dtype).normal_(0.0, SCALE, generator=generator)

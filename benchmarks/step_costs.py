@@ -1,12 +1,12 @@
-"""What the parts of a speculative step cost at real sizes, with random weights; and what speed-up follows from that.
+"""Time the phases of a speculative step at real sizes, with random weights, and project speed-ups from them.
 
     python -m benchmarks.step_costs --target tiny --drafters tiny-dream,tiny-fast-dllm
     python -m benchmarks.step_costs --device cuda --dtype bfloat16 --contexts 256,2048,8192 \\
         --target 7b --drafters 7b-dream,0.6b-bd3lm,1.5b-fast-dllm
 
-Times are medians. Each is compared with its floor: the bytes of weights, keys and values over the bandwidth of a large
-copy, which is measured first. A speed-up is that of `draft + search + verify` against a plain step, at the acceptance
-lengths (tokens per step, the extra one included) that are taken from the literature or given.
+Times are medians. Each is compared with its floor: the bytes of weights, keys and values, divided by the bandwidth of a
+large copy, which is measured first. A speed-up compares `draft + search + verify` with a plain step, at acceptance
+lengths (tokens per step, including the extra one) from the literature or from the command line.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from transformer.weights import weight_shapes
 
 CACHED, ALL_READ = "draft, context cached", "draft, all read"
 REFRESH = DiffusionOptions().refresh_interval
-NEW_TOKENS = 3  # committed between two drafts
+NEW_TOKENS = 3  # tokens committed between two drafts
 PREFILL_ROWS = 512
-PUBLISHED_LENGTHS = (6.99, 3.79)  # DiffuSpec's own acceptance length, and an independent reproduction's
+PUBLISHED_LENGTHS = (6.99, 3.79)  # acceptance length of DiffuSpec, and of an independent reproduction
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one kind of pass, at one context."""
+    """The time of one kind of pass at one context length."""
 
-    what: str
+    what: str  # kind of pass
     context: int  # tokens
     rows: int
     milliseconds: float  # median
@@ -52,13 +52,13 @@ class Timing:
 
 
 class Stopwatch:
-    """Medians of what a device does, waiting for it to be done."""
+    """Measure the median time of work on a device, until the device has finished."""
 
     def __init__(self, device: str, repeats: int) -> None:
         self._device, self._repeats = device, repeats
 
     def measure(self, work: Callable[[], object], warm_up: int = 2, repeats: int | None = None) -> float:
-        """Median seconds."""
+        """Return the median seconds of `work`."""
         seconds = []
         for turn in range(warm_up + (repeats or self._repeats)):
             self._wait()
@@ -76,7 +76,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every measurement is taken with."""
+    """The conditions of every measurement."""
 
     device: str
     dtype: str
@@ -94,7 +94,7 @@ class Bench:
 def time_target(
     bench: Bench, config: TransformerConfig, contexts: Sequence[int], drafted: Sequence[int]
 ) -> list[Timing]:
-    """A plain step, and the verification of so many drafted tokens, after each context."""
+    """Time a plain step, and the verification of each number of drafted tokens, after each context."""
     model = bench.model(config)
     cache = model.new_cache(1, max(contexts) + max(drafted) + 1)
     timings = []
@@ -128,7 +128,7 @@ class GrowingText:
 
 
 def time_drafter(bench: Bench, config: TransformerConfig, contexts: Sequence[int], length: int) -> list[Timing]:
-    """A draft of `length` tokens after NEW_TOKENS new ones: with the context cached, and all of it read."""
+    """Time a draft of `length` tokens after NEW_TOKENS new ones: with a cached context, and reading all of it."""
     model = bench.model(config)
     timings = []
     for context in contexts:
@@ -141,19 +141,19 @@ def time_drafter(bench: Bench, config: TransformerConfig, contexts: Sequence[int
 
         cached = bench.watch.measure(text(reuse=True, interval=0).draft, warm_up=3)
         timings.append(Timing(CACHED, context, length, 1e3 * cached, floor))
-        if config.attention == "full":  # what is cached of a block model is exact
+        if config.attention == "full":  # the cache of block models is exact, and never refreshed
             refreshed = text(reuse=True, interval=REFRESH)
             refreshed.draft()
-            # One draft of each round costs much more than the others: a mean over a whole round.
+            # One draft of each round costs much more than the others, so take the mean of a whole round.
             mean = statistics.fmean(bench.watch.measure(refreshed.draft, 0, 1) for _ in range(REFRESH))
-            timings.append(Timing(f"draft, read anew every {REFRESH}", context, length, 1e3 * mean, floor))
+            timings.append(Timing(f"draft, refreshed every {REFRESH}", context, length, 1e3 * mean, floor))
         everything = bench.watch.measure(text(reuse=False, interval=0).draft, warm_up=1, repeats=3)
         timings.append(Timing(ALL_READ, context, length, 1e3 * everything, floor))
     return timings
 
 
 def time_search(bench: Bench, vocabulary_size: int, length: int) -> Timing:
-    """Lattice and path search for one request's logits, as they leave the drafter."""
+    """Time lattice and path search, for one request's logits as the drafter returns them."""
     logits = torch.randn(length, vocabulary_size, device=bench.device) * 4
     history = np.arange(512, dtype=np.int32)
     search = PathSearch(CausalModel(vocabulary_size))
@@ -172,7 +172,7 @@ def _read_context(model: Transformer, cache: KeyValueCache, context: int) -> Non
 
 
 def project(plain: float, verify: float, draft: float, search: float, lengths: Sequence[float]) -> list[float]:
-    """Speed-up over plain decoding at each acceptance length; times in the same unit."""
+    """Return the speed-up over plain decoding at each acceptance length. All times have the same unit."""
     return [length * plain / (verify + draft + search) for length in lengths]
 
 
@@ -190,14 +190,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", choices=list(SIZES), default="tiny")
     parser.add_argument("--drafters", default="tiny-dream,tiny-fast-dllm", help=f"size-kind; kinds: {', '.join(KINDS)}")
     parser.add_argument("--contexts", type=_numbers, default=[128, 512, 1984], help="tokens")
-    parser.add_argument("--drafted", type=_numbers, default=[4, 8, 12, 16, 32], help="tokens that are verified")
+    parser.add_argument("--drafted", type=_numbers, default=[4, 8, 12, 16, 32], help="drafted tokens per verification")
     parser.add_argument("--length", type=int, default=12, help="tokens of a draft")
     parser.add_argument("--acceptance", type=float, nargs="*", default=list(PUBLISHED_LENGTHS), help="tokens per step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=16)
-    parser.add_argument("--json", type=Path, help="write everything that was measured")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -235,7 +235,7 @@ def _print_timings(title: str, timings: Sequence[Timing]) -> None:
 
 
 def _print_projections(found: dict[str, list[Timing]], arguments: argparse.Namespace) -> None:
-    """The speed-up of every pair at every context, if so many tokens are accepted."""
+    """Print the speed-up of every pair at every context, for each acceptance length."""
     target = {(timing.context, timing.rows): timing.milliseconds for timing in found[f"target {arguments.target}"]}
     search = found["search"][0].milliseconds
     heads = "".join(f"{f'at {length:g}':>10}" for length in arguments.acceptance)
@@ -248,7 +248,7 @@ def _print_projections(found: dict[str, list[Timing]], arguments: argparse.Names
             speedups = project(plain, verify, timing.milliseconds, search, arguments.acceptance)
             even = (verify + timing.milliseconds + search) / plain
             cells = "".join(f"{speedup:9.2f}x" for speedup in speedups)
-            label = name if timing.what == CACHED else f"{name}, anew every {REFRESH}"
+            label = name if timing.what == CACHED else f"{name}, refreshed every {REFRESH}"
             print(f"{label:28}{timing.context:8}{cells}{even:12.2f}")
 
 

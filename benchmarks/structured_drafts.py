@@ -1,9 +1,9 @@
-"""How well JSON is drafted, beside free text, and beside drafts that know nothing of the structure.
+"""Compare the acceptance of drafts for JSON with free text, and with drafts that don't know the structure.
 
     python -m benchmarks.structured_drafts
 
-The bundled pair, held-out prompts, a nested schema. Three engines over the same weights see the same requests: free
-text, JSON, and JSON with a pipeline that isn't told of the structure (the verifier is, so the text is the same).
+Uses the bundled pair, held-out prompts and a nested schema. Three engines over the same weights get the same requests:
+free text, JSON, and JSON with a pipeline that isn't told of the structure. (The verifier is, so the text is the same.)
 """
 
 import argparse
@@ -49,7 +49,7 @@ SCHEMA = {
 
 
 class Untold:
-    """A pipeline that never hears of structures."""
+    """A pipeline that is never told of structures."""
 
     def __init__(self, inner: Pipeline) -> None:
         self._inner = inner
@@ -71,7 +71,7 @@ async def run(arguments: argparse.Namespace) -> None:
     columns = {"free text": (None, True), "JSON": (json_structure, True), "JSON, not told": (json_structure, False)}
     print(f"{'accepted share; tokens per step':34}" + "".join(f"{name:>18}" for name in columns))
     for cell in cells:
-        for heat in (0.0, 0.5):
+        for temperature in (0.0, 0.5):
             found = []
             for structure, is_told in columns.values():
 
@@ -79,10 +79,10 @@ async def run(arguments: argparse.Namespace) -> None:
                     pipeline = build(find_cell(cell), loaded.settings, loaded.models)
                     return pipeline if is_told else Untold(pipeline)  # type: ignore[return-value]
 
-                found.append(await decode(loaded, drafting, prompts, 128, heat, structure))
+                found.append(await decode(loaded, drafting, prompts, 128, temperature, structure))
             numbers = "".join(f"{f'{one.acceptance_rate:.2f}; {one.acceptance_length:.2f}':>18}" for one in found)
             same = "" if found[1].outputs == found[2].outputs else "  OUTPUTS DIFFER"
-            print(f"{f'{cell}, temperature {heat:g}':34}{numbers}{same}", flush=True)
+            print(f"{f'{cell}, temperature {temperature:g}':34}{numbers}{same}", flush=True)
     compiler.close()
     print("\n".join(describe_environment().lines))
 

@@ -1,1 +1,1 @@
-"""The bundled pair of models, and (in `models.training`) how it was made."""
+"""The bundled pair of models, and its training (`models.training`)."""

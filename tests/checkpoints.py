@@ -1,7 +1,7 @@
-"""Tiny random checkpoints: real Hugging Face folders, written in a moment, so that tests run the real code.
+"""Write tiny random checkpoints: real Hugging Face folders, so that tests run the real code.
 
-The weights are drawn wide (`WEIGHT_DEVIATION`), so that greedy outputs vary instead of repeating one token.
-The tokenizer is byte-level: token id = byte value, then `<|endoftext|>` = 256.
+The weights have a large deviation (`WEIGHT_DEVIATION`), so that greedy outputs vary instead of repeating one token.
+The tokenizer is byte-level: the token id is the byte value; `<|endoftext|>` is 256.
 """
 
 import copy
@@ -31,13 +31,13 @@ END_TOKEN = 256
 TOKENIZER_LENGTH = 257
 VOCABULARY_SIZE = 272  # wider than the tokenizer, as real checkpoints are
 CONTEXT_LENGTH = 512
-WEIGHT_DEVIATION = 0.3  # 15 times what real initialisation uses: the layers outweigh the embedding in the residual
+WEIGHT_DEVIATION = 0.3  # 15 times that of real initialisation: the layers outweigh the embedding in the residual
 NORM_DEVIATION = 0.1
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}<{{ message['role'] }}>{{ message['content'] }}\n{%- endfor -%}"
     "{%- if add_generation_prompt -%}<assistant>{%- endif -%}"
 )
-# The parts of Qwen2.5's and of Llama 3.1's templates that are about tools, in their words as far as programs read them.
+# The parts of Qwen2.5's and Llama 3.1's templates about tools. Text that programs read is as in the originals.
 HERMES_TEMPLATE = """{%- if tools %}<system># Tools
 <tools>{%- for tool in tools %}{{ "\\n" }}{{ tool | tojson }}{%- endfor %}
 {{ "\\n" }}</tools>
@@ -72,7 +72,7 @@ FAMILIES: dict[Family, tuple[type[Any], type[Any]]] = {
 
 
 def byte_characters() -> list[str]:
-    """The printable stand-in of every byte value, in order, as byte-level tokenizers spell them (GPT-2's table)."""
+    """Return the printable character of every byte value, in order, by the table of byte-level tokenizers (GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -82,7 +82,7 @@ def byte_characters() -> list[str]:
 
 
 def write_tokenizer(folder: Path, chat_template: str = CHAT_TEMPLATE) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a tokenizer with one token per byte."""
+    """Write tokenizer.json and tokenizer_config.json for a tokenizer with one token per byte."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -102,7 +102,7 @@ def write_tokenizer(folder: Path, chat_template: str = CHAT_TEMPLATE) -> None:
 
 
 def build_model(family: Family, seed: int = 0, tied: bool = True, layers: int = 2, **overrides: Any) -> PreTrainedModel:
-    """A tiny random causal model of `family` in float32, with grouped queries (4 heads over 2).
+    """Build a tiny random causal model of `family` in float32, with grouped queries (4 heads over 2).
 
     `overrides` go into its configuration, e.g. `rope_parameters` or `vocab_size`. Biases and norms are random too.
     """
@@ -129,7 +129,7 @@ def build_model(family: Family, seed: int = 0, tied: bool = True, layers: int = 
             is_norm = name.endswith("norm.weight")
             parameter.copy_(1 + noise * NORM_DEVIATION if is_norm else noise * WEIGHT_DEVIATION)
             if "embed_tokens" in name or "lm_head" in name:
-                # Rows that the tokenizer never writes score 0, far below the best of 257 random ones.
+                # Rows that the tokenizer never writes score 0, far below the best of 257 random rows.
                 parameter[TOKENIZER_LENGTH:VOCABULARY_SIZE] = 0
     return model
 
@@ -143,7 +143,7 @@ def write_checkpoint(
     max_shard_size: str = "1GB",
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Write a tiny random model with tokenizer and generation_config.json into `folder`; returns the model."""
+    """Write a tiny random model with tokenizer and generation_config.json into `folder`; return the model."""
     model = build_model(family, seed, tied, layers, **overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     GenerationConfig(eos_token_id=END_TOKEN, bos_token_id=END_TOKEN, pad_token_id=END_TOKEN).save_pretrained(folder)
@@ -168,7 +168,7 @@ def write_block_drafter(
 
 
 def write_full_drafter(folder: Path, seed: int = 1, layers: int = 1) -> PreTrainedModel:
-    """Write a tiny random bidirectional drafter in the layout of hub checkpoints such as Dream: one mask token."""
+    """Write a tiny random bidirectional drafter in the layout of hub checkpoints such as Dream, with one mask token."""
     model = write_checkpoint(folder, "qwen2", seed, layers=layers, vocab_size=VOCABULARY_SIZE + 1)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -177,9 +177,9 @@ def write_full_drafter(folder: Path, seed: int = 1, layers: int = 1) -> PreTrain
     return model
 
 
-MASK_TOKEN = 258  # of the tiny hub drafters, next to `<|beginoftext|>` = 257: in Dream's order
+MASK_TOKEN = 258  # of the tiny hub drafters, after `<|beginoftext|>` = 257, as in Dream
 
-LLADA_NAMES = {  # spelled out rather than taken from the code under test
+LLADA_NAMES = {  # written out, not taken from the code under test
     "model.embed_tokens.weight": "model.transformer.wte.weight",
     "model.norm.weight": "model.transformer.ln_f.weight",
     "lm_head.weight": "model.transformer.ff_out.weight",
@@ -229,14 +229,16 @@ class HubDrafter:
     """The layout of one hub family's diffusion models, at a tiny size."""
 
     family: Family
-    config: dict[str, Any]  # what its config.json has besides, or instead of, that of `family`
+    config: dict[str, Any]  # fields of its config.json, in addition to or instead of those of `family`
     attention: Literal["full", "block_causal"]
     shifted: bool
     block_size: int = 0
-    names: dict[str, str] = field(default_factory=dict)  # of weights, with N for the layer; empty: those of `family`
-    fields: dict[str, str] = field(default_factory=dict)  # of config.json, renamed
+    names: dict[str, str] = field(
+        default_factory=dict
+    )  # names of weights, with N for the layer; empty: those of `family`
+    fields: dict[str, str] = field(default_factory=dict)  # renamed fields of config.json
     mask_from_tokenizer: bool = False  # config.json names no mask token
-    has_tokenizer_json: bool = True  # False: vocab.json and added_tokens.json, as of a tokenizer in Python
+    has_tokenizer_json: bool = True  # False: vocab.json and added_tokens.json, as for a tokenizer in Python
     tied: bool = False
     folder: str = "drafter"
 
@@ -300,7 +302,7 @@ def write_hub_drafter(
     max_shard_size: str = "1GB",
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Write a tiny random drafter as the hub has those of `name` (a key of HUB_DRAFTERS): config, keys and tokenizer.
+    """Write a tiny random drafter with the config, keys and tokenizer of `name` (a key of HUB_DRAFTERS).
 
     Returns transformers' own model of the same weights. `overrides` go into its configuration.
     """
@@ -308,7 +310,7 @@ def write_hub_drafter(
     model = build_model(layout.family, seed, layout.tied, layers, **overrides)
     copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     with torch.no_grad():
-        for parameter in model.parameters():  # not the model as a whole: its rotary frequencies stay as they are
+        for parameter in model.parameters():  # not the whole model: its rotary frequencies stay as they are
             parameter.copy_(parameter.to(dtype))
     GenerationConfig(eos_token_id=END_TOKEN, bos_token_id=END_TOKEN, pad_token_id=END_TOKEN).save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
@@ -320,7 +322,7 @@ def write_hub_drafter(
         index.write_text(json.dumps(content))
     path = folder / "config.json"
     config = {layout.fields.get(key, key): value for key, value in json.loads(path.read_text()).items()}
-    if layout.names:  # a family with fields of its own has none of Llama's
+    if layout.names:  # a family with its own fields has none of Llama's
         config = {key: value for key, value in config.items() if key not in ("hidden_act", "attention_bias")}
     path.write_text(json.dumps(config | layout.config, indent=2) + "\n")
     write_tokenizer(folder)
@@ -359,7 +361,7 @@ OtherVocabulary = Literal["rotated", "partial", "byte-names"]
 
 
 def change_vocabulary(folder: Path, kind: OtherVocabulary) -> None:
-    """Give a drafter's folder another tokenizer of as many tokens.
+    """Give a drafter's folder another tokenizer with the same number of tokens.
 
     `rotated`: the target's tokens under other ids. `partial`: a third of them is missing, too. `byte-names`: none of
     the target's tokens, but sentencepiece's names of the 256 bytes.

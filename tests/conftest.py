@@ -1,4 +1,4 @@
-"""Tiny checkpoints shared by the tests of a session."""
+"""Tiny checkpoints, shared by the tests of a session."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +12,12 @@ from tests.near_ties import NearTies
 
 settings.register_profile("unhurried", deadline=None)  # the first call of a kernel compiles it
 settings.load_profile("unhurried")
-torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+torch.set_num_threads(1)  # with tiny matrices, more threads only wait for each other
 
 
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random Llama."""
+    """Return the folder of a tiny random Llama."""
     folder = tmp_path_factory.mktemp("target")
     write_checkpoint(folder, "llama")
     return folder
@@ -25,7 +25,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random block-diffusion drafter over the tiny target's vocabulary."""
+    """Return the folder of a tiny random block-diffusion drafter over the tiny target's vocabulary."""
     folder = tmp_path_factory.mktemp("drafter")
     write_block_drafter(folder)
     return folder
@@ -33,7 +33,7 @@ def tiny_drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def near_ties() -> Iterator[NearTies]:
-    """Counts over all tests of the session that compare greedy outputs; the last of them hears the verdict."""
+    """Count near-ties over all tests of the session that compare greedy outputs; check the total at the end."""
     ties = NearTies()
     yield ties
     ties.close()

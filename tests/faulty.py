@@ -1,4 +1,4 @@
-"""A drafter that fails as it is told: real weights, real passes, and a fault planted behind them."""
+"""A drafter that fails on demand: real weights, real passes, and a planted fault after them."""
 
 import threading
 from typing import Any, Literal
@@ -12,9 +12,9 @@ Fault = Literal["none", "raises", "nan", "stalls"]
 
 
 class FaultyTransformer(Transformer):
-    """A drafter's model whose passes fail while `fault` says so. `release` ends a stall; so does `longest_stall`."""
+    """A drafter's model whose passes fail as `fault` says. `release` ends a stall; so does `max_stall`."""
 
-    longest_stall = 20.0  # seconds
+    max_stall = 20.0  # seconds
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -24,7 +24,7 @@ class FaultyTransformer(Transformer):
         self.release = self._released.set
 
     def plant(self, fault: Fault) -> None:
-        """Fail so from the next pass on."""
+        """Fail in this way from the next pass on."""
         self._released.clear()
         self.fault = fault
 
@@ -37,6 +37,6 @@ class FaultyTransformer(Transformer):
         if self.fault == "raises":
             raise RuntimeError("a planted failure")
         if self.fault == "stalls":
-            self._released.wait(self.longest_stall)
+            self._released.wait(self.max_stall)
             return logits
         return torch.full_like(logits, torch.nan)

@@ -1,1 +1,1 @@
-"""One decoder-only transformer in plain torch: causal in the verifier, bidirectional in the diffusion drafter."""
+"""One decoder-only transformer: causal in the verifier, bidirectional in the diffusion drafter."""

@@ -1,4 +1,4 @@
-"""Where the rows of one forward pass are written and what they see, worked out once for all layers."""
+"""Cache writes and attention calls of one forward pass, prepared once for all layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from transformer.cache import KeyValueCache
 
 Indices = NDArray[np.int64]
 
-MAX_PADDED = 64  # rows; sequences with more attend alone, so that a prefill does not pad everybody's decode row
-MAX_PADDING = 0.25  # of the pairs of rows and positions that a call of a batch with `bounds_padding` works out in vain
-MAX_SPREAD = 2  # slots that a call reads in place, over those that it needs
-FREE_PADDING = 4096  # pairs; less than that costs less than a further call
+MAX_PADDED = 64  # rows; a sequence with more gets its own call, so that a prefill does not pad every decode row
+MAX_PADDING = 0.25  # padding of a call with `bounds_padding`, as a share of the needed pairs of rows and positions
+MAX_SPREAD = 2  # slots that a call reads in place, as a multiple of those that it needs
+FREE_PADDING = 4096  # pairs; less padding than this costs less than one more call
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,21 @@ class RowBatch:
     """Ragged rows of several sequences, flat."""
 
     tokens: Tensor  # int64 [rows], sequence after sequence
-    slots: Sequence[int]  # cache slot per sequence; no two alike
+    slots: Sequence[int]  # cache slot per sequence, all different
     starts: Sequence[int]  # position of each sequence's first row
     counts: Sequence[int]  # rows per sequence, at least 1
-    limits: Tensor | None = None  # int64 [rows]: a row sees cached positions below its limit. None: causal
-    bounds_padding: bool = False  # more calls rather than much padding, for sequences of very unequal lengths
+    limits: Tensor | None = None  # int64 [rows]: a row sees the cached positions below its limit. None: causal
+    bounds_padding: bool = False  # prefer more calls to much padding, for sequences of very unequal lengths
 
 
 class Attention:
-    """One forward pass's cache writes and attention calls, by layer. `group`: heads that share a key-value head."""
+    """The cache writes and attention calls of one forward pass, by layer.
+
+    group: number of query heads that share a key-value head.
+    """
 
     def __init__(self, rows: RowBatch, cache: KeyValueCache, group: int) -> None:
-        self._order: Tensor | None = None  # puts the calls' joined rows into flat order; None: they are in order
+        self._order: Tensor | None = None  # flat order of the calls' joined rows; None: they are in order
         if len(rows.counts) == 1:
             start, stop = rows.starts[0], rows.starts[0] + rows.counts[0]
             self.positions: slice | Tensor = slice(start, stop)
@@ -69,7 +72,7 @@ class Attention:
             target[self._row_slots, :, self.positions] = keys_values
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        """What every row reads from the cache: [rows, heads * head_dim] of queries [rows, heads, head_dim]."""
+        """Return the attention result of every row, [rows, heads * head_dim], for queries [rows, heads, head_dim]."""
         if self._order is None:
             return self._calls[0].attend(layer, queries)
         return torch.cat([call.attend(layer, queries) for call in self._calls]).index_select(0, self._order)
@@ -79,21 +82,21 @@ class Attention:
 class AttentionCall:
     """One padded attention call.
 
-    The heads that share a key-value head are folded into the query axis, [sequences, kv_heads, queries * group,
-    head_dim], so that keys and values are never repeated.
+    Heads that share a key-value head are folded into the query axis, [sequences, kv_heads, queries * group, head_dim],
+    so that keys and values are never repeated.
     """
 
-    num_sequences: int  # gaps between the slots included
+    num_sequences: int  # including gaps between the slots
     num_queries: int  # rows of the longest sequence
     keys: Sequence[Tensor]  # by layer, [sequences or all slots, kv_heads, length, head_dim]
     values: Sequence[Tensor]
-    scattered: Tensor | None = None  # [sequences] the slots, where `keys` are those of all slots
-    gather: Tensor | None = None  # [sequences * queries] flat row of each padded one; None: they are the flat rows
-    scatter: Tensor | None = None  # [rows of the call] padded row of each
-    mask: Tensor | None = None  # added to the scores, [sequences, 1, queries * group, length]; None: all see all
+    scattered: Tensor | None = None  # [sequences] slots to read, if `keys` has all slots; None: read all of `keys`
+    gather: Tensor | None = None  # [sequences * queries] flat row of each padded row; None: they are the same
+    scatter: Tensor | None = None  # [rows of the call] padded row of each flat row
+    mask: Tensor | None = None  # added to the scores, [sequences, 1, queries * group, length]; None: every row sees all
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        """Result of this call's rows, in their order: [rows of the call, heads * head_dim]."""
+        """Return the results of this call's rows, in their order: [rows of the call, heads * head_dim]."""
         num_heads, head_dim = queries.shape[1:]
         keys, values = self.keys[layer], self.values[layer]
         if self.scattered is not None:
@@ -113,7 +116,7 @@ class AttentionCall:
 
 
 def call_of_one(rows: RowBatch, cache: KeyValueCache, group: int) -> AttentionCall:
-    """The call of a single sequence, whose rows need no padding."""
+    """Prepare the call of a single sequence, whose rows need no padding."""
     slot, start, count = rows.slots[0], rows.starts[0], rows.counts[0]
     row_limits = None
     if rows.limits is None:
@@ -121,8 +124,8 @@ def call_of_one(rows: RowBatch, cache: KeyValueCache, group: int) -> AttentionCa
         if count > 1:
             row_limits = torch.arange(start + 1, length + 1, device=cache.device)
     else:
-        shortest, length = (int(limit) for limit in rows.limits.aminmax())
-        row_limits = None if shortest == length else rows.limits
+        lowest, length = (int(limit) for limit in rows.limits.aminmax())
+        row_limits = None if lowest == length else rows.limits
     mask = None if row_limits is None else additive_mask(row_limits.unsqueeze(0), length, group, cache.dtype)
     keys, values = cache.keys[:, slot : slot + 1, :, :length], cache.values[:, slot : slot + 1, :, :length]
     return AttentionCall(1, count, keys.unbind(0), values.unbind(0), mask=mask)
@@ -131,11 +134,14 @@ def call_of_one(rows: RowBatch, cache: KeyValueCache, group: int) -> AttentionCa
 def padded_call(
     slots: Indices, counts: Indices, offsets: Indices, limits: Indices, cache: KeyValueCache, group: int, spread: int
 ) -> AttentionCall:
-    """One call for sequences with the flat rows `offsets[i]` to `offsets[i] + counts[i]`; `limits` is of all rows."""
+    """Prepare one call for several sequences.
+
+    Sequence i has the flat rows `offsets[i]` to `offsets[i] + counts[i]`. `limits` has an entry for every flat row.
+    """
     places, chosen = slot_places(slots, spread)
     num_sequences = chosen.stop - chosen.start if isinstance(chosen, slice) else len(chosen)
     num_queries = int(counts.max())
-    padded = np.full((num_sequences, num_queries), offsets[0])  # gaps repeat some row: their result is dropped
+    padded = np.full((num_sequences, num_queries), offsets[0])  # a gap repeats some row; its result is dropped
     padded[places] = np.minimum(np.arange(num_queries), counts[:, None] - 1) + offsets[:, None]
     row_limits = limits[padded]
     length = int(row_limits.max())
@@ -153,7 +159,7 @@ def padded_call(
 
 
 def padded_groups(counts: Indices) -> list[Indices]:
-    """The sequences that share a call: all short ones, and each long one alone."""
+    """Return the sequences of each call: all short ones together, and each long one alone."""
     long = counts > MAX_PADDED
     if not long.any() or (counts == counts[0]).all():
         return [np.arange(len(counts))]
@@ -162,32 +168,32 @@ def padded_groups(counts: Indices) -> list[Indices]:
 
 
 def bounded_groups(counts: Indices, lengths: Indices) -> list[Indices]:
-    """Sequences of like size share a call, so that of its pairs of rows and positions few are padding.
+    """Return the sequences of each call: those of similar size share one, so that little of it is padding.
 
-    A call pads every sequence to the most rows and the greatest length of any. Of at most MAX_PADDING more pairs than
-    are needed, or FREE_PADDING.
+    A call pads every sequence to the maximum number of rows and the maximum length. The padding, in pairs of a row and
+    a position, is at most MAX_PADDING of the needed pairs, or FREE_PADDING.
     """
     order = np.lexsort((counts, lengths))[::-1].tolist()
     groups: list[list[int]] = []
-    most_rows = needed = 0
+    max_rows = needed = 0
     for index in order:
         rows, pairs = int(counts[index]), int(counts[index] * lengths[index])
         if groups:
-            padded = (len(groups[-1]) + 1) * max(most_rows, rows) * int(lengths[groups[-1][0]])
+            padded = (len(groups[-1]) + 1) * max(max_rows, rows) * int(lengths[groups[-1][0]])
             if padded - (needed + pairs) <= max(MAX_PADDING * (needed + pairs), FREE_PADDING):
                 groups[-1].append(index)
-                most_rows, needed = max(most_rows, rows), needed + pairs
+                max_rows, needed = max(max_rows, rows), needed + pairs
                 continue
         groups.append([index])
-        most_rows, needed = rows, pairs
+        max_rows, needed = rows, pairs
     return [np.array(sorted(group)) for group in groups]
 
 
 def slot_places(slots: Indices, spread: int) -> tuple[Indices, slice | Indices]:
-    """Each sequence's place in the call, and the cache slots of the call.
+    """Return each sequence's index in the call, and the cache slots of the call.
 
-    Slots that stand close together are read in place, gaps included: attending to a gap costs no more than copying a
-    neighbour's keys and values would. Scattered ones are copied together.
+    Slots that are close together are read in place, with the gaps: attending to a gap costs no more than copying the
+    keys and values of another slot. Scattered slots are copied together.
     """
     first, last = int(slots.min()), int(slots.max())
     if last - first < spread * len(slots):
@@ -196,9 +202,9 @@ def slot_places(slots: Indices, spread: int) -> tuple[Indices, slice | Indices]:
 
 
 def additive_mask(limits: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
-    """0 where a row may look and -inf elsewhere: [sequences, 1, queries * group, length].
+    """Return a mask that is 0 where a row may look and -inf elsewhere: [sequences, 1, queries * group, length].
 
-    `limits` is [sequences, queries].
+    limits: [sequences, queries].
     """
     unseen = torch.arange(length, device=limits.device) >= limits.unsqueeze(-1)
     mask = torch.zeros(unseen.shape, dtype=dtype, device=limits.device).masked_fill_(unseen, float("-inf"))

@@ -1,4 +1,4 @@
-"""Keys and values of every sequence, preallocated."""
+"""The key-value cache: keys and values of every sequence, preallocated."""
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ class KeyValueCache:
     """One slot per sequence; position i of a slot holds the key and value of its token i.
 
     `keys` and `values` are views [layers, slots, kv_heads, length, head_dim] of one tensor, so that a layer writes both
-    at once. Memory counts only once it is written. It starts as zeros because attention multiplies masked values by
-    zero, which would not silence a NaN.
+    at once. On the CPU, memory is used only once it is written. The cache starts as zeros, because attention multiplies
+    masked values by zero, and zero times NaN is NaN.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class KeyValueCache:
             self.entries[:, target, :, :length] = self.entries[:, source, :, :length]
 
     def clear_slot(self, slot: int, start: int = 0) -> None:
-        """Zero a slot from position `start` on, so that values that are not numbers cannot outlive their sequence."""
+        """Zero a slot from position `start` on, so that a NaN cannot outlive its sequence."""
         with torch.inference_mode():
             self.entries[:, slot, :, start:] = 0
 
 
 def lazy_zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on the CPU the operating system hands out the pages as they are first written (torch.zeros writes all)."""
+    """Return zeros. On the CPU, pages are allocated when they are first written (torch.zeros writes all at once)."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     num_bytes = int(np.prod(shape)) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Weights from model.safetensors, in one file or in shards. Nothing that could run code is ever opened."""
+"""Load weights from safetensors, in one file or in shards. Files that can run code are never opened."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +24,8 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Load every weight of `weight_shapes` onto `device` as `dtype`.
 
-    `progress` is called with the loaded fraction, 0 to 1. Weights that the configuration does not call for are left
-    unread. Raises CheckpointError if a file is missing or damaged, or a weight is missing, misshapen or not a float.
+    `progress` is called with the loaded fraction, 0 to 1. Weights that the configuration does not need are not read.
+    Raises CheckpointError if a file is missing or damaged, or if a weight is missing, misshapen or not a float.
     """
     files = weight_files(folder)
     wanted, stored = weight_shapes(config), stored_names(config)
@@ -54,7 +54,7 @@ def load_weights(
                     raise CheckpointError(
                         f"{path}: the weight {stored[name]} is {tensor.dtype}; supported are {known}."
                     )
-                # The tensor is a view of the mapped file: this is the one copy, made straight to where it is used.
+                # The tensor is a view of the mapped file. This is the only copy, made where it is used.
                 weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
                 del tensor
                 if progress is not None:
@@ -63,7 +63,7 @@ def load_weights(
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The file of every stored weight. Raises CheckpointError if there are none."""
+    """Return the file of every stored weight. Raises CheckpointError if there are none."""
     single = folder / SINGLE_FILE
     if not single.exists():
         return named_files(folder / INDEX_FILE)

@@ -17,10 +17,10 @@ from transformer.product import LANES, product_kernels
 
 
 class CompiledLayers:
-    """Layers whose matrices all have panels (see `Matrix`), for passes of few rows."""
+    """Layers whose matrices all have panels (see `Matrix`), for passes with few rows."""
 
     def __init__(self, config: TransformerConfig, layers: Sequence[Layer], final_norm: Tensor) -> None:
-        self._layers = layers  # own what the addresses point to
+        self._layers = layers  # keeps the memory alive that the addresses point to
         self._arrays = LayerArrays(
             products=np.array(product_kernels().addresses),
             panels=np.array([[matrix.panels_address for matrix in layer.matrices] for layer in layers]),
@@ -38,7 +38,7 @@ class CompiledLayers:
 
     @classmethod
     def where_possible(cls, config: TransformerConfig, layers: Sequence[Layer], final_norm: Tensor) -> Self | None:
-        """None for a model that the kernels do not suit: on a GPU, in another dtype, large, or of odd sizes."""
+        """Return compiled layers; None if the kernels do not suit the model (GPU, other dtype, large or odd sizes)."""
         has_panels = all(matrix.panels_address for layer in layers for matrix in layer.matrices)
         group = config.num_heads // config.num_key_value_heads
         if not has_panels or config.head_dim % LANES or group > LANES:
@@ -46,13 +46,13 @@ class CompiledLayers:
         return cls(config, layers, final_norm)
 
     def takes(self, rows: RowBatch) -> bool:
-        """Whether so many rows are few."""
+        """Return whether `rows` are few enough for the compiled call."""
         return suits_kernels(len(rows.tokens))
 
     def run(self, hidden: Tensor, rows: RowBatch, cache: KeyValueCache, rotations: Tensor) -> Tensor:
         """Carry `hidden` [rows, hidden] through the layers and the final norm, in place; see `Transformer.forward`.
 
-        rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError for rows, or a cache, that do not fit.
+        rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError if rows or cache do not fit.
         """
         counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
         firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -69,7 +69,7 @@ class CompiledLayers:
 
 
 def joined(weights: Sequence[Tensor | None], num_dimensions: int) -> Numbers:
-    """One array of all layers' weights; without any rows if the layers have none."""
+    """Stack all layers' weights in one array; it has no rows if the layers have no such weight."""
     known = [weight for weight in weights if weight is not None]
     stacked = torch.stack(known) if known else torch.empty([0] * num_dimensions)
     return stacked.numpy()

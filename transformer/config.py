@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about its transformer, in this project's words."""
+"""The configuration of a transformer, read from a Hugging Face folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ __all__ = ["CheckpointError", "RotaryScaling", "TransformerConfig", "read_json"]
 
 @dataclass(frozen=True, slots=True)
 class RotaryScaling:
-    """How rotary frequencies are stretched beyond the context of the first training."""
+    """Scaling of the rotary frequencies for contexts beyond the first training."""
 
     kind: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
-    low_frequency_factor: float = 1.0  # llama3 only, like the two below
+    low_frequency_factor: float = 1.0  # this and the next two: llama3 only
     high_frequency_factor: float = 4.0
     original_positions: int = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class TransformerConfig:
-    """Sizes and switches of a Llama-like transformer; the last group is for diffusion models only."""
+    """Sizes and switches of a Llama-like transformer. The last group is for diffusion models only."""
 
     architecture: Architecture
     vocabulary_size: int
@@ -52,15 +52,15 @@ class TransformerConfig:
     output_bias: bool = False  # of the attention's output
     rotary_scaling: RotaryScaling = RotaryScaling()
 
-    mask_token_ids: tuple[int, ...] = ()  # the j-th mask of a block; a single id is used for every mask
+    mask_token_ids: tuple[int, ...] = ()  # id of the j-th mask of a block, or one id for every mask
     logits_shifted: bool = False  # the row of position i predicts position i + 1, as in causal models
     attention: AttentionPattern = "causal"
-    logits_temperature: float = 1.0  # of the target's distribution that the logits were trained to give
-    target_hidden_size: int = 0  # width of the target's hidden states that join the embeddings; 0: none do
-    takes_hints: bool = False  # masks are joined by the tokens that another draft has in their place and the next
+    logits_temperature: float = 1.0  # temperature of the target's distribution that the logits were trained on
+    target_hidden_size: int = 0  # width of the target's hidden states that are added to the embeddings; 0: none are
+    takes_hints: bool = False  # masks also get the free draft's tokens at their own place and at the next
     block_size: int = 0  # tokens; "block" and "block_causal" only
-    trained_positions: int = 0  # tokens the model was trained on, where it accepts more; 0: max_positions
-    family: Family | None = None  # None: Llama's names of weights
+    trained_positions: int = 0  # tokens that the model was trained on, if it accepts more; 0: max_positions
+    family: Family | None = None  # None: weights have Llama's names
 
     @property
     def max_trained_tokens(self) -> int:
@@ -112,7 +112,7 @@ class TransformerConfig:
         return config
 
     def check(self, path: Path) -> None:
-        """Raise CheckpointError where sizes cannot fit together."""
+        """Raise CheckpointError if sizes cannot fit together."""
         sizes = ("vocabulary_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim")
         for name in (*sizes, "num_key_value_heads", "max_positions"):
             if getattr(self, name) < 1:
@@ -142,7 +142,7 @@ def refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
 
 
 def read_rotary(path: Path, raw: Mapping[str, Any]) -> tuple[float, RotaryScaling]:
-    """Base and scaling of the rotary positions, as transformers 5 or older versions write them."""
+    """Return base and scaling of the rotary positions, in the format of transformers 5 or of older versions."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(parameters.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     if float(parameters.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:

@@ -1,7 +1,7 @@
-"""The checkpoint families that this transformer runs: a table from config.json to its switches and key names.
+"""The checkpoint families that this transformer runs: a table from config.json to switches and weight names.
 
-One transformer, not one model class per family: what tells the families apart are the names of their fields and
-weights, and a few facts of how they were trained that their config.json leaves to Python code, which is never run.
+There is one transformer, not one model class per family. Families differ in the names of fields and weights, and in a
+few facts about their training that config.json leaves to Python code, which is never run.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from transformer.folder import CheckpointError, read_mask_token, read_vocabulary
 
 Architecture = Literal["llama", "qwen2", "qwen3"]
 AttentionPattern = Literal["causal", "block", "block_causal", "full"]
-"""Who sees whom: `causal`; `block`: causal over clean tokens, and a block of masks that starts after the last of them
-sees itself; `block_causal`: blocks on a fixed grid from position 0, each sees itself and all before it; `full`."""
+"""The tokens that each token sees. `causal`: itself and those before. `block`: causal over clean tokens; the block of
+masks that follows sees them and itself. `block_causal`: blocks on a fixed grid from position 0; each sees itself and
+all blocks before. `full`: all tokens."""
 
 LLADA_FIELDS = (
     ("hidden_size", "d_model"),
@@ -39,7 +40,7 @@ LLADA_KEYS = (
     (".input_layernorm.", ".attn_norm."),
     (".post_attention_layernorm.", ".ff_norm."),
 )
-LLADA_SWITCHES: tuple[tuple[str, Any], ...] = (  # what this transformer has no switch for, and what it can run
+LLADA_SWITCHES: tuple[tuple[str, Any], ...] = (  # values that this transformer needs, without a switch for them
     ("block_type", "llama"),
     ("layer_norm_type", "rms"),
     ("rope", True),
@@ -59,29 +60,29 @@ LLADA_SWITCHES: tuple[tuple[str, Any], ...] = (  # what this transformer has no 
 
 @dataclass(frozen=True, slots=True)
 class Diffusion:
-    """How a family was trained to fill in masks."""
+    """The way a family was trained to fill in masks."""
 
     attention: AttentionPattern
     logits_shifted: bool  # the row of position i predicts position i + 1
-    mask_token_id: int | None  # where neither config.json nor the tokenizer names one
-    block_size: int = 0  # tokens, where config.json names none
+    mask_token_id: int | None  # if neither config.json nor the tokenizer names one
+    block_size: int = 0  # tokens, if config.json has no block size
     block_field: str = "block_size"
-    trained_positions: int = 0  # tokens, where config.json allows more positions than the training had; 0: it doesn't
+    trained_positions: int = 0  # tokens, if config.json allows more positions than the training had; 0: it doesn't
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Checkpoints that share a config.json and the names of their weights."""
+    """Checkpoints with the same fields in config.json and the same names of weights."""
 
     name: str
     architecture: Architecture
     diffusion: Diffusion | None = None  # None: causal, unless config.json says more (see `read_diffusion`)
-    fields: tuple[tuple[str, str], ...] = ()  # of config.json: ours, the family's
-    keys: tuple[tuple[str, str], ...] = ()  # replaced one after the other in a weight's name: ours, the family's
+    fields: tuple[tuple[str, str], ...] = ()  # (our name, the family's name) in config.json
+    keys: tuple[tuple[str, str], ...] = ()  # (ours, the family's), replaced in order in a weight's name
     switches: tuple[tuple[str, Any], ...] = ()  # fields of config.json that must have these values
 
     def stored_name(self, name: str) -> str:
-        """The name in the family's files of a weight that is called `name` in the layout of Llama."""
+        """Return the name in the family's files of a weight that Llama's layout calls `name`."""
         for ours, theirs in self.keys:
             name = name.replace(ours, theirs)
         return name
@@ -113,7 +114,7 @@ DIFFULLAMA = Family("DiffuLLaMA", "llama", Diffusion("full", True, mask_token_id
 
 
 def find_family(path: Path, raw: Mapping[str, Any]) -> Family:
-    """The family of a config.json at `path`. Raises CheckpointError with the reason if none of ours fits."""
+    """Return the family of a config.json at `path`. Raises CheckpointError with the reason if no family fits."""
     kind = str(raw.get("model_type"))
     if raw.get("dflash_config"):
         raise CheckpointError(
@@ -142,7 +143,7 @@ def find_family(path: Path, raw: Mapping[str, Any]) -> Family:
 
 
 def in_our_words(path: Path, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """config.json with the names of Llama's fields. Raises CheckpointError for what this transformer cannot run."""
+    """Return config.json with Llama's field names. Raises CheckpointError if this transformer cannot run the model."""
     for name, needed in family.switches:
         if raw.get(name) is not None and raw[name] != needed:
             raise CheckpointError(f"{path}: {name} {raw[name]!r} is not supported, only {needed!r}.")
@@ -150,11 +151,11 @@ def in_our_words(path: Path, raw: Mapping[str, Any], family: Family) -> dict[str
 
 
 def read_diffusion(path: Path, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of TransformerConfig that make it a diffusion model; empty for a plain causal one.
+    """Return the fields of TransformerConfig that describe a diffusion model; empty for a plain causal model.
 
-    config.json's own words (`mask_token_id` or `mask_token_ids`, `attention`, `logits_shifted`, and the block size)
-    win over what is known of the family. The A2D checkpoints trained block by block (BD3LM) and those trained on
-    whole sequences (MDLM) have the same config.json: what tells them apart is their name, or a `block_size` put there.
+    Fields in config.json (`mask_token_id` or `mask_token_ids`, `attention`, `logits_shifted`, and the block size)
+    override the family's defaults. A2D checkpoints trained block by block (BD3LM) and those trained on whole sequences
+    (MDLM) have the same config.json: only their folder's name, or a `block_size` added by hand, tells them apart.
 
     Raises ValueError for values of the wrong kind.
     """
@@ -162,7 +163,7 @@ def read_diffusion(path: Path, raw: Mapping[str, Any], family: Family) -> dict[s
     masks = as_ids(raw.get("mask_token_ids", raw.get("mask_token_id")))
     if not masks and known is not None:
         masks = as_ids(read_mask_token(path.parent)) or as_ids(known.mask_token_id)
-    if not masks and known is A2D:  # what the project's own loader does: a new token after the last one
+    if not masks and known is A2D:  # as their own loader does: a new token after the last one
         masks = tuple(1 + max(vocabulary.values()) for vocabulary in (read_vocabulary(path.parent),) if vocabulary)
     if not masks:
         return {}
@@ -187,7 +188,7 @@ def read_diffusion(path: Path, raw: Mapping[str, Any], family: Family) -> dict[s
 
 
 def as_ids(value: Any) -> tuple[int, ...]:
-    """Token ids from what JSON holds: nothing, one id or a list."""
+    """Return token ids from a JSON value: null, one id or a list."""
     if value is None:
         return ()
     return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)

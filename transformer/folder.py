@@ -1,4 +1,4 @@
-"""Reading a checkpoint's small JSON files, and the one error of every unusable folder."""
+"""Read a checkpoint's small JSON files. Also defines the error for unusable folders."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class CheckpointError(Exception):
-    """A model folder that cannot be used; the message says what is wrong with which file."""
+    """A model folder is unusable. The message says what is wrong with which file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError if it is missing or no JSON object."""
+    """Return the object in a JSON file. Raises CheckpointError if the file is missing or holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -23,10 +23,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of the folder's tokenizer, added tokens included; None if there is none.
+    """Return token -> id of the folder's tokenizer, added tokens included; None without a tokenizer.
 
-    From tokenizer.json or, where a checkpoint's tokenizer is a Python class of its own (Dream), from vocab.json with
-    added_tokens.json and tokenizer_config.json. Raises CheckpointError if a file cannot be read.
+    Reads tokenizer.json. If the tokenizer is a Python class (Dream), reads vocab.json, added_tokens.json and
+    tokenizer_config.json. Raises CheckpointError if a file cannot be read.
     """
     path = folder / "tokenizer.json"
     try:
@@ -48,14 +48,14 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def _plain_vocabulary(vocabulary: Any) -> dict[str, int]:
-    """BPE and WordPiece store an object, Unigram a list of tokens with their scores."""
+    """Return token -> id. BPE and WordPiece store an object, Unigram a list of tokens with scores."""
     if isinstance(vocabulary, list):
         return {token: index for index, (token, _) in enumerate(vocabulary)}
     return {str(token): int(index) for token, index in vocabulary.items()}
 
 
 def read_mask_token(folder: Path) -> int | None:
-    """The id of the tokenizer's own mask token; None if it names none, or there is no tokenizer."""
+    """Return the id of the tokenizer's mask token; None if there is no such token or no tokenizer."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         token = read_json(path).get("mask_token") if path.exists() else None

@@ -1,4 +1,4 @@
-"""What compiled functions need and numba has no word for."""
+"""Functions that kernels need and numba lacks."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def call_product(_: Any, address: Any, rows: Any, weights: Any, out: Any, inputs
 
 @intrinsic
 def float_of_bits(_: Any, bits: Any) -> Any:
-    """The float32 with the bits of an int32."""
+    """Return the float32 with the bits of an int32."""
 
     def generate(context: Any, build: Any, signature: Any, arguments: Any) -> Any:
         return build.bitcast(arguments[0], ir.FloatType())
@@ -36,7 +36,7 @@ def float_of_bits(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def bits_of_float(_: Any, value: Any) -> Any:
-    """The int32 with the bits of a float32."""
+    """Return the int32 with the bits of a float32."""
 
     def generate(context: Any, build: Any, signature: Any, arguments: Any) -> Any:
         return build.bitcast(arguments[0], ir.IntType(32))
@@ -46,16 +46,16 @@ def bits_of_float(_: Any, value: Any) -> Any:
 
 @compiled
 def exponential(x: Any) -> Any:
-    """`exp(x)` in float32, to 1e-7 and between 1e-38 and 1e38, written so that loops of it vectorise.
+    """Return `exp(x)` in float32, with an error of 1e-7, clamped to 1e-38..1e38. NaN becomes 1e-38.
 
-    The library's exponential does not, and costs ten times as much. Here it is `2**whole` by its bits, times a Taylor
-    series of what is left. Not-a-number becomes 1e-38.
+    Loops with this function vectorise; with the library's exponential they do not, and take ten times as long. Computes
+    `2**whole` by its bits, times a Taylor series of the rest.
     """
     x = x if x > np.float32(-87.3) else np.float32(-87.3)
     x = x if x < np.float32(87.3) else np.float32(87.3)
     power = x * np.float32(1.44269504)
     whole = np.int32(power + (np.float32(0.5) if power > np.float32(0.0) else np.float32(-0.5)))
-    x = (x - np.float32(whole) * np.float32(0.693359375)) + np.float32(whole) * np.float32(2.12194440e-4)  # ln 2, twice
+    x = (x - np.float32(whole) * np.float32(0.693359375)) + np.float32(whole) * np.float32(2.12194440e-4)  # ln 2, split
     series = np.float32(1 / 120) + x * np.float32(1 / 720)
     series = np.float32(1 / 6) + x * (np.float32(1 / 24) + x * series)
     series = np.float32(1.0) + x * (np.float32(1.0) + x * (np.float32(0.5) + x * series))
@@ -64,10 +64,10 @@ def exponential(x: Any) -> Any:
 
 @compiled
 def logarithm(x: Any) -> Any:
-    """The natural logarithm in float32 of a normal positive number, to a few units in the last place.
+    """Return the natural logarithm in float32 of a normal positive number, to a few units in the last place.
 
-    Written so that loops of it vectorise: the exponent by its bits, and of what is left, between the roots of 1/2 and
-    2, the series of the inverse hyperbolic tangent.
+    Loops with this function vectorise. Takes the exponent from the bits; the rest lies between the roots of 1/2 and 2,
+    where it uses the series of the inverse hyperbolic tangent.
     """
     bits = bits_of_float(x)
     whole = (bits - np.int32(0x3F3504F3)) >> np.int32(23)

@@ -1,8 +1,8 @@
-"""The layers of a small model, compiled: all that is done between its matrix products, and the order of both.
+"""The layers of a small model as one compiled call.
 
-A library call costs a microsecond or more, and a pass of a small model makes hundreds of them: at a few rows that is
-half of its time. Here a pass is one call. What a row becomes does not depend on the other rows of the batch, to the
-last bit, as long as all are finite: each is computed by itself, as the products (`transformer.product`) do, too.
+A library call costs a microsecond or more, and a pass of a small model makes hundreds of them: half of its time, with
+few rows. Here a pass is one call. A row's result does not depend on the other rows of the batch, to the last bit, as
+long as all are finite: each row is computed by itself, here and in the products (`transformer.product`).
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ Indices = NDArray[np.int64]
 
 
 class LayerArrays(NamedTuple):
-    """Weights as the kernels read them; what a model lacks has no rows."""
+    """Weights in the form that the kernels read. An array has no rows if the model lacks that weight."""
 
     products: Indices  # [3] addresses of `transformer.product`'s kernels
     panels: Indices  # [layers, 4] addresses of the panels of q/k/v, output, gate/up and down
@@ -38,24 +38,24 @@ class LayerArrays(NamedTuple):
 class Rows(NamedTuple):
     """Ragged rows of several sequences, flat."""
 
-    firsts: Indices  # [sequences + 1] first row of each
-    slots: Indices  # [sequences] in the cache
-    starts: Indices  # [sequences] position of each one's first row
+    firsts: Indices  # [sequences + 1] first row of each sequence
+    slots: Indices  # [sequences] slot in the cache
+    starts: Indices  # [sequences] position of each sequence's first row
     limits: Indices  # [rows]: a row sees cached positions below its limit
 
 
-class AttentionRoom(NamedTuple):
-    """Working memory of `attend`; queries stand in lanes."""
+class AttentionWorkspace(NamedTuple):
+    """Working memory of `attend`. Each lane holds one query."""
 
     panel: Numbers  # [head_dim, LANES] queries
-    scores: Numbers  # [longest, LANES]
+    scores: Numbers  # [positions, LANES]
     read: Numbers  # [LANES, head_dim]
     limits: NDArray[np.int32]  # [LANES]
     highest: Numbers  # [LANES]
     totals: Numbers  # [LANES]
 
 
-class PassRoom(NamedTuple):
+class PassWorkspace(NamedTuple):
     """Working memory of a pass."""
 
     qkv: Numbers  # [rows, (heads + 2 * kv_heads) * head_dim]
@@ -85,7 +85,7 @@ def scale(factors: Any, out: Any) -> None:
 
 @compiled
 def normalize(rows: Any, epsilon: float, out: Any) -> None:
-    """Each row over its length; the rest of the norm stands in the next matrix. `out` may be `rows`."""
+    """Divide each row by its length. The next matrix holds the rest of the norm. `out` may be `rows`."""
     for row in range(len(rows)):
         total = np.float32(0.0)
         for index in range(rows.shape[1]):
@@ -107,7 +107,7 @@ def turn(head: Any, rotation: Any) -> None:
 
 @compiled
 def gate(gate_up: Any, out: Any) -> None:
-    """`silu(gate) * up` of rows that hold one after the other."""
+    """Fill `out` with `silu(gate) * up`, of rows that hold gate and then up."""
     width = out.shape[1]
     for row in range(len(out)):
         for index in range(width):
@@ -116,20 +116,20 @@ def gate(gate_up: Any, out: Any) -> None:
 
 
 @compiled
-def soften(scores: Any, longest: int, limits: Any, highest: Any, totals: Any) -> None:
-    """Make `scores[:longest]` [positions, LANES] shares of each lane's attention, up to the factor `1 / totals`.
+def soften(scores: Any, num_positions: int, limits: Any, highest: Any, totals: Any) -> None:
+    """Turn `scores[:num_positions]` [positions, LANES] into attention weights, still to be divided by `totals` [LANES].
 
-    A lane that sees a score that is not a finite number has not-a-number for its total.
+    A lane that sees a score that is not finite gets a total of NaN.
     """
     for lane in range(LANES):
         highest[lane], totals[lane] = np.float32(-np.inf), np.float32(0.0)
-    for position in range(longest):
+    for position in range(num_positions):
         for lane in range(LANES):
             is_seen = position < limits[lane]
             score = scores[position, lane]
             highest[lane] = max(highest[lane], score if is_seen else np.float32(-np.inf))
             totals[lane] += (score if is_seen else np.float32(0.0)) * np.float32(0.0)
-    for position in range(longest):
+    for position in range(num_positions):
         for lane in range(LANES):
             share = exponential(scores[position, lane] - highest[lane])
             share = share if position < limits[lane] else np.float32(0.0)
@@ -139,46 +139,47 @@ def soften(scores: Any, longest: int, limits: Any, highest: Any, totals: Any) ->
 
 @compiled
 def attend(
-    products: Any, qkv: Any, first: int, stop: int, keys_values: Any, limits: Any, group: int, room: Any, out: Any
+    products: Any, qkv: Any, first: int, stop: int, keys_values: Any, limits: Any, group: int, work: Any, out: Any
 ) -> None:
-    """What rows `first` to `stop` of one sequence read from its keys and values [2 * kv_heads, length, head_dim].
+    """Fill `out` with the attention results of rows `first` to `stop` of one sequence.
 
-    Queries that share keys stand side by side in the lanes of a panel: the scores are a product of the keys with it.
+    keys_values: [2 * kv_heads, length, head_dim] of the sequence. Queries that share keys are the lanes of one panel,
+    so the scores are a product of the keys with it.
     """
     num_shared, head_dim = keys_values.shape[0] // 2, keys_values.shape[2]
-    panel, scores, read, lane_limits, highest, totals = room
+    panel, scores, read, lane_limits, highest, totals = work
     root = np.float32(1.0 / np.sqrt(head_dim))
     rows_at_once = LANES // group
     for shared in range(num_shared):
-        for part in range(first, stop, rows_at_once):
-            count = min(rows_at_once, stop - part) * group
+        for begin in range(first, stop, rows_at_once):
+            count = min(rows_at_once, stop - begin) * group
             panel[:] = np.float32(0.0)
             lane_limits[:] = 0
-            longest = 0
+            num_positions = 0
             for lane in range(count):
-                row, head = part + lane // group, shared * group + lane % group
-                longest = max(longest, limits[row])
+                row, head = begin + lane // group, shared * group + lane % group
+                num_positions = max(num_positions, limits[row])
                 lane_limits[lane] = limits[row]
                 for index in range(head_dim):
                     panel[index, lane] = qkv[row, head * head_dim + index] * root
             call_product(
                 products[0], keys_values[shared].ctypes.data, panel.ctypes.data, scores.ctypes.data,
-                head_dim, LANES, longest,
+                head_dim, LANES, num_positions,
             )  # fmt: skip
-            soften(scores, longest, lane_limits, highest, totals)
+            soften(scores, num_positions, lane_limits, highest, totals)
             call_product(
                 products[2], scores.ctypes.data, keys_values[num_shared + shared].ctypes.data, read.ctypes.data,
-                longest, head_dim, count,
+                num_positions, head_dim, count,
             )  # fmt: skip
             for lane in range(count):
-                row, head = part + lane // group, shared * group + lane % group
+                row, head = begin + lane // group, shared * group + lane % group
                 for index in range(head_dim):
                     out[row, head * head_dim + index] = read[lane, index] / totals[lane]
 
 
 @compiled
 def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) -> bool:
-    """Whether the cache is the model's and all rows have their place in it: the loops below do not look."""
+    """Return whether the cache belongs to the model and all rows fit into it. The loops below do not check."""
     num_layers, num_slots, num_kept, length, head_dim = entries.shape
     if (num_layers, num_kept, head_dim) != (len(arrays.panels), 2 * arrays.num_shared, arrays.head_dim):
         return False
@@ -199,23 +200,25 @@ def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) ->
 
 @allocating
 def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any) -> bool:
-    """Carry `hidden` [rows, hidden] through all layers and the final norm, in place; False if rows don't fit the cache.
+    """Carry `hidden` [rows, hidden] through all layers and the final norm, in place.
+
+    Returns False, and does nothing, if the rows don't fit the cache.
 
     rotations: [positions, head_dim] cosine and sine of every pair. entries: the cache [layers, slots, 2 * kv_heads,
-    length, head_dim], which gets all rows' keys and values.
+    length, head_dim]; receives all rows' keys and values.
     """
     num_rows, width = hidden.shape
     if not fits(rows, num_rows, arrays, rotations, entries):
         return False
     num_heads, head_dim = arrays.num_heads, arrays.head_dim
-    room = PassRoom(
+    work = PassWorkspace(
         np.empty((num_rows, (num_heads + 2 * arrays.num_shared) * head_dim), np.float32),
         np.empty((num_rows, width), np.float32),
         np.empty((num_rows, num_heads * head_dim), np.float32),
         np.empty((num_rows, 2 * arrays.intermediate), np.float32),
         np.empty((num_rows, arrays.intermediate), np.float32),
     )
-    attention = AttentionRoom(
+    attention = AttentionWorkspace(
         np.empty((head_dim, LANES), np.float32),
         np.empty((rows.limits.max(), LANES), np.float32),
         np.empty((LANES, head_dim), np.float32),
@@ -224,7 +227,7 @@ def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any
         np.empty(LANES, np.float32),
     )
     for layer in range(len(entries)):
-        _run_layer(layer, hidden, rows, arrays, rotations, entries[layer], room, attention)
+        _run_layer(layer, hidden, rows, arrays, rotations, entries[layer], work, attention)
     normalize(hidden, arrays.epsilon, hidden)
     for row in range(num_rows):
         scale(arrays.final_norm, hidden[row])
@@ -233,14 +236,14 @@ def run_layers(hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any
 
 @compiled
 def _run_layer(
-    layer: int, hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any, room: Any, attention: Any
+    layer: int, hidden: Any, rows: Any, arrays: Any, rotations: Any, entries: Any, work: Any, attention: Any
 ) -> None:
-    """One layer; `entries` are its own."""
+    """Run one layer, whose share of the cache is `entries`."""
     num_rows, width = hidden.shape
     num_kept, head_dim, num_heads = entries.shape[1], arrays.head_dim, arrays.num_heads
     num_turned = num_heads + num_kept // 2
     store, add = arrays.products[0], arrays.products[1]
-    qkv, normalized, attended, gate_up, gated = room
+    qkv, normalized, attended, gate_up, gated = work
     normalize(hidden, arrays.epsilon, normalized)
     if len(arrays.qkv_bias):
         for row in range(num_rows):

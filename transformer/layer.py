@@ -1,4 +1,4 @@
-"""One layer's weights, as passes read them."""
+"""The weights of one layer, in the form that passes use."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from transformer.rotary import interleave
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer; matrices are [in, out], and the two norms are folded into `qkv` and `gate_up`."""
+    """Weights of one layer. Matrices are [in, out]; the two norms are folded into `qkv` and `gate_up`."""
 
     qkv: Matrix  # [hidden, (heads + 2 * kv_heads) * head_dim]
     qkv_bias: Tensor | None
@@ -29,7 +29,7 @@ class Layer:
 
 
 def folded_norm(weight: Tensor) -> Tensor:
-    """What is left of a norm after dividing by the length: its weight times the root of the width, float32."""
+    """Return the factor of a norm that is left after dividing by the length: weight * sqrt(width), float32."""
     return weight.float() * math.sqrt(len(weight))
 
 

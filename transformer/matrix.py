@@ -1,20 +1,20 @@
-"""Weight matrices, which small steps on a CPU multiply by kernels of our own (`transformer.product`)."""
+"""Weight matrices. Small steps on a CPU multiply them with this project's kernels (`transformer.product`)."""
 
 import torch
 from torch import Tensor
 
 from transformer.product import LANES, Kernel, has_fast_sums, product_kernels
 
-MAX_KERNEL_ROWS = 48  # beyond it the library can use several threads; where there is one, the kernel is faster
-MAX_ROWS_ALONE = 256  # up to here
-MAX_PACKED_ENTRIES = 1 << 22  # larger matrices wait for memory anyway, and want several threads
+MAX_KERNEL_ROWS = 48  # with more rows, the library gains from several threads
+MAX_ROWS_ALONE = 256  # limit with only one thread, where the kernel stays faster for longer
+MAX_PACKED_ENTRIES = 1 << 22  # larger matrices are bound by memory, and need several threads
 
 
 class Matrix:
     """A weight `[in, out]` of any device and dtype."""
 
     def __init__(self, weight: Tensor) -> None:
-        """Take over `weight`; if it gets panels, they are a second copy of it."""
+        """Take over `weight`. Its panels, if it gets any, are a second copy."""
         self._weight = weight
         self._inputs, self._outputs = weight.shape
         self._panels: Tensor | None = None
@@ -26,11 +26,11 @@ class Matrix:
 
     @property
     def panels_address(self) -> int:
-        """Where the panels are, for compiled callers; 0 if there are none."""
+        """Address of the panels, for compiled callers; 0 if there are none."""
         return 0 if self._panels is None else self._panels.data_ptr()
 
     def multiply_first(self, rows: Tensor, num_outputs: int) -> Tensor:
-        """The first columns of `rows [n, in] @ weight`, as `[n, num_outputs]`."""
+        """Return the first columns of `rows [n, in] @ weight`: `[n, num_outputs]`."""
         if num_outputs % LANES or not self._takes(rows):
             return rows @ self._weight[:, :num_outputs]
         product = rows.new_empty(len(rows), num_outputs)
@@ -38,7 +38,7 @@ class Matrix:
         return product
 
     def multiply(self, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`rows [n, in] @ weight + bias`, as `[n, out]`."""
+        """Return `rows [n, in] @ weight + bias`: `[n, out]`."""
         if bias is None:
             return self.multiply_first(rows, self._outputs)
         if not self._takes(rows):
@@ -46,7 +46,7 @@ class Matrix:
         return self.add_product(bias.expand(len(rows), -1).clone(memory_format=torch.contiguous_format), rows)
 
     def add_product(self, total: Tensor, rows: Tensor) -> Tensor:
-        """`total + rows @ weight`; `total` may be overwritten."""
+        """Return `total + rows @ weight`. May overwrite `total`."""
         if not self._takes(rows):
             return torch.addmm(total, rows, self._weight)
         self._run(self._kernels.add, rows, total)
@@ -67,10 +67,10 @@ class Matrix:
 
 
 def suits_kernels(num_rows: int) -> bool:
-    """Whether a product with so many rows is better left to our kernels than to the library."""
+    """Return whether these kernels multiply so many rows faster than the library does."""
     return num_rows <= MAX_KERNEL_ROWS or (num_rows <= MAX_ROWS_ALONE and torch.get_num_threads() == 1)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether compiled code can read it where it is: float32, on the CPU."""
+    """Return whether compiled code can read the tensor in place: float32, on the CPU."""
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32

@@ -1,9 +1,9 @@
 """A Llama-like transformer over a key-value cache: ragged rows in, hidden states out.
 
-Written for small batches on a CPU, where a step costs its weights' memory traffic plus the overhead of every call:
-projections of the same input are one matrix, norm weights are folded into the matrix that follows, residuals are added
-by the matrix product itself, and few rows of a small model go through all layers in one compiled call
-(`transformer.compiled_layers`). Prompts, large models and GPUs take torch's way, layer by layer.
+Written for small batches on a CPU, where a step costs the memory traffic of its weights plus the overhead of every
+call. So projections of the same input are one matrix, norm weights are folded into the matrix that follows, and matrix
+products add residuals themselves. Few rows of a small model go through all layers in one compiled call
+(`transformer.compiled_layers`); prompts, large models and GPUs run layer by layer in torch.
 """
 
 import math
@@ -29,23 +29,23 @@ __all__ = ["CheckpointError", "RowBatch", "Transformer"]
 
 
 class Transformer:
-    """Weights on one device, in one dtype. Stateless: sequences live in the cache."""
+    """Weights on one device, in one dtype. Stateless: the cache holds the sequences."""
 
     def __init__(self, config: TransformerConfig, weights: dict[str, Tensor], by_layer: bool = False) -> None:
-        """Take over `weights` (hub names, as `load_weights` gives them); the dictionary is emptied on the way.
+        """Take over `weights` (named as `load_weights` returns them), and empty the dictionary.
 
-        by_layer: never take the compiled way, to compare with.
+        by_layer: never use the compiled call, for comparison.
         """
         self.config = config
         with torch.inference_mode():
             self._embedding = weights.pop("model.embed_tokens.weight")
             head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
-            # A tied head is transposed into a copy on the CPU only: there it is worth its memory.
+            # On the CPU, a transposed copy of a tied head is worth its memory.
             self._head = Matrix(head.t().contiguous() if head.device.type == "cpu" else head.t())
             self._target_projection: Matrix | None = None
             if config.target_hidden_size:
                 self._target_projection = Matrix(weights.pop("model.target_projection.weight").t().contiguous())
-            self._hints: Tensor | None = None  # [2, vocabulary + 1, hidden] what a hint adds; the last row, nothing
+            self._hints: Tensor | None = None  # [2, vocabulary + 1, hidden] added for a hint; the last row is zero
             if config.takes_hints:
                 gated = self._embedding * weights.pop("model.hint_gates").unsqueeze(1)
                 self._hints = torch.nn.functional.pad(gated, (0, 0, 0, 1))
@@ -78,11 +78,11 @@ class Transformer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether passes of few rows are one compiled call."""
+        """Whether passes with few rows are one compiled call."""
         return self._compiled is not None
 
     def new_cache(self, slots: int, length: int) -> KeyValueCache:
-        """A cache for `slots` sequences of up to `length` tokens."""
+        """Return a cache for `slots` sequences of up to `length` tokens."""
         if length > len(self._rotations):
             self._rotations = rotary_table(self.config, length).to(self.device)
         sizes = self.config.num_layers, slots, self.config.num_key_value_heads, length, self.config.head_dim
@@ -96,11 +96,11 @@ class Transformer:
         target_states: Tensor | None = None,
         hints: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, [rows, hidden]; writes all rows' keys and values into the cache.
+        """Write all rows' keys and values into the cache; return [rows, hidden], the states after the final norm.
 
-        target_states: [first rows, target hidden], at most as many as rows, joined to the embeddings; zeros where there
-        are none. hints: [rows] twice, the tokens that another draft has in each row's place and in the next; the
-        vocabulary's size where it has none.
+        target_states: [first rows, target hidden], at most as many as rows, added to the embeddings; zeros where they
+        are unknown. hints: two tensors [rows], the free draft's tokens at each row's place and at the next; the
+        vocabulary's size where there is none.
         """
         hidden = self._embedding.index_select(0, rows.tokens)
         if target_states is not None and self._target_projection is not None:
@@ -122,7 +122,7 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Logits of hidden states [n, hidden], float32 [n, vocabulary]; num_tokens: of so many first ones alone."""
+        """Return the logits of hidden states [n, hidden]: float32 [n, vocabulary], or of the first `num_tokens` ids."""
         width = self.config.vocabulary_size if num_tokens is None else num_tokens
         return self._head.multiply_first(hidden, width).float()
 
@@ -141,16 +141,16 @@ class Transformer:
         return hidden if layer.output_bias is None else hidden + layer.output_bias
 
     def _normalized(self, hidden: Tensor) -> Tensor:
-        """`hidden` [rows, hidden] over its length; the rest of the norm stands in the next matrix.
+        """Return `hidden` [rows, hidden] divided by its length. The next matrix holds the rest of the norm.
 
-        hypot joins epsilon to the length, so that three calls make the norm (torch.rms_norm takes three times as long
-        on a CPU at one row).
+        hypot adds epsilon to the length, so the norm takes three calls. (On a CPU with one row, torch.rms_norm takes
+        three times as long.)
         """
         length: Tensor = vector_norm(hidden, 2, -1, True, dtype=torch.float32).hypot_(self._epsilon)
         return (hidden / length).to(hidden.dtype)
 
     def _normalized_heads(self, heads: Tensor) -> Tensor:
-        """`heads` [rows, heads, head_dim] over each head's root mean square."""
+        """Return `heads` [rows, heads, head_dim] divided by each head's root mean square."""
         return torch.rms_norm(heads, heads.shape[-1:], eps=self.config.rms_norm_eps)
 
 

@@ -1,10 +1,10 @@
-"""Matrix products with few rows, in LLVM's language.
+"""Matrix products with few rows, written in LLVM's intermediate language.
 
-A library's products are made for many rows: on a CPU four rows cost them up to twice as much as one, though both read
-the same weights. Verification lives from that not being so. These kernels take up to six rows at a time through sixteen
-columns, their sums in registers, while the next columns are on their way to the cache. They are compiled by what numba
-brings along, since numba itself cannot be made to keep the sums in registers. Every sum runs over the inputs in order,
-whatever the number of rows: a row's result is the same to the last bit in any batch.
+Libraries are made for many rows: on a CPU they take up to twice as long for four rows as for one, although both read
+the same weights. Verification only pays if extra rows are nearly free. These kernels run up to six rows at a time
+through sixteen columns, with all sums in registers, while the next columns are fetched into the cache. They are
+compiled with llvmlite, which numba brings along, because numba itself does not keep the sums in registers. Every sum
+runs over the inputs in order, whatever the number of rows: a row's result is the same to the last bit in any batch.
 """
 
 import ctypes
@@ -17,36 +17,36 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 LANES = 16  # columns at a time: one vector of AVX-512, two of AVX2, four of NEON
-ROWS_AT_ONCE = 6  # sums and inputs still fit into the sixteen registers of AVX2
+ROWS_AT_ONCE = 6  # sums and inputs fit into the sixteen registers of AVX2
 
 Kernel = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Three products; each takes (rows, weights, out, inputs, outputs, rows): addresses of float32, and sizes.
+    """Three products. Each takes (rows, weights, out, num_inputs, num_outputs, num_rows): float32 addresses and sizes.
 
-    `store` and `add` read rows [rows, inputs] and weights in panels [outputs / LANES, inputs, LANES]; one stores the
-    product [rows, outputs], the other adds it to what is there. `store_transposed` reads rows that stand in lanes,
-    [inputs, LANES] of which the first are taken, and weights [inputs, outputs] as they are.
+    `store` and `add` read rows [rows, inputs] and weights in panels [outputs / LANES, inputs, LANES]. `store` writes
+    the product [rows, outputs]; `add` adds it to `out`. `store_transposed` reads rows as the first lanes of
+    [inputs, LANES], and plain weights [inputs, outputs].
     """
 
     store: Kernel
     add: Kernel
     store_transposed: Kernel
-    addresses: tuple[int, int, int]  # of the same, for compiled callers
+    addresses: tuple[int, int, int]  # of the three, for compiled callers
     engine: Any  # owns the machine code
 
 
 @functools.cache
 def has_fast_sums() -> bool:
-    """Whether this machine multiplies and adds in one instruction; emulated, the kernels would be of no use."""
-    return bool(llvm.get_host_cpu_features().get("fma", True))  # a feature's name on x86 alone
+    """Return whether this machine multiplies and adds in one instruction. Emulated, the kernels are too slow."""
+    return bool(llvm.get_host_cpu_features().get("fma", True))  # only x86 has a feature of this name
 
 
 @functools.cache
 def product_kernels() -> Kernels:
-    """Compiled for this machine; takes about a second."""
+    """Compile the kernels for this machine; takes about a second."""
     module = ir.Module()
     names = ("store", "add", "store_transposed")
     for name in names:
@@ -74,14 +74,14 @@ VECTOR, ADDRESS = ir.VectorType(NUMBER, LANES), NUMBER.as_pointer()
 
 
 def _write_product(module: ir.Module, name: str, functions: list[ir.Function], is_transposed: bool) -> None:
-    """For each LANES columns, all rows, in parts of at most ROWS_AT_ONCE: weights are read from memory once.
+    """Write a product: for each LANES columns, all rows, at most ROWS_AT_ONCE at a time. So memory is read once.
 
     functions: for one row, two rows, and so on.
     """
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ADDRESS] * 3 + [SIZE] * 3), name)
     rows, weights, out, num_inputs, num_outputs, num_rows = function.args
-    entry, panel_block, part_block, next_part, next_panel, end_block = (
-        function.append_basic_block(block) for block in ("entry", "panel", "part", "next_part", "next_panel", "end")
+    entry, panel_block, group_block, next_group, next_panel, end_block = (
+        function.append_basic_block(block) for block in ("entry", "panel", "group", "next_group", "next_panel", "end")
     )
     ir.IRBuilder(entry).branch(panel_block)
 
@@ -89,30 +89,30 @@ def _write_product(module: ir.Module, name: str, functions: list[ir.Function], i
     column = build.phi(SIZE, "column")
     column.add_incoming(SIZE(0), entry)
     panel = build.gep(weights, [column if is_transposed else build.mul(column, num_inputs)])
-    build.branch(part_block)
+    build.branch(group_block)
 
-    build = ir.IRBuilder(part_block)
+    build = ir.IRBuilder(group_block)
     done = build.phi(SIZE, "done")
     done.add_incoming(SIZE(0), panel_block)
     left = build.sub(num_rows, done)
-    # Two even parts rather than a full and a small one: a part's time hardly depends on its rows.
+    # Two even groups of rows are better than a full and a small one: the time hardly depends on the rows.
     half = build.lshr(build.add(left, SIZE(1)), SIZE(1))
     even = build.select(build.icmp_unsigned("<", half, SIZE(ROWS_AT_ONCE)), half, SIZE(ROWS_AT_ONCE))
     count = build.select(build.icmp_unsigned("<=", left, SIZE(ROWS_AT_ONCE)), left, even)
-    part_rows = build.gep(rows, [done if is_transposed else build.mul(done, num_inputs)])
-    part_out = build.gep(out, [build.add(build.mul(done, num_outputs), column)])
-    cases = build.switch(count, end_block)  # none: there is nothing to do
+    group_rows = build.gep(rows, [done if is_transposed else build.mul(done, num_inputs)])
+    group_out = build.gep(out, [build.add(build.mul(done, num_outputs), column)])
+    cases = build.switch(count, end_block)  # no rows: nothing to do
     for number, columns_function in enumerate(functions, start=1):
         case = function.append_basic_block(f"rows_{number}")
         cases.add_case(SIZE(number), case)
         build = ir.IRBuilder(case)
-        build.call(columns_function, [part_rows, panel, part_out, num_inputs, num_outputs])
-        build.branch(next_part)
+        build.call(columns_function, [group_rows, panel, group_out, num_inputs, num_outputs])
+        build.branch(next_group)
 
-    build = ir.IRBuilder(next_part)
+    build = ir.IRBuilder(next_group)
     now_done = build.add(done, count)
-    done.add_incoming(now_done, next_part)
-    build.cbranch(build.icmp_unsigned("<", now_done, num_rows), part_block, next_panel)
+    done.add_incoming(now_done, next_group)
+    build.cbranch(build.icmp_unsigned("<", now_done, num_rows), group_block, next_panel)
 
     build = ir.IRBuilder(next_panel)
     following = build.add(column, SIZE(LANES))
@@ -122,9 +122,9 @@ def _write_product(module: ir.Module, name: str, functions: list[ir.Function], i
 
 
 def _write_columns(module: ir.Module, product: str, num_rows: int, adds: bool, is_transposed: bool) -> ir.Function:
-    """`sums[row] += input[row, i] * weights[i]` over all inputs i, for LANES columns, with all sums in registers.
+    """Write `sums[row] += input[row, i] * weights[i]` over all inputs i, for LANES columns, with all sums in registers.
 
-    Meanwhile the panel behind this one is fetched, line by line; behind the last one that comes to nothing.
+    Meanwhile the next panel is fetched, line by line. After the last panel, the fetch has no effect.
     """
     name = f"{product}_{num_rows}"
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ADDRESS] * 3 + [SIZE] * 2), name)
@@ -139,7 +139,7 @@ def _write_columns(module: ir.Module, product: str, num_rows: int, adds: bool, i
     ]
     zero = ir.Constant(VECTOR, [0.0] * LANES)
     starts = [build.load(target, align=4) if adds else zero for target in targets]
-    behind = build.gep(panel, [build.mul(num_inputs, SIZE(LANES))])
+    next_panel_start = build.gep(panel, [build.mul(num_inputs, SIZE(LANES))])
     build.branch(input_block)
 
     build = ir.IRBuilder(input_block)
@@ -151,7 +151,7 @@ def _write_columns(module: ir.Module, product: str, num_rows: int, adds: bool, i
     offset = build.mul(position, num_outputs if is_transposed else SIZE(LANES))
     weights = build.load(build.bitcast(build.gep(panel, [offset]), VECTOR.as_pointer()), align=4)
     if not is_transposed:
-        _prefetch(module, build, build.gep(behind, [offset]))
+        _prefetch(module, build, build.gep(next_panel_start, [offset]))
     added = []
     for row, total in enumerate(sums):
         row_start, step = (SIZE(row), SIZE(LANES)) if is_transposed else (build.mul(SIZE(row), num_inputs), SIZE(1))
@@ -171,9 +171,9 @@ def _write_columns(module: ir.Module, product: str, num_rows: int, adds: bool, i
 
 
 def _prefetch(module: ir.Module, build: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for the cache line at `address` (64 bytes: as many as LANES numbers) to come to the second-level cache.
+    """Fetch the cache line at `address` (64 bytes: LANES numbers) into the second-level cache.
 
-    In the first it would drive out the rows.
+    In the first-level cache it would displace the rows.
     """
     word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
     name = "llvm.prefetch.p0"
@@ -189,7 +189,7 @@ def _fused_multiply_add(module: ir.Module) -> ir.Function:
 
 
 def _spread(build: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """A vector with `value` in every lane."""
+    """Return a vector with `value` in every lane."""
     nothing, index = ir.Constant(VECTOR, ir.Undefined), ir.IntType(32)
     first = build.insert_element(nothing, value, index(0))
     return build.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(index, LANES), [0] * LANES))

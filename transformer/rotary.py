@@ -1,8 +1,8 @@
 """Rotary positions as complex numbers: one multiplication turns queries and keys together.
 
-A head of the hub's layout pairs dimension i with i + head_dim / 2. Reordered so that the two stand side by side
-(`interleave`), a pair is one complex number and its rotation a complex factor of modulus one. The order of dimensions
-within a head is free as long as queries and keys share it, so the weights are reordered once, at load time.
+In the hub's layout, a head pairs dimension i with i + head_dim / 2. `interleave` moves the two next to each other: then
+a pair is one complex number, and its rotation is a complex factor of modulus one. Queries and keys only need the same
+order of dimensions within a head, so the weights are reordered once, at load time.
 """
 
 import math
@@ -20,9 +20,9 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def rotary_frequencies(config: TransformerConfig) -> Tensor:
-    """Radians per position of every rotation pair, float64 [head_dim / 2]."""
+    """Return the radians per position of every rotation pair, float64 [head_dim / 2]."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    # transformers computes these in float32; the same rounding keeps far positions in agreement
+    # float32 as in transformers: with the same rounding, far positions agree
     frequencies = 1.0 / (config.rope_theta ** exponents.float())
     scaling = config.rotary_scaling
     if scaling.kind == "linear":
@@ -30,12 +30,12 @@ def rotary_frequencies(config: TransformerConfig) -> Tensor:
     elif scaling.kind == "llama3":
         turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the original context
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast enough to stay, 0: slow, fully stretched
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, stays; 0: slow, stretched in full
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
     return frequencies.double()
 
 
 def rotary_table(config: TransformerConfig, length: int) -> Tensor:
-    """The rotation of every position below `length`, complex64 [length, 1, head_dim / 2]."""
+    """Return the rotation of every position below `length`, complex64 [length, 1, head_dim / 2]."""
     angles = torch.outer(torch.arange(length, dtype=torch.float64), rotary_frequencies(config))
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(1)

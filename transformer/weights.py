@@ -1,6 +1,6 @@
-"""Which weights a checkpoint has to have, and what its files' headers say is there: without opening a tensor.
+"""The weights that a checkpoint needs, and the weights that its files' headers list. Opens no tensor.
 
-Free of torch, so that a folder can be judged before anything heavy is imported.
+Does not import torch, so that a folder can be checked before anything heavy is imported.
 """
 
 import json
@@ -12,7 +12,7 @@ from transformer.folder import CheckpointError, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100 << 20  # what safetensors itself allows
+MAX_HEADER_BYTES = 100 << 20  # the limit of safetensors itself
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight that the configuration calls for, by its name in the hub's layout."""
+    """Return the shape of every weight that the configuration requires, by its name in the hub's layout."""
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_heads * head_dim, config.num_key_value_heads * head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocabulary_size, hidden)}
@@ -66,13 +66,13 @@ def weight_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_names(config: TransformerConfig) -> dict[str, str]:
-    """Our name -> the name in the files, of every weight that the configuration calls for."""
+    """Return our name -> the name in the files, of every weight that the configuration requires."""
     family = config.family
     return {name: name if family is None else family.stored_name(name) for name in weight_shapes(config)}
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every stored tensor by its name in the files. Raises CheckpointError for a missing, cut or damaged file."""
+    """Return every stored tensor by its name in the files. Raises CheckpointError for a missing or damaged file."""
     single = folder / SINGLE_FILE
     if single.exists():
         return _read_header(single)
@@ -84,7 +84,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_weights(folder: Path, config: TransformerConfig, stored: dict[str, StoredTensor]) -> None:
-    """Raise CheckpointError unless every weight that the configuration calls for is there, in shape and type."""
+    """Raise CheckpointError unless every required weight is there, with the right shape and type."""
     names = stored_names(config)
     missing = [name for name in names.values() if name not in stored]
     if missing:
@@ -101,7 +101,7 @@ def check_weights(folder: Path, config: TransformerConfig, stored: dict[str, Sto
 
 
 def named_files(index: Path) -> dict[str, Path]:
-    """The file of every weight that the index of a sharded checkpoint names. Raises CheckpointError."""
+    """Return the file of every weight in the index of a sharded checkpoint. Raises CheckpointError."""
     if not index.exists():
         raise CheckpointError(
             f"{index.parent} holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors are loaded."

@@ -1,1 +1,1 @@
-"""Everything that checks: sampling rules, position-keyed draws, acceptance, the target model."""
+"""Verification: sampling rules, draws keyed by position, acceptance, and the target model."""

@@ -1,7 +1,7 @@
-"""Which draft tokens stand: those that the target would have drawn itself.
+"""Accept the draft tokens that the target would have drawn itself.
 
-The draft counts as a point mass. It may have come out of a search, which makes it a sample of no distribution, so the
-ratio test of speculative sampling (DiffuSpec, Eq. 6) would not be exact; equality with the target's own draw always is.
+The draft counts as a point mass. A draft from a search is no sample of any distribution, so the ratio test of
+speculative sampling (DiffuSpec, Eq. 6) would not be exact. Comparing with the target's own draw always is.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from verifiers.base import Verification
 
 
 def num_matching(draft: Sequence[int], drawn: Sequence[int]) -> int:
-    """Length of the common beginning of the draft and the target's own draws."""
+    """Return the length of the common prefix of the draft and the target's own draws."""
     for index, token in enumerate(draft):
         if token != drawn[index]:
             return index
@@ -18,6 +18,6 @@ def num_matching(draft: Sequence[int], drawn: Sequence[int]) -> int:
 
 
 def accept(draft: Sequence[int], drawn: Sequence[int]) -> Verification:
-    """Accept the draft up to its first difference from `drawn` [len(draft) + 1], whose token there comes next."""
+    """Accept the draft up to its first difference from `drawn` [len(draft) + 1]; the token drawn there comes next."""
     num_accepted = num_matching(draft, drawn)
     return Verification(num_accepted, drawn[num_accepted])

@@ -1,4 +1,4 @@
-"""The words of verification, and what the engine asks of a verifier."""
+"""The types of verification, and the protocol between the engine and a verifier."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 TokenIds = Sequence[int] | NDArray[np.int32]
 
 
-MIN_TEMPERATURE = 1e-5  # below it a request is greedy: so small a number would not survive in float32
+MIN_TEMPERATURE = 1e-5  # a request with less is greedy: float32 cannot handle smaller ones
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
-    """How one request's tokens are drawn from the target's logits, in the order in which the rules apply.
+    """The rules by which one request's tokens are drawn from the target's logits.
 
-    Every rule is applied on every verified row, with the tokens before that row as its context, so that a draft of
-    any length gives the very token that plain decoding would give.
+    Every rule applies to every verified row, with the tokens before that row as its context. So a draft of any length
+    gives the same tokens as plain decoding.
     """
 
-    seed: int  # 64 bits; with the absolute position it keys the draw
+    seed: int  # 64 bits; together with the absolute position, the key of each draw
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
@@ -35,18 +35,18 @@ class SamplingRules:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> nats added
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[Sequence[int]] = ()  # token sequences that must not appear in the output
-    min_tokens: int = 0  # `stop_token_ids` are banned before that many generated tokens
+    min_tokens: int = 0  # `stop_token_ids` are banned until this many tokens are generated
     stop_token_ids: Sequence[int] = ()
-    logprobs: int | None = None  # how many alternatives to report besides the drawn token; None: no log probabilities
+    logprobs: int | None = None  # alternatives to report besides the drawn token; None: report no log probabilities
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken rather than drawn."""
+        """Whether the most probable token is taken, not drawn."""
         return self.temperature < MIN_TEMPERATURE
 
     @property
     def temperature_alone(self) -> bool:
-        """Whether the temperature alone says how tokens are drawn from what the other rules leave."""
+        """Whether no rule but the temperature shapes the distribution."""
         return self.top_k == 0 and self.top_p >= 1.0 and self.min_p == 0.0
 
 
@@ -62,10 +62,9 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What the target made of one request's draft.
+    """The target's verdict on one request's draft.
 
-    One precise type against a common mistake: the extra token is never counted as accepted, and there is
-    always exactly one extra token.
+    This type prevents a common mistake: the extra token never counts as accepted, and there is always exactly one.
     """
 
     num_accepted: int  # draft tokens kept; excludes next_token
@@ -77,28 +76,30 @@ class Verification:
 class VerifyRequest:
     """One request's rows in the next forward pass.
 
-    `tokens[num_cached : num_cached + num_new]` are run through the model, followed by `draft`. If
-    `num_cached + num_new == len(tokens)` the rows of the last token and of the draft are verified;
-    otherwise this is a part of a longer prefill and nothing is drawn.
+    The model runs `tokens[num_cached : num_cached + num_new]`, followed by `draft`. If `num_cached + num_new` equals
+    `len(tokens)`, the rows of the last token and of the draft are verified. Otherwise this is one chunk of a longer
+    prefill, and nothing is drawn.
     """
 
-    slot: int  # its place in the verifier's key-value cache
+    slot: int  # in the verifier's key-value cache
     tokens: TokenIds  # all committed tokens: prompt, then output; the engine passes an array
-    num_prompt: int  # tokens of `tokens` that are the prompt
-    num_cached: int  # tokens whose keys and values stand in the slot already
+    num_prompt: int  # length of the prompt
+    num_cached: int  # tokens whose keys and values are in the slot already
     num_new: int
     draft: Sequence[int]
     rules: SamplingRules
     prompt_logprobs: int | None = None  # alternatives to report for each prompt token among the new rows; None: off
-    allowed: NDArray[np.bool_] | None = None  # [len(draft) + 1, ids] what may be drawn in each row; None: everything
+    allowed: NDArray[np.bool_] | None = None  # [len(draft) + 1, ids] tokens that may be drawn in each row; None: all
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    verification: Verification | None  # None while the prompt is not fully read, and with an error
+    """The verification of one request, or the error that prevents it."""
+
+    verification: Verification | None  # None until the prompt is fully read, and with an error
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt's tokens in (num_cached, num_cached + num_new]
-    error: str = ""  # why this request alone cannot go on, e.g. logits that are not numbers; then nothing is verified
-    is_request_at_fault: bool = False  # the error: its rules ban every token; else the model or the engine is
+    error: str = ""  # reason why this request alone cannot continue, e.g. logits of NaN; nothing is verified then
+    is_request_at_fault: bool = False  # True: its rules ban every token. False: the fault of model or engine
 
 
 class Verifier(Protocol):
@@ -110,7 +111,7 @@ class Verifier(Protocol):
 
     @property
     def context_length(self) -> int:
-        """Most tokens a slot holds."""
+        """Maximum number of tokens in a slot."""
 
     @property
     def num_slots(self) -> int: ...
@@ -119,9 +120,9 @@ class Verifier(Protocol):
         """Run one forward pass over all rows of all requests and check their drafts."""
 
     def hidden_states(self, slot: int) -> "Tensor | None":
-        """What each token of a slot was predicted from, `[positions, hidden]`, zero for the first; None: not kept.
+        """Return the hidden state that each token of a slot was predicted from; None if they are not kept.
 
-        A view; what it holds beyond the slot's tokens says nothing.
+        A view `[positions, hidden]`, zero for the first token. Positions beyond the slot's tokens are meaningless.
         """
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

@@ -1,4 +1,4 @@
-"""From logits to the distribution that a token is drawn from: temperature, top-k, top-p, min-p."""
+"""Turn logits into the distribution that a token is drawn from: temperature, top-k, top-p, min-p."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from verifiers.base import SamplingRules
 
-FIRST_CANDIDATES = 128  # sorting all of a vocabulary costs more than the model's head; few rows need more than these
+FIRST_CANDIDATES = 128  # enough for most rows; sorting a whole vocabulary costs more than the model's head
 
 
 def token_weights(logits: Tensor, rules: Sequence[SamplingRules]) -> Tensor:
-    """Weights of each row's tokens, not normalised: float32 [rows, vocabulary] of logits of the same shape.
+    """Return unnormalised weights of each row's tokens: float32 [rows, vocabulary], for logits of the same shape.
 
-    `rules` has one entry per row, each with a temperature above 0. A row's result depends on nothing but that row.
-    Where tokens tie at the edge of top-k or top-p, all of them are kept.
+    `rules` has one entry per row, each with a temperature above 0. A row's result depends on that row alone.
+    If tokens tie at the edge of top-k or top-p, all of them are kept.
     """
-    shifted = logits - logits.amax(dim=-1, keepdim=True)  # before dividing, so that tiny temperatures cannot overflow
+    shifted = logits - logits.amax(dim=-1, keepdim=True)  # subtract before dividing: tiny temperatures cannot overflow
     temperatures = column([rule.temperature for rule in rules], logits)
     weights = torch.softmax(shifted / temperatures, dim=-1)
     sorting = [row for row, rule in enumerate(rules) if rule.top_k > 0 or rule.top_p < 1.0]
@@ -30,7 +30,10 @@ def token_weights(logits: Tensor, rules: Sequence[SamplingRules]) -> Tensor:
 
 
 def keep_top(weights: Tensor, rules: Sequence[SamplingRules], num_candidates: int) -> Tensor:
-    """Set to zero what top-k, then top-p of the rest, leave out. Rows that need more candidates are sorted in full."""
+    """Zero the weights that top-k leaves out, then those that top-p of the rest does.
+
+    Looks at the best `num_candidates` of each row first. Rows that need more are sorted in full.
+    """
     vocabulary_size = weights.shape[1]
     width = min(num_candidates, vocabulary_size)
     best = weights.topk(width, dim=-1).values
@@ -41,7 +44,7 @@ def keep_top(weights: Tensor, rules: Sequence[SamplingRules], num_candidates: in
     top_p = column([rule.top_p for rule in rules], weights, torch.float64)
     wanted = top_p * kept.sum(dim=-1, keepdim=True, dtype=torch.float64)
     reached = best.cumsum(dim=-1, dtype=torch.float64)
-    num_needed = 1 + (reached < wanted).sum(dim=-1, keepdim=True)  # the fewest that reach the wanted mass
+    num_needed = 1 + (reached < wanted).sum(dim=-1, keepdim=True)  # the smallest number that reaches the wanted mass
     smallest = best.gather(1, num_needed.clamp(max=width) - 1).masked_fill(top_p >= 1.0, 0.0)
     kept.masked_fill_(kept < smallest, 0.0)
     short = ((top_k > width) & (top_k < vocabulary_size)) | ((num_needed > width) & (top_p < 1.0))
@@ -52,5 +55,5 @@ def keep_top(weights: Tensor, rules: Sequence[SamplingRules], num_candidates: in
 
 
 def column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One value per row, [rows, 1] on the device of `like`."""
+    """Return one value per row: [rows, 1] on the device of `like`."""
     return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)

@@ -15,13 +15,13 @@ from transformer.noise import draw_tokens, noise_keys
 from verifiers.base import SamplingRules
 from verifiers.distribution import token_weights
 
-NO_TOKEN = -1  # drawn where a row allows no token
+NO_TOKEN = -1  # drawn if a row allows no token
 
 
 def draw(weights: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     """Draw one token per row of `weights` `[rows, vocabulary]`, which need not sum to one: int64 `[rows]`.
 
-    Seeds count modulo 2^64. A weight of zero is never drawn; NO_TOKEN where a row has no other.
+    Seeds count modulo 2^64. A weight of zero is never drawn: a row of zeros gives NO_TOKEN.
     """
     keys = _keys(seeds, positions)
     tokens = np.empty(len(keys), np.int64)
@@ -36,12 +36,11 @@ def draw_rows(
     positions: Sequence[int],
     num_tokens: int | None = None,
 ) -> list[int]:
-    """The tokens that the rules draw from `logits[rows]` `[any, vocabulary]`, each of which has a finite largest.
+    """Draw a token by the rules from each of `logits[rows]` `[any, vocabulary]`, whose maxima must be finite.
 
-    num_tokens: ids from there on are never drawn.
-
-    Where there is a temperature and nothing else, that is one compiled call on the CPU. Which way a row takes depends
-    on its own rules alone.
+    num_tokens: ids from here on are never drawn.
+    On the CPU, rows with only a temperature are drawn in one compiled call. Whether a row is one of them depends on its
+    own rules alone.
     """
     has_kernel = is_plain(logits)
     width = num_tokens or logits.shape[1]
@@ -64,7 +63,7 @@ def draw_rows(
 
 
 def _keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
-    """What the noise of each seed (modulo 2^64) at each position is made from."""
+    """Return the noise keys of each seed (modulo 2^64) at each position."""
     keys: NDArray[np.uint64] = noise_keys(
         np.array([seed % 2**64 for seed in seeds], np.uint64), np.array(positions, np.int64)
     )
@@ -73,7 +72,7 @@ def _keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
 
 @allocating
 def _draw_by_temperature(logits: Any, width: int, rows: Any, temperatures: Any, keys: Any, tokens: Any) -> None:
-    """Softmax with a temperature, then `draw_tokens`; what is -inf has a weight that is never drawn beside the rest."""
+    """Apply softmax with a temperature, then `draw_tokens`. A logit of -inf gets a weight too small to be drawn."""
     weights = np.empty((1, width), np.float32)
     for index in range(len(rows)):
         row, largest = logits[rows[index], :width], np.float32(-np.inf)
@@ -85,11 +84,10 @@ def _draw_by_temperature(logits: Any, width: int, rows: Any, temperatures: Any, 
 
 
 def most_probable(logits: Tensor, num_tokens: int | None = None) -> list[int]:
-    """The token with the largest of each row of `logits` `[rows, vocabulary]`, the first among equals.
+    """Return the token with the largest logit in each row of `logits` `[rows, vocabulary]`; the first among equals.
 
-    num_tokens: of so many first ones.
-
-    NO_TOKEN where the largest is not finite: not a number counts as such, and -inf only where everything is banned.
+    num_tokens: only look at this many ids.
+    NO_TOKEN if the largest is not finite: NaN counts as the largest, and -inf is the largest only if all is banned.
     """
     if not is_plain(logits):
         best = logits[:, :num_tokens].max(dim=-1)

@@ -11,9 +11,9 @@ from verifiers.base import TokenLogprobs
 def token_logprobs(
     logits: Tensor, tokens: Sequence[int], num_alternatives: int, num_tokens: int
 ) -> tuple[TokenLogprobs, ...]:
-    """One entry per row of logits [rows, vocabulary], for the token that was committed there.
+    """Return one entry per row of logits [rows, vocabulary], for the token that was committed there.
 
-    The alternatives are the most probable among the first `num_tokens` ids: further ones have no text.
+    The alternatives are the most probable of the first `num_tokens` ids: later ids have no text.
     """
     if not tokens:
         return ()

@@ -1,6 +1,6 @@
-"""Rules that look at a request's own tokens: bans, biases and penalties, on every verified row.
+"""Sampling rules that depend on a request's own tokens: bans, biases and penalties, on every verified row.
 
-Row j of a request is judged with the context `tokens + draft[:j]`: what plain decoding would see there.
+Row j of a request has the context `tokens + draft[:j]`, as in plain decoding.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ BANNED = float("-inf")
 
 
 def changes_logits(rules: SamplingRules) -> bool:
-    """Whether `apply_rules` would do anything."""
+    """Return whether `apply_rules` changes anything."""
     return bool(
         rules.allowed_token_ids is not None
         or rules.bad_words
@@ -31,8 +31,8 @@ def changes_logits(rules: SamplingRules) -> bool:
 def apply_rules(logits: Tensor, rules: SamplingRules, tokens: TokenIds, num_prompt: int, draft: Sequence[int]) -> None:
     """Change one request's rows in place, logits [len(draft) + 1, vocabulary] float32, in the standard order.
 
-    Bans (allowed tokens, bad words, stop tokens before `min_tokens`), logit bias, repetition penalty (prompt and
-    output), frequency and presence penalty (output). Ids beyond the vocabulary are ignored.
+    The order is: bans (allowed tokens, bad words, stop tokens before `min_tokens`), logit bias, repetition penalty
+    (prompt and output), frequency and presence penalty (output). Ids beyond the vocabulary are ignored.
     """
     ban(logits, rules, tokens[num_prompt:], draft)
     bias = {token: value for token, value in rules.logit_bias.items() if 0 <= token < logits.shape[1]}
@@ -43,7 +43,7 @@ def apply_rules(logits: Tensor, rules: SamplingRules, tokens: TokenIds, num_prom
 
 
 def restrict(logits: Tensor, allowed: NDArray[np.bool_] | None) -> None:
-    """Leave each row of logits [rows, vocabulary] what its row of `allowed` [rows, ids] does; ids beyond are banned."""
+    """Ban the tokens of logits [rows, vocabulary] that `allowed` [rows, ids] does not allow, and ids beyond it."""
     if allowed is None:
         return
     known = torch.from_numpy(allowed[:, : logits.shape[1]]).to(logits.device)
@@ -52,7 +52,7 @@ def restrict(logits: Tensor, allowed: NDArray[np.bool_] | None) -> None:
 
 
 def ban(logits: Tensor, rules: SamplingRules, output: TokenIds, draft: Sequence[int]) -> None:
-    """Set forbidden tokens to -inf in each row."""
+    """Set the forbidden tokens of each row to -inf."""
     vocabulary_size = logits.shape[1]
     if rules.allowed_token_ids is not None:
         forbidden = torch.ones(vocabulary_size, dtype=torch.bool, device=logits.device)
@@ -69,9 +69,9 @@ def ban(logits: Tensor, rules: SamplingRules, output: TokenIds, draft: Sequence[
 def banned_by_words(
     bad_words: Sequence[Sequence[int]], output: TokenIds, draft: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """(row, token) pairs: the last token of a bad word, in each row whose output ends with all before it."""
-    longest = max((len(word) for word in bad_words), default=0)
-    tail = [*output[max(0, len(output) - longest) :], *draft]
+    """Return (row, token) pairs: the last token of a bad word, for each row whose output ends with its other tokens."""
+    max_length = max((len(word) for word in bad_words), default=0)
+    tail = [*output[max(0, len(output) - max_length) :], *draft]
     num_before = len(tail) - len(draft)
     return [
         (row, word[-1])
@@ -86,7 +86,7 @@ def ends_with(tokens: TokenIds, ending: Sequence[int]) -> bool:
 
 
 def penalize(logits: Tensor, rules: SamplingRules, tokens: TokenIds, num_prompt: int, draft: Sequence[int]) -> None:
-    """Repetition, frequency and presence penalties, with the draft before each row counted as output."""
+    """Apply repetition, frequency and presence penalties; the draft before each row counts as output."""
     vocabulary_size = logits.shape[1]
     in_prompt = torch.from_numpy(occurrences(tokens[:num_prompt], vocabulary_size) > 0).to(logits.device)
     counts = np.tile(occurrences(tokens[num_prompt:], vocabulary_size), (len(draft) + 1, 1))
@@ -101,7 +101,7 @@ def penalize(logits: Tensor, rules: SamplingRules, tokens: TokenIds, num_prompt:
 
 
 def occurrences(tokens: TokenIds, vocabulary_size: int) -> NDArray[np.int64]:
-    """How often each id occurs, int64 [vocabulary]; ids beyond it are left out."""
+    """Count how often each id occurs: int64 [vocabulary]; ids beyond it are left out."""
     ids = np.asarray(tokens, dtype=np.int64)
     counts: NDArray[np.int64] = np.bincount(ids, minlength=vocabulary_size)
     return counts[:vocabulary_size]

@@ -1,4 +1,4 @@
-"""The verifier over this project's own transformer."""
+"""The verifier that runs this project's own transformer."""
 
 import logging
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from verifiers.sampling import apply_rules, changes_logits, restrict
 
 log = logging.getLogger(__name__)
 
-DRAFT_ROOM = 64  # positions beyond the context, for drafts that reach over its end
+DRAFT_ROOM = 64  # positions after the context, for drafts that reach beyond its end
 
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Which rows of the head's output belong to one request, in this order."""
+    """The rows of the head's output that belong to one request, in this order."""
 
     prompt: slice  # rows for the prompt's log probabilities
-    drawn: slice  # the row of the last token and of each draft token; empty while the prompt is not fully read
+    drawn: slice  # the rows of the last token and of each draft token; empty until the prompt is fully read
 
 
 class TorchVerifier:
-    """The target model with its key-value cache. One caller at a time."""
+    """The target model with its key-value cache. Not thread-safe."""
 
     def __init__(
         self,
@@ -42,16 +42,17 @@ class TorchVerifier:
         num_tokens: int | None = None,
         keep_hidden_states: bool = False,
     ) -> None:
-        """`num_tokens`: the tokenizer's length; ids from there on are never drawn. None: all may be.
+        """Allocate a cache for `num_slots` sequences.
 
-        keep_hidden_states: for a drafter that is conditioned on them.
+        num_tokens: the tokenizer's length; ids from here on are never drawn. None: all may be.
+        keep_hidden_states: keep them for a drafter that reads them.
         """
         self._model = model
         self._num_slots = num_slots
         self._context_length = context_length
         self._num_tokens = min(num_tokens or model.config.vocabulary_size, model.config.vocabulary_size)
         self._cache = model.new_cache(num_slots, context_length + DRAFT_ROOM)
-        self._states: Tensor | None = None  # [slots, positions, hidden] what the token at a position is predicted from
+        self._states: Tensor | None = None  # [slots, positions, hidden] that each token is predicted from
         if keep_hidden_states:
             shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
             self._states = lazy_zeros(shape, model.device, model.dtype)
@@ -82,8 +83,8 @@ class TorchVerifier:
     def verify(self, requests: Sequence[VerifyRequest]) -> list[VerifyResult]:
         """Run one forward pass over all rows of all requests and check their drafts.
 
-        A request whose logits hold no valid token (a broken checkpoint, or rules that ban everything) gets a result
-        with `error`; the others are not concerned.
+        A request whose logits allow no token (a broken checkpoint, or rules that ban everything) gets a result with
+        `error`. The other requests are not affected.
         """
         if not requests:
             return []
@@ -95,7 +96,7 @@ class TorchVerifier:
         ]
 
     def _run(self, requests: Sequence[VerifyRequest]) -> tuple[Tensor, list[RowSpan]]:
-        """Logits of the rows that are needed, and whose they are."""
+        """Run the model; return the logits of the rows that are needed, and each request's span of them."""
         tokens: list[int] = []
         counts: list[int] = []
         needed: list[int] = []  # flat rows
@@ -118,7 +119,7 @@ class TorchVerifier:
             [request.slot for request in requests],
             [request.num_cached for request in requests],
             counts,
-            bounds_padding=device.type == "cpu",  # drafts are of very unequal lengths; a GPU minds further calls more
+            bounds_padding=device.type == "cpu",  # drafts differ much in length; on a GPU, more calls cost more
         )
         hidden = self._model.forward(batch, self._cache)
         self._keep_states(requests, counts, hidden)
@@ -131,7 +132,7 @@ class TorchVerifier:
             return
         states: Any = self._states
         rows: Any = hidden
-        if is_plain(hidden):  # numpy assigns at a third of torch's cost
+        if is_plain(hidden):  # numpy assigns three times as fast as torch
             states, rows = states.numpy(), rows.numpy()
         first_row = 0
         for request, count in zip(requests, counts, strict=True):
@@ -140,23 +141,23 @@ class TorchVerifier:
             first_row += count
 
     def _runnable(self, draft: Sequence[int]) -> Sequence[int]:
-        """The draft, with ids outside the vocabulary replaced: they can be run, and are rejected all the same."""
+        """Replace ids outside the vocabulary, so that the model can run the draft; verification rejects them anyway."""
         size = self.vocabulary_size
         return draft if all(0 <= token < size for token in draft) else [t if 0 <= t < size else 0 for t in draft]
 
     def _draw(self, requests: Sequence[VerifyRequest], logits: Tensor, spans: Sequence[RowSpan]) -> list[int]:
-        """The target's own token for each row of `logits`; NO_TOKEN where there is none."""
+        """Return the target's own token for each row of `logits`; NO_TOKEN if there is none."""
         allowed = logits
         changed = [changes_logits(request.rules) or request.allowed is not None for request in requests]
         if any(changed):
-            allowed = logits.clone()  # log probabilities are reported from the raw ones
+            allowed = logits.clone()  # log probabilities are reported from the raw logits
             for request, span, is_changed in zip(requests, spans, changed, strict=True):
                 if is_changed and span.drawn.stop > span.drawn.start:
                     rows = allowed[span.drawn, : self._num_tokens]
                     try:
                         restrict(rows, request.allowed)
                         apply_rules(rows, request.rules, request.tokens, request.num_prompt, request.draft)
-                    except Exception:  # whatever is wrong with one request's rules stays with that request
+                    except Exception:  # an error in one request's rules must not affect the others
                         log.exception("the sampling rules of a request failed")
                         rows.fill_(-torch.inf)
         tokens = most_probable(allowed, self._num_tokens)
@@ -202,16 +203,19 @@ class TorchVerifier:
         return VerifyResult(verification, prompt_logprobs)
 
     def _without_draft(self, request: VerifyRequest) -> VerifyResult:
-        """Verify again: a draft token whose own row overflows spoils rows before it, which never look at it.
+        """Verify again without the draft: a draft token whose row overflows spoils earlier rows, although unseen.
 
-        Those that share its attention call multiply its keys and values by zero, which leaves what is not a number.
+        Rows in the same attention call multiply its keys and values by zero, and zero times NaN is NaN.
         """
         self._cache.clear_slot(request.slot, request.num_cached)
         allowed = None if request.allowed is None else request.allowed[:1]
         return self.verify([replace(request, draft=(), allowed=allowed)])[0]
 
     def _complaint(self, request: VerifyRequest, logits: Tensor, num_accepted: int) -> tuple[str, bool]:
-        """Why the row behind so many accepted tokens, `logits` [vocabulary], gives none; whether rules are to blame."""
+        """Return why the row after the accepted tokens, `logits` [vocabulary], gives no token.
+
+        Also return whether the request's rules are at fault.
+        """
         position = len(request.tokens) + num_accepted
         if not bool(logits.isfinite().all()):
             return f"The model's output at position {position} is not a number.", False
@@ -225,10 +229,10 @@ class TorchVerifier:
 
 
 def as_list(tokens: TokenIds) -> list[int]:
-    """Python integers, whatever the tokens are kept in."""
+    """Return the tokens as Python integers."""
     return tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
 
 
 def num_prompt_rows(request: VerifyRequest) -> int:
-    """How many of the new rows predict a token of the prompt."""
+    """Return how many of the new rows predict a token of the prompt."""
     return max(0, min(request.num_cached + request.num_new, request.num_prompt - 1) - request.num_cached)

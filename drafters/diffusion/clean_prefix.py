@@ -64,7 +64,7 @@ class CleanPrefixes:
         """
         self.window, self.grid, self.is_approximate = window, grid, is_approximate
         if first_tokens is not None and (grid > 1 or is_approximate):
-            raise ValueError("only a prefix that is exact token by token may begin anew anywhere")
+            raise ValueError("first_tokens needs a prefix that is exact token by token: no grid, no approximation")
         self._first = window  # tokens of a request's first window
         self._kept = max(window // 2, grid)  # tokens of a window that has moved
         if not reuse:

@@ -209,7 +209,7 @@ class DiffusionDrafter:
                 chosen = (own.start + confidences[own].topk(count).indices).tolist()
                 for row in chosen:
                     at = block.clean_end - block.start + row - own.start
-                    if at < len(block.tokens):  # the last token of a shifted draft has no row of its own
+                    if at < len(block.tokens):  # the last token of a shifted draft has no row
                         block.tokens[at] = int(tokens[row])
                 filled[chosen] = True
             logits = torch.where(filled.unsqueeze(-1), logits, self._run(blocks))

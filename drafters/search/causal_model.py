@@ -20,7 +20,7 @@ from drafters.search.ngram import NgramModel
 WINDOW = 4096  # latest tokens of a request's text that the causal model reads
 MAX_CHAIN = 256  # tokens of a free draft
 COPY_PRIOR_STRENGTH = 20.0  # observations that the prior weights count for
-# By match length 0..16. Fitted on half of the held-out text, beside an earlier n-gram model; serving updates them.
+# By match length 0..16. Fitted on half of the held-out text, with an earlier n-gram model; serving updates them.
 COPY_PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
 
 

@@ -1,4 +1,4 @@
-"""Training of the bundled pair: corpus, tokenizer, target, drafter, n-gram model.
+"""Train the bundled pair: corpus, tokenizer, target, drafter, n-gram model.
 
 `make train-pair` runs every stage in order (see `models.training.__main__`). Needs the `train` extra.
 """

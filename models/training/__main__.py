@@ -1,6 +1,6 @@
 """Train the bundled pair: `python -m models.training all`, or one stage after another.
 
-Every stage goes on where it was stopped and leaves finished work alone; delete its folder to repeat it.
+Every stage continues where it was stopped, and skips finished work. Delete its folder to repeat it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TEMPERATURES = (0.0, 0.5, 0.8)
 
 @dataclass(frozen=True)
 class Pair:
-    """Where everything lies, and the recipes."""
+    """The folders and the recipes of a pair."""
 
     work: Path
     models: Path
@@ -50,12 +50,12 @@ class Pair:
 
     @cached_property
     def target(self) -> LlamaForCausalLM:
-        """The target as it is served: bfloat16 weights, computed in float32."""
+        """The target as it is served: weights stored as bfloat16, computed in float32."""
         return LlamaForCausalLM.from_pretrained(self.models / "target", dtype=torch.float32).eval()
 
     @cached_property
     def start(self) -> LlamaForCausalLM:
-        """The small model that the target grew from."""
+        """The small model that the target was stacked from."""
         return load_start(self.corpus, self.work, self.target_recipe)
 
     @cached_property
@@ -67,7 +67,7 @@ class Pair:
         return Continuations.load(self.work / "continuations")
 
     def lessons(self, model: LlamaForCausalLM, continuations: Continuations, share: float) -> Lessons:
-        """`model`'s continuations, windows of the corpus that make up `share` of all rows, and free drafts for both."""
+        """Join `model`'s continuations with windows of the corpus (`share` of all rows), and add free drafts."""
         rows = round(len(continuations.tokens) * share / (1 - share))
         data = continuations.joined(
             corpus_rows(model, self.corpus.train, rows, continuations.tokens.shape[1], self.drafter_recipe.seed)
@@ -76,12 +76,12 @@ class Pair:
 
     @property
     def causal(self) -> CausalModel:
-        """The free drafter as it begins to serve."""
+        """The causal model at the start of serving."""
         return CausalModel(self.target.config.vocab_size, self.ngram, end_tokens=[self.target.config.eos_token_id])
 
 
 def rehearsal(work: Path, models: Path) -> Pair:
-    """Every stage as it is, with a few steps of little data: minutes, to see that all of it runs on this machine."""
+    """Return a pair with a few steps of little data per stage: shows within minutes that all stages run here."""
     continuations = ContinuationRecipe(shards=1, rows=8)
     return Pair(
         work,
@@ -155,17 +155,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument(
-        "--work", type=Path, default=Path(__file__).parent / "runs", help="unfinished state and data (%(default)s)"
+        "--work",
+        type=Path,
+        default=Path(__file__).parent / "runs",
+        help="folder for data and unfinished state (%(default)s)",
     )
-    parser.add_argument("--models", type=Path, default=MODELS, help="where the finished folders go (%(default)s)")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for the finished models (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument(
-        "--train-on", action="store_true", help="stage 'drafter': train the finished drafter on, and replace it"
+        "--train-on",
+        action="store_true",
+        help="stage 'drafter': continue training the finished drafter, and replace it",
     )
     parser.add_argument(
         "--rehearse",
         action="store_true",
-        help="a few steps of each stage; needs --work and --models folders of its own",
+        help="run a few steps of each stage; needs its own --work and --models folders",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

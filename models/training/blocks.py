@@ -1,9 +1,9 @@
 """Masked blocks attached to clean text: many draft steps of one sequence in a single forward pass.
 
-A draft of k tokens at anchor s is the clean row s (its logits give token s + 1) and k - 1 mask rows: mask j stands at
-position s + j and gives token s + j + 1. Clean rows are causal; a mask row sees the clean rows up to its anchor and
-every mask row of its own block, as it will when it drafts. Where contexts are bounded, a row sees the latest clean rows
-(serving has windows, which begin somewhere and grow: nearly the same).
+A draft of k tokens at anchor s is the clean row s (its logits give token s + 1) and k - 1 mask rows: mask j is at
+position s + j and gives token s + j + 1. Clean rows are causal. A mask row sees the clean rows up to its anchor and
+every mask row of its own block, as in drafting. With bounded contexts, a row sees only the latest clean rows. (Windows
+in serving are nearly the same: they begin somewhere, and grow.)
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-BLOCK_SIZE = 32  # most tokens of a draft
+BLOCK_SIZE = 32  # maximum tokens of a draft
 
 
 @dataclass(frozen=True)
 class BlockBatch:
-    """Input of one pass: `length` clean rows per sequence, then its mask rows.
+    """The input of one pass: `length` clean rows per sequence, then its mask rows.
 
     `token_ids`, `positions` int64 `[sequences, rows]`; `visible` bool `[sequences, 1, rows, rows]`;
     `anchors`, `offsets` int64 `[sequences, mask rows]` (offset j of mask j, from 1).
@@ -40,9 +40,9 @@ def attach_blocks(
 ) -> BlockBatch:
     """Attach mask rows to `tokens` `[sequences, length]`.
 
-    `anchors`, `offsets`, `blocks` `[sequences, mask rows]`: where each row's block hangs, its place in it, its number.
-    `contexts` `[sequences, length + mask rows]`: how many clean tokens each row sees at most, up to its own place or
-    its anchor; None: all.
+    `anchors`, `offsets`, `blocks` `[sequences, mask rows]`: the anchor of each row's block, the row's offset in the
+    block, and the block's number. `contexts` `[sequences, length + mask rows]`: the maximum number of clean tokens that
+    each row sees, up to its own place or its anchor; None: all.
     """
     length = tokens.shape[1]
     masks = mask_token_ids[(offsets - 1).clamp(min=0)]
@@ -71,18 +71,18 @@ def draw_blocks(
     random: np.random.Generator,
     weights: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Draw blocks until `mask_rows` rows are full; anchors from the last prompt token on.
+    """Draw blocks until `mask_rows` rows are full, with anchors from the last prompt token on.
 
-    Returns anchors, offsets, blocks, each `[sequences, mask_rows]`. Anchors are drawn by `weights`
-    `[sequences, length]`, evenly without; those too near to the end are drawn evenly again.
-
-    A block's number of masks is geometric, but uniform for `long_share` of them, so that long drafts are seen too.
+    Returns anchors, offsets, blocks, each `[sequences, mask_rows]`. Anchors are drawn with `weights`
+    `[sequences, length]`, or evenly if None. Anchors too near to the end are drawn evenly again.
+    The number of masks per block is geometric; for `long_share` of the blocks it is uniform, so that the drafter also
+    learns long drafts.
     """
     sequences = len(prompt_lengths)
     shape = (sequences, mask_rows)
-    most = BLOCK_SIZE - 1
-    sizes = np.minimum(random.geometric(1 / mean_masks, shape), most)
-    sizes = np.where(random.random(shape) < long_share, random.integers(1, most + 1, shape), sizes)
+    max_masks = BLOCK_SIZE - 1
+    sizes = np.minimum(random.geometric(1 / mean_masks, shape), max_masks)
+    sizes = np.where(random.random(shape) < long_share, random.integers(1, max_masks + 1, shape), sizes)
     ends = sizes.cumsum(1)
     rows = np.arange(mask_rows)
     blocks = (rows[None, :, None] >= ends[:, None, :]).sum(2)
@@ -104,10 +104,10 @@ def hints_of(
     offsets: NDArray[np.int64],
     known: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """What a free draft says at each mask row: `[sequences, mask rows, 2]`, of the mask's own place and of the next.
+    """Return the free draft's tokens for each mask row: `[sequences, mask rows, 2]`, at its own place and the next.
 
-    Taken from `drafts` `[sequences, anchors, longest]`; -1 where it says nothing, or no more than its first `known`
-    `[sequences, mask rows]` tokens shall be known.
+    Taken from `drafts` `[sequences, anchors, max tokens]`. -1 if the draft has no token there, or if that is not among
+    the draft's first `known` `[sequences, mask rows]` tokens.
     """
     at = np.arange(len(drafts))[:, None]
     hints = np.full((*anchors.shape, 2), -1, np.int64)

@@ -1,4 +1,4 @@
-"""Puts the measured figures into the model cards, between their markers; the rest of a card is written by hand."""
+"""Write the measured figures into the model cards, between their markers. The rest of a card is written by hand."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ START, END = "<!-- figures: written by `python -m models.training cards` -->", "
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
 def replace_figures(card: str, figures: str) -> str:
-    """The card with `figures` between the markers. Raises ValueError if it has none."""
+    """Return the card with `figures` between its markers. Raises ValueError if it has no markers."""
     before, start, rest = card.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end:
@@ -23,8 +23,8 @@ def replace_figures(card: str, figures: str) -> str:
 
 
 def write_cards(models: Path, figures: Mapping[str, Any]) -> None:
-    """Update the cards of the target, the drafter and the n-gram model in `models`; a folder without one gets one."""
-    parts = {
+    """Update the cards of the target, the drafter and the n-gram model in `models`; create a missing card."""
+    figures_of = {
         "target": _target(figures),
         "drafter": _drafter(figures),
         "ngram": table(
@@ -32,7 +32,7 @@ def write_cards(models: Path, figures: Mapping[str, Any]) -> None:
             [[row["temperature"], row["top_1"], row["log_probability"]] for row in figures["ngram"]],
         ),
     }
-    for name, text in parts.items():
+    for name, text in figures_of.items():
         card = models / name / "README.md"
         written = card.read_text() if card.exists() else f"# {name}\n\n{START}\n{END}\n"
         card.write_text(replace_figures(written, text))

@@ -1,4 +1,4 @@
-"""Training state on disk, so that a stopped run goes on where it was."""
+"""Training state on disk, so that a stopped run can continue."""
 
 from collections.abc import Sequence
 from pathlib import Path

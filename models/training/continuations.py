@@ -1,7 +1,7 @@
-"""The target's own continuations of training text: what the drafter and the n-gram model learn from.
+"""The target's own continuations of training text, which the drafter and the n-gram model learn from.
 
-Every batch holds prompts of one length, so the key-value cache has no padding, and is written as one file
-(a shard): a stopped run goes on with the next shard.
+All prompts of a batch have the same length, so the key-value cache has no padding. A batch is written as one file (a
+shard); a stopped run continues with the next shard.
 """
 
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from verifiers.draws import draw
 
-CANDIDATES = 8  # tokens of the target's distribution kept per position
-READ_TOGETHER = 64  # rows of the corpus in one pass
+CANDIDATES = 8  # tokens of the target's distribution that are kept per position
+ROWS_PER_PASS = 64  # rows of the corpus in one pass
 
 
 @dataclass(frozen=True)
 class ContinuationRecipe:
-    """Sizes of the run. A row is a prompt from the corpus and the target's continuation, `length` tokens together."""
+    """Sizes of the run. A row is a prompt from the corpus and the target's continuation, `length` tokens in all."""
 
     shards: int = 168
     rows: int = 128  # per shard
     length: int = 288
-    shortest_prompt: int = 32
-    longest_prompt: int = 160
+    min_prompt: int = 32  # tokens
+    max_prompt: int = 160
     temperatures: tuple[float, ...] = (0.0, 0.5, 0.8)
     shares: tuple[float, ...] = (0.35, 0.35, 0.30)
     seed: int = 0
@@ -37,13 +37,13 @@ class ContinuationRecipe:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Rows of text, with the target's most probable tokens for each position given what stands before it.
+    """Rows of text, with the target's most probable tokens for each position, given the text before it.
 
     `tokens` int16 `[rows, length]`; `prompt_lengths` and `temperatures` `[rows]`; `candidates` int16 and
     `log_probabilities` float16 (nats, at temperature 1) `[rows, length, CANDIDATES]`; `features` float16
     `[rows, length, hidden]`, the target's final hidden state that a position was predicted from. The last three are
-    zero at position 0. `seeds` uint64 `[rows]`: of the noise that sampled rows were drawn with, as in serving
-    (`verifiers.draws`), so that a draft made with the same noise can be made again.
+    zero at position 0. `seeds` uint64 `[rows]`: seed of the noise that a sampled row was drawn with, as in serving
+    (`verifiers.draws`), so that drafts can use the same noise.
     """
 
     tokens: NDArray[np.int16]
@@ -61,7 +61,7 @@ class Continuations:
 
     @classmethod
     def load(cls, folder: Path) -> "Continuations":
-        """All shards of `folder`, in order. Raises FileNotFoundError if there is none."""
+        """Load all shards of `folder`, in order. Raises FileNotFoundError if there are none."""
         paths = sorted(folder.glob("[0-9]*[0-9].npz"))
         if not paths:
             raise FileNotFoundError(f"no continuations in {folder}: run the stage 'continuations' first")
@@ -69,7 +69,7 @@ class Continuations:
         return cls(**{name: np.concatenate([shard[name] for shard in shards]) for name in cls.__dataclass_fields__})
 
     def joined(self, other: "Continuations") -> "Continuations":
-        """The rows of both."""
+        """Return the rows of both."""
         return Continuations(
             *(np.concatenate(pair) for pair in zip(vars(self).values(), vars(other).values(), strict=True))
         )
@@ -79,13 +79,13 @@ class Continuations:
         return int(self.tokens.size - self.prompt_lengths.sum(dtype=np.int64))
 
     def texts(self) -> Iterator[NDArray[np.int16]]:
-        """The generated part of each row."""
+        """Yield the generated part of each row."""
         for row, start in zip(self.tokens, self.prompt_lengths, strict=True):
             yield row[start:]
 
 
 class BatchDecoder:
-    """Key-value caching decoding of many rows of equal length, on a transformers Llama's own weights."""
+    """Decode many rows of equal length with a key-value cache, on the weights of a transformers Llama."""
 
     def __init__(self, model: LlamaForCausalLM, rows: int, length: int) -> None:
         config = model.config
@@ -95,7 +95,10 @@ class BatchDecoder:
         self._length = 0
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append `tokens` `[rows, count]` (one at a time once begun); their final hidden states, normed."""
+        """Append `tokens` `[rows, count]`; return their final hidden states, after the norm.
+
+        After the first call, `count` must be 1.
+        """
         rows, count = tokens.shape
         start, end = self._length, self._length + count
         heads, key_value_heads, size = self._heads
@@ -111,7 +114,7 @@ class BatchDecoder:
             self._values[index, :, :, start:end] = values
             if count > 1:
                 context = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-            else:  # query heads of a group stand as rows of their key-value head: nothing is repeated or masked
+            else:  # query heads of a group become rows of their key-value head: no repetition, no mask
                 context = F.scaled_dot_product_attention(
                     queries.reshape(rows, key_value_heads, -1, size),
                     self._keys[index, :, :, :end],
@@ -162,7 +165,7 @@ def continue_prompts(
 
 
 def random_prompts(tokens: NDArray[np.int32], length: int, rows: int, random: np.random.Generator) -> torch.Tensor:
-    """`[rows, length]` windows of `tokens` at random places."""
+    """Return `[rows, length]` windows of `tokens` at random places."""
     starts = random.integers(len(tokens) - length, size=rows)
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
 
@@ -170,7 +173,7 @@ def random_prompts(tokens: NDArray[np.int32], length: int, rows: int, random: np
 def write_continuations(
     model: LlamaForCausalLM, corpus_tokens: NDArray[np.int32], folder: Path, recipe: ContinuationRecipe
 ) -> None:
-    """Write the shards that are not there yet into `folder`."""
+    """Write the missing shards into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     for shard in range(recipe.shards):
@@ -178,7 +181,7 @@ def write_continuations(
         if path.exists():
             continue
         random = np.random.default_rng([recipe.seed, shard])
-        prompt_length = int(random.integers(recipe.shortest_prompt, recipe.longest_prompt + 1))
+        prompt_length = int(random.integers(recipe.min_prompt, recipe.max_prompt + 1))
         prompts = random_prompts(corpus_tokens, prompt_length, recipe.rows, random)
         temperatures = random.choice(recipe.temperatures, size=recipe.rows, p=recipe.shares).astype(np.float32)
         continue_prompts(model, prompts, recipe.length, temperatures, int(random.integers(2**31))).save(path)
@@ -186,11 +189,11 @@ def write_continuations(
 
 @torch.inference_mode()
 def corpus_rows(model: LlamaForCausalLM, tokens: NDArray[np.int32], rows: int, length: int, seed: int) -> Continuations:
-    """Windows of the corpus in the same form: a prompt of one token, and each next token certain (temperature 1)."""
+    """Return windows of the corpus as rows: a prompt of one token, and each next token certain (temperature 1)."""
     windows = random_prompts(tokens, length, rows, np.random.default_rng(seed))
     features = torch.zeros((rows, length, model.config.hidden_size), dtype=torch.float16)
-    for at in range(0, rows, READ_TOGETHER):
-        read = windows[at : at + READ_TOGETHER, :-1]
+    for at in range(0, rows, ROWS_PER_PASS):
+        read = windows[at : at + ROWS_PER_PASS, :-1]
         features[at : at + len(read), 1:] = BatchDecoder(model, len(read), length).hidden(read).half()
     words = windows.numpy().astype(np.int16)
     candidates = np.repeat(words[:, :, None], CANDIDATES, 2)

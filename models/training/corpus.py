@@ -1,7 +1,7 @@
-"""The training text: CPython's own standard library, which every machine with CPython has.
+"""The training text: CPython's standard library, which every machine with CPython has.
 
-Held-out files are whole files, chosen by a hash of their path, so that the split never depends on
-the order in which a file system lists them.
+Whole files are held out, chosen by a hash of their path. So the split does not depend on the order in which a file
+system lists them.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ from pathlib import Path
 
 EXCLUDED_FOLDERS = {"site-packages", "__pycache__", "encodings", "pydoc_data", "lib2to3", "idlelib"}
 MAX_FILE_BYTES = 400_000  # longer files are generated tables
-MAX_NON_ASCII_SHARE = 0.02  # code-page and Unicode data
+MAX_NON_ASCII_SHARE = 0.02  # files with more are code-page and Unicode data
 HELD_OUT_PER_MILLE = 45
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One source file. `name` is its path below the standard library's folder."""
+    """One source file. `name` is its path within the standard library's folder."""
 
     name: str
     text: str

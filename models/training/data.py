@@ -17,7 +17,7 @@ class Corpus:
     """The tokenizer and the two token arrays, `train` and `held_out` (int32, documents joined by end-of-text)."""
 
     def __init__(self, work: Path) -> None:
-        """Load from `work`, or build there from the standard library first."""
+        """Load the corpus from `work`; build it there from the standard library if it is missing."""
         arrays = work / "corpus.npz"
         if not arrays.exists():
             _build(work, arrays)
@@ -43,21 +43,21 @@ def _build(work: Path, arrays: Path) -> None:
     tokenizer = train_tokenizer(document.text for document in documents if not document.held_out)
     save_tokenizer(tokenizer, work / "tokenizer", TARGET_CONTEXT)
     separator = _id_of(tokenizer, END_OF_TEXT)
-    parts: dict[bool, list[int]] = {False: [], True: []}
+    tokens: dict[bool, list[int]] = {False: [], True: []}  # by held_out
     order = np.random.default_rng(0).permutation(len(documents))
     for index in order:
         document = documents[index]
-        parts[document.held_out] += [separator, *tokenizer.encode(document.text).ids]
+        tokens[document.held_out] += [separator, *tokenizer.encode(document.text).ids]
     np.savez(
         arrays,
-        train=np.array(parts[False], dtype=np.int32),
-        held_out=np.array(parts[True], dtype=np.int32),
+        train=np.array(tokens[False], dtype=np.int32),
+        held_out=np.array(tokens[True], dtype=np.int32),
         held_out_bytes=sum(len(document.text.encode()) for document in documents if document.held_out),
     )
 
 
 def windows(tokens: np.ndarray, length: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield `[batch, length + 1]` int64 windows for ever: each epoch a new phase and a new order, both from `seed`."""
+    """Yield `[batch, length + 1]` int64 windows forever. Each epoch has a new phase and order, both from `seed`."""
     epoch = 0
     while True:
         random = np.random.default_rng([seed, epoch])

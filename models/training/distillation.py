@@ -1,4 +1,4 @@
-"""Train the drafter: the target's own continuations are distilled into it, in the way it is used."""
+"""Train the drafter: distil the target's own continuations into it, in the form in which it drafts."""
 
 import json
 import time
@@ -19,7 +19,7 @@ SAVE_EVERY = 250  # steps
 
 
 class DistillationLoss(torch.nn.Module):
-    """Weighted cross entropy of the drafter's rows with the target's candidates, in nats."""
+    """The weighted cross entropy of the drafter's rows with the target's candidates, in nats."""
 
     def __init__(self, drafter: ConditionedDrafter) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class DistillationLoss(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the loop below, with a state file of its own."""
+    """One run of the training loop, with its own state file."""
 
     name: str
     steps: int
@@ -52,9 +52,9 @@ def distil(
     phase: Phase,
     stop_at: int | None = None,
 ) -> None:
-    """Train `drafter` in place (or go on training); the state lies in `work`, the log beside it.
+    """Train `drafter` in place, or continue. `work` holds the state and the log.
 
-    `stop_at` ends this call after that step, to be gone on with later.
+    `stop_at` ends this call after that step; a later call can continue.
     """
     mask_token_ids = torch.arange(drafter.config.vocab_size - BLOCK_SIZE, drafter.config.vocab_size)
     optimizers = optimizers_of(drafter, recipe.muon_rate, recipe.adam_rate)
@@ -87,7 +87,7 @@ def distil(
 def train_drafter(
     start: LlamaForCausalLM, start_lessons: Lessons, lessons: Lessons, work: Path, recipe: DrafterRecipe
 ) -> ConditionedDrafter:
-    """Warm up on continuations by the target's small start (they need not wait for the target), then on its own."""
+    """Warm up on continuations of the target's small start, which are ready early, then train on the target's own."""
     drafter = build_drafter(start, recipe)
     distil(drafter, start_lessons, work, recipe, Phase("drafter-start", recipe.start_steps, 0.0, recipe.seed))
     distil(drafter, lessons, work, recipe, Phase("drafter", recipe.steps, recipe.decay_share, recipe.seed + 1))
@@ -95,7 +95,7 @@ def train_drafter(
 
 
 def train_on(drafter: ConditionedDrafter, lessons: Lessons, work: Path, recipe: DrafterRecipe) -> ConditionedDrafter:
-    """Train a finished drafter on."""
+    """Continue training a finished drafter."""
     recipe = replace(recipe, muon_rate=recipe.more_muon_rate)
     distil(drafter, lessons, work, recipe, Phase("drafter-on", recipe.more_steps, recipe.decay_share, recipe.seed + 1))
     return drafter

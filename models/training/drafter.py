@@ -1,6 +1,6 @@
-"""The drafter: a two-layer block-diffusion model, which sees the target's hidden states and a free draft.
+"""The drafter: a two-layer block-diffusion model that reads the target's hidden states and a free draft.
 
-It starts from the first and last layer of the small model that the target grew from.
+It starts from the first and last layer of the small model that the target was stacked from.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from models.training.blocks import BLOCK_SIZE, BlockBatch
 from models.training.continuations import Continuations
 
-FIRST_GATE = 0.3  # of hints: enough that they are noticed
+FIRST_GATE = 0.3  # initial weight of hints; large enough to matter from the start
 
 
 @dataclass(frozen=True)
@@ -23,39 +23,39 @@ class DrafterRecipe:
     """Sizes and schedule."""
 
     intermediate_size: int = 208
-    layers: tuple[int, ...] = (0, -1)  # of the small model, to start from
-    start_steps: int = 750  # on the continuations of the small model that the target grew from
+    layers: tuple[int, ...] = (0, -1)  # layers of the small model to start from
+    start_steps: int = 750  # on continuations of the small model
     steps: int = 16_000
-    more_steps: int = 12_000  # of `train_on`
+    more_steps: int = 12_000  # in `train_on`
     more_muon_rate: float = 0.012
     sequences: int = 6  # per step
     mask_rows: int = 288  # per sequence
     mean_masks: float = 5.0  # per block
-    long_share: float = 1 / 32  # of the blocks, with any number of masks
-    offset_decay: float = 0.8  # weight of mask j is this to the power j; far masks are also fewer
-    mask_weight: float = 3.0  # of all mask rows together, against all clean rows
+    long_share: float = 1 / 32  # share of blocks with any number of masks
+    offset_decay: float = 0.8  # mask j has this weight to the power j; far masks are also rarer
+    mask_weight: float = 3.0  # of all mask rows together, relative to all clean rows
     label_temperature: float = 0.5
-    first_labelled: int = 96  # clean rows before it carry no loss, which saves their logits
-    prompt_weight: float = 0.1  # of the other clean rows inside the prompt
+    first_labelled: int = 96  # earlier clean rows have no loss, which saves their logits
+    prompt_weight: float = 0.1  # of the other clean rows in the prompt
     decay_share: float = 1.0
-    unconditioned_share: float = 0.1  # of the sequences, whose hidden states are missing up to a random token, or all
-    unhinted_share: float = 0.15  # of the blocks, which know nothing of the free draft; as many know a random beginning
-    weak_share: float = 0.8  # 0 to 1: how much more likely blocks hang where the free draft promises little
-    contexts: tuple[int, int] = (8, 32)  # clean tokens that a draft sees: few, as in serving
-    whole_share: float = 0.1  # of the sequences, whose drafts see all of the text
+    unconditioned_share: float = 0.1  # share of sequences that lack hidden states, up to a random token or all
+    unhinted_share: float = 0.15  # share of blocks without the free draft; as many get a random prefix of it
+    weak_share: float = 0.8  # 0 to 1: preference of blocks for places where the free draft promises little
+    contexts: tuple[int, int] = (8, 32)  # minimum and maximum of the clean tokens that a draft sees, as in serving
+    whole_share: float = 0.1  # share of sequences whose drafts see the whole text
     muon_rate: float = 0.015
     adam_rate: float = 2e-3
-    start_corpus_share: float = 0.75  # of the rows, plain windows of the corpus; in the warm-up
-    corpus_share: float = 0.15  # the same, afterwards
+    start_corpus_share: float = 0.75  # share of rows that are plain windows of the corpus, in the warm-up
+    corpus_share: float = 0.15  # likewise, afterwards
     compiled: bool = True
     seed: int = 0
 
 
 class ConditionedDrafter(Qwen2ForCausalLM):
-    """A Qwen2 whose clean rows may be joined by the target's hidden states, and whose masks by a free draft's tokens.
+    """A Qwen2 that adds the target's hidden states to its clean rows, and a free draft's tokens to its masks.
 
-    `target_projection` maps the former; `hint_gates` scales, entry by entry, the embedding of the token that the free
-    draft has in the mask's own place, and of the one behind it, which the mask's row predicts.
+    `target_projection` maps the hidden states. `hint_gates` scales, entry by entry, the embeddings of two tokens of the
+    free draft: the one at the mask's own place, and the next one, which the mask's row predicts.
     """
 
     def __init__(self, config: Qwen2Config) -> None:
@@ -65,10 +65,11 @@ class ConditionedDrafter(Qwen2ForCausalLM):
         self.model.hint_gates = torch.nn.Parameter(torch.full((2, config.hidden_size), FIRST_GATE))
 
     def rows(self, batch: BlockBatch, features: torch.Tensor, hints: torch.Tensor) -> torch.Tensor:
-        """Final hidden states of all rows, `[sequences, rows, hidden]`.
+        """Return the final hidden states of all rows, `[sequences, rows, hidden]`.
 
-        `features` `[sequences, clean rows, target hidden]`: what each clean token was predicted from; zero if unknown.
-        `hints` int64 `[sequences, mask rows, 2]`: the free draft's token in each mask's place and the next; -1: none.
+        `features` `[sequences, clean rows, target hidden]`: the states that clean tokens were predicted from; zero if
+        unknown. `hints` int64 `[sequences, mask rows, 2]`: the free draft's tokens at each mask's place and the next;
+        -1: none.
         """
         embedded = self.model.embed_tokens(batch.token_ids)
         hinted = self.model.embed_tokens(hints.clamp(min=0)) * (hints >= 0).unsqueeze(-1)
@@ -84,7 +85,7 @@ class ConditionedDrafter(Qwen2ForCausalLM):
 
 
 def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> ConditionedDrafter:
-    """A Qwen2-layout model from the target's embedding and some of its layers, and mask tokens after the vocabulary."""
+    """Build a Qwen2 from the target's embedding and some of its layers, with mask tokens after the vocabulary."""
     torch.manual_seed(recipe.seed)
     source = target.config
     config = Qwen2Config(
@@ -115,7 +116,7 @@ def build_drafter(target: LlamaForCausalLM, recipe: DrafterRecipe) -> Conditione
 
 
 def load_drafter(folder: Path) -> ConditionedDrafter:
-    """A finished drafter, in float32. One from before there were hints gets gates as they begin."""
+    """Load a finished drafter in float32. A drafter from before there were hints gets initial gates."""
     drafter = ConditionedDrafter(Qwen2Config.from_pretrained(folder))
     drafter.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     drafter.tie_weights()
@@ -124,7 +125,7 @@ def load_drafter(folder: Path) -> ConditionedDrafter:
 
 
 def _copy_layer(old: Any, new: Any) -> None:
-    """Copy a layer; of its feed-forward neurons those with the largest product of weight norms, as many as fit."""
+    """Copy a layer. Of its feed-forward neurons, keep the ones with the largest product of weight norms that fit."""
     new.input_layernorm.weight.copy_(old.input_layernorm.weight)
     new.post_attention_layernorm.weight.copy_(old.post_attention_layernorm.weight)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -143,7 +144,7 @@ def _copy_layer(old: Any, new: Any) -> None:
 def save_drafter(
     drafter: ConditionedDrafter, target_folder: Path, folder: Path, recipe: DrafterRecipe, facts: dict[str, object]
 ) -> None:
-    """Write the folder: weights as bfloat16, computed in float32; the target's tokenizer; masks in config.json."""
+    """Write the folder: bfloat16 weights to compute in float32, the target's tokenizer, and masks in config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     drafter.to(torch.bfloat16).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

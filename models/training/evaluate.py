@@ -1,7 +1,7 @@
-"""How good the pair is, measured with simple loops of its own, apart from the serving engine.
+"""Evaluate the pair with simple loops, apart from the serving engine.
 
-A drafter is measured on fixed continuations of held-out prompts: a draft token counts as accepted while it equals the
-continuation's, which is what lossless verification does, greedy or sampled.
+A drafter is measured on fixed continuations of held-out prompts. Draft tokens count as accepted as long as they equal
+the continuation: the rule of lossless verification, greedy or sampled.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from models.training.hints import FreeDrafts
 
 PROMPT_LENGTH = 192  # tokens
 NEW_TOKENS = 128
-CONTEXT = 24  # clean tokens that a draft sees: serving has between 12 and 32
-LOOPING_FROM = 0.2  # share of repeated 8-grams from which a continuation counts as looping
+CONTEXT = 24  # clean tokens that a draft sees; serving has between 12 and 32
+MIN_LOOPING_SHARE = 0.2  # a continuation with at least this share of repeated 8-grams counts as looping
 
 
 def held_out_continuations(
     target: LlamaForCausalLM, held_out: NDArray[np.int32], prompts: int, temperatures: Sequence[float], seed: int
 ) -> list[Continuations]:
-    """The target's continuations of the same held-out prompts, once per temperature."""
+    """Return the target's continuations of the same held-out prompts, once per temperature."""
     texts = random_prompts(held_out, PROMPT_LENGTH, prompts, np.random.default_rng(seed))
     return [
         continue_prompts(target, texts, PROMPT_LENGTH + NEW_TOKENS, np.full(prompts, temperature, np.float32), seed + 1)
@@ -37,7 +37,7 @@ def held_out_continuations(
 
 
 def repeated_share(tokens: NDArray[Any], length: int = 8) -> float:
-    """Share of the `length`-grams of `tokens` that stood earlier in it."""
+    """Return the share of the `length`-grams of `tokens` that repeat an earlier one."""
     grams = [tuple(tokens[at : at + length]) for at in range(len(tokens) - length + 1)]
     return 1 - len(set(grams)) / len(grams)
 
@@ -52,9 +52,9 @@ def drafts_at(
     drafts: NDArray[np.int16] | None = None,
     context: int | None = None,
 ) -> torch.Tensor:
-    """Raw argmax drafts `[sequences, anchors, length]` at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`.
+    """Draft by raw argmax, `[sequences, anchors, length]`, at `anchors` `[anchors]` of `tokens` `[sequences, tokens]`.
 
-    drafts: `[sequences, tokens, any]` free drafts at all places, given as hints; none without. context: clean tokens
+    drafts: `[sequences, tokens, any]` free drafts at all places, given as hints; None: no hints. context: clean tokens
     that a draft sees; None: all.
     """
     vocabulary_size = drafter.config.vocab_size - BLOCK_SIZE
@@ -74,8 +74,8 @@ def drafts_at(
         known = np.full(shape, drafts.shape[2])
         hints = torch.from_numpy(hints_of(drafts, batch.anchors.numpy(), batch.offsets.numpy(), known))
     hidden = drafter.rows(batch, features, hints)
-    behind_masks = hidden[:, clean:].view(sequences, len(anchors), masks, hidden.shape[-1])
-    rows = torch.cat([hidden[:, anchors, None], behind_masks], 2)
+    mask_rows = hidden[:, clean:].view(sequences, len(anchors), masks, hidden.shape[-1])
+    rows = torch.cat([hidden[:, anchors, None], mask_rows], 2)
     logits: torch.Tensor = drafter.lm_head(rows)[..., :vocabulary_size]
     return logits.argmax(-1)
 
@@ -83,11 +83,10 @@ def drafts_at(
 def accepted_at_every_anchor(
     drafter: ConditionedDrafter, data: Continuations, length: int, drafts: FreeDrafts | None = None
 ) -> NDArray[np.int64]:
-    """Accepted tokens `[rows, anchors]` of drafts of `length` tokens at all positions from the prompt's last token on.
+    """Return the accepted tokens `[rows, anchors]` of drafts of `length` tokens, from the prompt's last token on.
 
-    drafts: free drafts that are given as hints. Drafts see CONTEXT clean tokens.
-
-    Rows share one prompt length; the anchors end where a whole draft still has a continuation to be compared with.
+    drafts: free drafts to give as hints. Drafts see CONTEXT clean tokens. All rows have the same prompt length. The
+    anchors end where a whole draft still fits into the continuation.
     """
     start, end = int(data.prompt_lengths[0]) - 1, data.tokens.shape[1] - length
     tokens = torch.from_numpy(data.tokens.astype(np.int64))
@@ -99,9 +98,9 @@ def accepted_at_every_anchor(
         *(torch.split(all_rows, 4) for all_rows in (tokens, features, truth, torch.from_numpy(free))), strict=True
     )
     hits = [
-        (drafts_at(drafter, rows, states, part, length, known.numpy(), CONTEXT) == true).cumprod(2).sum(2)
+        (drafts_at(drafter, rows, states, places, length, known.numpy(), CONTEXT) == true).cumprod(2).sum(2)
         for rows, states, trues, known in groups
-        for part, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
+        for places, true in zip(torch.split(anchors, 32), torch.split(trues, 32, 1), strict=True)
     ]
     per_rows = len(torch.split(anchors, 32))
     return torch.cat([torch.cat(hits[at : at + per_rows], 1) for at in range(0, len(hits), per_rows)]).numpy()
@@ -109,7 +108,7 @@ def accepted_at_every_anchor(
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Mean accepted tokens per step, and the share of steps that accepted at least i tokens."""
+    """Mean accepted tokens per step, and the shares of steps that accepted at least 1, 2, ... tokens."""
 
     accepted: float
     steps: int
@@ -117,7 +116,7 @@ class Acceptance:
 
 
 def walk(accepted: NDArray[np.int64], length: int) -> Acceptance:
-    """Speculative decoding along each row: a step at anchor s goes on at s + accepted + 1."""
+    """Decode speculatively along each row: after a step at anchor s, the next anchor is s + accepted + 1."""
     counts: list[int] = []
     for row in accepted:
         at = 0
@@ -132,15 +131,15 @@ def walk(accepted: NDArray[np.int64], length: int) -> Acceptance:
 def drafter_figures(
     drafter: ConditionedDrafter, continuations: Sequence[Continuations], drafts: Sequence[FreeDrafts], length: int = 8
 ) -> list[dict[str, Any]]:
-    """Acceptance of the raw argmax draft, one entry per temperature; looping and other continuations apart as well.
+    """Measure the acceptance of raw argmax drafts, one entry per temperature; also apart for looping continuations.
 
-    drafts: the free drafts, which are given as hints for one figure of each entry.
+    drafts: free drafts, given as hints for one figure of each entry.
     """
     figures = []
     for data, free in zip(continuations, drafts, strict=True):
         accepted = accepted_at_every_anchor(drafter, data, length)
         repeated = np.array([repeated_share(text) for text in data.texts()])
-        loops = repeated >= LOOPING_FROM
+        loops = repeated >= MIN_LOOPING_SHARE
         figures.append(
             {
                 "temperature": round(float(data.temperatures[0]), 2),
@@ -157,7 +156,7 @@ def drafter_figures(
 
 
 def ngram_accuracy(model: NgramModel, continuations: Sequence[Continuations]) -> list[dict[str, float]]:
-    """Share of the continuations' tokens that the model finds most probable; their mean log-probability in nats."""
+    """Measure the share of tokens that the model finds most probable, and their mean log-probability in nats."""
     figures = []
     for data in continuations:
         hits, logs = [], []

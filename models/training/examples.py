@@ -1,9 +1,9 @@
-"""What a step of the drafter's training sees: rows of lessons with masked blocks attached, as when it drafts.
+"""The inputs of the drafter's training steps: rows of text with masked blocks attached, as in drafting.
 
-Each clean row also gets the target's final hidden state that its token was predicted from, which the target has
-computed anyway when the token is committed (as in EAGLE, arXiv 2401.15077), and each mask what the free draft proposes
-there (`models.training.hints`): the drafter improves on that draft. Labels are the target's own distributions,
-sharpened; their most probable tokens are stored with each continuation.
+Each clean row also gets the target's final hidden state that its token was predicted from. The target has computed it
+anyway when the token is committed (as in EAGLE, arXiv 2401.15077). Each mask also gets the free draft's tokens
+(`models.training.hints`), so that the drafter improves on that draft. Labels are the target's own distributions,
+sharpened; each continuation stores their most probable tokens.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from models.training.hints import MAX_HINT, Lessons
 
 @dataclass(frozen=True)
 class Example:
-    """One step's input, and for every row from the first labelled one on its label distribution and its weight."""
+    """The input of one step; for every row from the first labelled one on, its label distribution and its weight."""
 
     batch: BlockBatch
     features: torch.Tensor
@@ -37,7 +37,7 @@ def examples(
     first_step: int,
     seed: int,
 ) -> Iterator[Example]:
-    """The steps' inputs from `first_step` on, for ever; each is a function of the seed and the step alone."""
+    """Yield the inputs of the steps from `first_step` on, forever. Each depends on the seed and the step alone."""
     rows = len(lessons.data.tokens)
     per_epoch = rows // recipe.sequences
     step = first_step
@@ -85,9 +85,9 @@ def _example(
 
 
 def missing_features(sequences: int, length: int, share: float, random: np.random.Generator) -> NDArray[np.bool_]:
-    """Which hidden states `[sequences, length]` are withheld: none, or those up to a random token, or all of them.
+    """Draw the hidden states to withhold, `[sequences, length]`: none, those up to a random token, or all.
 
-    While serving they are missing for a prefix that the verifier did not compute itself.
+    In serving they are missing for a prefix that the verifier did not compute itself.
     """
     chosen = random.random(sequences) < share
     ends = np.where(random.random(sequences) < 0.5, length, random.integers(length, size=sequences))
@@ -97,17 +97,17 @@ def missing_features(sequences: int, length: int, share: float, random: np.rando
 def drawn_contexts(
     length: int, blocks: NDArray[np.int64], recipe: DrafterRecipe, random: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Clean tokens that each row sees: the longest context for the `length` clean rows, any for each of the blocks."""
-    shortest, longest = recipe.contexts
-    clean = np.full((len(blocks), length), longest)
-    of_block = random.integers(shortest, longest + 1, blocks.shape)
+    """Draw the number of clean tokens that each row sees: the maximum for clean rows, any for each block."""
+    min_context, max_context = recipe.contexts
+    clean = np.full((len(blocks), length), max_context)
+    of_block = random.integers(min_context, max_context + 1, blocks.shape)
     contexts = np.concatenate([clean, np.take_along_axis(of_block, blocks, 1)], 1)
     contexts[random.random(len(blocks)) < recipe.whole_share] = length
     return contexts
 
 
 def known_hints(blocks: NDArray[np.int64], recipe: DrafterRecipe, random: np.random.Generator) -> NDArray[np.int64]:
-    """How many tokens of its free draft each row's block knows: none, a random number, or (mostly) all."""
+    """Draw how many tokens of the free draft each row's block gets: none, a random number, or (mostly) all."""
     chance = random.random(blocks.shape)
     cut = random.integers(1, MAX_HINT + 1, blocks.shape)
     counts = np.where(chance < 2 * recipe.unhinted_share, cut, MAX_HINT)

@@ -1,7 +1,7 @@
-"""Free drafts at every place of the continuations, as serving makes them: what a drafter with hints learns to improve.
+"""Free drafts at every place of the continuations, as in serving. A drafter with hints learns to improve them.
 
-A row's draft at anchor s is what copying and n-grams propose after its first s + 1 tokens; for sampled rows with the
-noise that the row was drawn with, which serving knows too (`drafters.coupling`).
+A row's draft at anchor s is the free draft after its first s + 1 tokens. For sampled rows it uses the noise that the
+row was drawn with, which serving knows too (`drafters.coupling`).
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ from models.training.continuations import Continuations
 
 MAX_HINT = 16  # tokens; blocks are rarely longer
 NO_HINT = -1
-LEARN_ROWS = 64  # rows that the weights of copying are learned from before the first draft
+LEARN_ROWS = 64  # rows from which the weights of copying are learned before the first draft
 
 
 @dataclass(frozen=True)
 class FreeDrafts:
-    """`tokens` int16 `[rows, anchors, MAX_HINT]`, NO_HINT behind each draft's end and at anchors inside prompts;
-    `promised` float16 `[rows, anchors]`: how many of its tokens it expects to be accepted, by its own confidences.
+    """Free drafts at all anchors.
+
+    `tokens` int16 `[rows, anchors, MAX_HINT]`: NO_HINT after each draft's end, and at anchors inside prompts.
+    `promised` float16 `[rows, anchors]`: accepted tokens that each draft expects, by its own confidences.
     """
 
     tokens: NDArray[np.int16]
@@ -39,7 +41,7 @@ class Lessons:
 
 
 def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
-    """The free drafts of all anchors from each prompt's last token on."""
+    """Return the free drafts at all anchors from each prompt's last token on."""
     rows, length = data.tokens.shape
     tokens = np.full((rows, length, MAX_HINT), NO_HINT, np.int16)
     promised = np.zeros((rows, length), np.float16)

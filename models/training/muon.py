@@ -1,6 +1,6 @@
-"""Muon (Jordan et al., 2024) in float32, with matrices of one shape orthogonalised together.
+"""Muon (Jordan et al., 2024) in float32. Matrices of the same shape are orthogonalised together.
 
-torch.optim.Muon computes in bfloat16, which is far slower than float32 on a CPU without bfloat16 units.
+torch.optim.Muon computes in bfloat16, which is much slower than float32 on a CPU without bfloat16 units.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, Nesterov style, with each update orthogonalised; for the two-dimensional weights inside a network."""
+    """Nesterov momentum with orthogonalised updates, for the two-dimensional weights inside a network."""
 
     def __init__(
         self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01

@@ -1,10 +1,10 @@
-"""Fitting the n-gram model over the target's token ids, within a budget of bytes.
+"""Fit the n-gram model over the target's token ids, within a budget of bytes.
 
-Witten-Bell smoothing, interpolated: a context gives the shorter one the weight `w * types / (w * types + count)`, where
-`types` is how many different tokens followed it. Of all n-grams those are kept that gain the most,
-`count * (log p(token | context) - log p(token | shorter context))`. On held-out text this beat absolute discounting
-with Chen and Goodman's three discounts at equal size; Kneser-Ney's continuation counts are wrong for contexts whose
-longer ones were pruned, which here is most.
+Uses interpolated Witten-Bell smoothing: a context gives the shorter context the weight
+`w * types / (w * types + count)`, where `types` is the number of different tokens that followed it. Keeps the n-grams
+with the largest gain, `count * (log p(token | context) - log p(token | shorter context))`. On held-out text this beat
+absolute discounting with Chen and Goodman's three discounts at equal size. Kneser-Ney's continuation counts are wrong
+for contexts whose longer contexts were pruned: here, most of them.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from drafters.search.kernels.ngram import MAX_ORDER, NgramArrays, locate_context
 from drafters.search.ngram import LEVEL_PROBABILITIES, LEVELS_PER_NAT, MAX_SUCCESSORS, NgramModel, assemble
 
 CONTEXTS_PER_BUCKET = 4
-NEW_WORD_WEIGHT = 3.0  # w above; flat between 2 and 4.5 on held-out text
+NEW_WORD_WEIGHT = 3.0  # w above; on held-out text, values from 2 to 4.5 are equally good
 BYTES_PER_SUCCESSOR = 3
 BYTES_PER_CONTEXT = 4  # fingerprint, count, and its share of the bucket table
-MAX_MASS = 0.9999  # of a context's successors: something is always left for the others
+MAX_MASS = 0.9999  # of a context's successors; the rest is left for other tokens
 
 Ids = NDArray[np.int64]
 
@@ -34,9 +34,9 @@ class _Grams:
     order: int
     token: Ids  # last token
     last_end: Ids  # a position in the text where the n-gram ends
-    context: Ids  # its first n - 1 tokens, as an index of their own
+    context: Ids  # index of its first n - 1 tokens
     share: NDArray[np.float64]  # discounted relative frequency in its context
-    gain: NDArray[np.float64]  # nats over the training text that keeping it saves
+    gain: NDArray[np.float64]  # nats that keeping it saves over the training text
 
 
 def fit_ngram(
@@ -46,10 +46,10 @@ def fit_ngram(
     order: int = 6,
     max_bytes: int = 6_000_000,
 ) -> NgramModel:
-    """Fit on token arrays (n-grams do not cross from one to the next) and save to `folder`, if given.
+    """Fit on token arrays, and save to `folder` if given. N-grams do not cross from one array to the next.
 
-    `max_bytes` bounds the stored successors and contexts; the unigram comes on top. Raises ValueError without
-    tokens, or for tokens or an order out of range.
+    `max_bytes` bounds the stored successors and contexts; the unigram is not counted. Raises ValueError without tokens,
+    or for tokens or an order out of range.
     """
     text = np.concatenate([np.asarray(part, np.int64) for part in tokens])
     if not len(text):
@@ -72,10 +72,10 @@ def fit_ngram(
 
 @dataclass(frozen=True, slots=True)
 class NgramQuality:
-    """How an n-gram model does on text that it was not fitted on."""
+    """Quality of an n-gram model on held-out text."""
 
     perplexity: float
-    accuracy: float  # share of tokens that were the model's most probable one
+    accuracy: float  # share of tokens that the model found most probable
     num_bytes: int
 
 
@@ -88,10 +88,10 @@ def evaluate_ngram(model: NgramModel, tokens: NDArray[np.int32]) -> NgramQuality
 
 
 def _count(text: Ids, offsets: Ids, order: int, unigram: NDArray[np.float32]) -> list[_Grams]:
-    """Count order by order; positions whose context occurred once only are left out of longer orders."""
+    """Count order by order. Longer orders leave out positions whose context occurred only once."""
     grams: list[_Grams] = []
-    ids = text.copy()  # of the n-gram that ends at a position; -1: not worth following
-    probabilities = unigram.astype(np.float64)[text]  # of the token at a position, given the context so far
+    ids = text.copy()  # id of the n-gram that ends at a position; -1: not extended
+    probabilities = unigram.astype(np.float64)[text]  # probability of the token at a position, given the context so far
     for size in range(2, order + 1):
         ends = np.flatnonzero((offsets >= size - 1) & (np.roll(ids, 1) >= 0))
         if not len(ends):
@@ -120,7 +120,7 @@ def _count(text: Ids, offsets: Ids, order: int, unigram: NDArray[np.float32]) ->
 
 
 def _prune(grams: list[_Grams], max_bytes: int) -> list[_Grams]:
-    """Keep the n-grams above the gain at which the whole fits into `max_bytes`."""
+    """Keep the n-grams above a threshold of the gain, so that the model fits into `max_bytes`."""
 
     def chosen(threshold: float) -> list[NDArray[np.bool_]]:
         return [gram.gain > threshold for gram in grams]
@@ -176,7 +176,7 @@ def _pack(
 
 
 def _levels(gram: _Grams) -> Ids:
-    """The nearest level of each share; the next lower one where a context's shares would add up to one or more."""
+    """Return the nearest level of each share; the next lower one if a context's shares would add up to one or more."""
     scale = -np.log(np.clip(gram.share / LEVEL_PROBABILITIES[0], None, 1.0)) * LEVELS_PER_NAT
     nearest = np.clip(np.rint(scale), 0, 255).astype(np.int64)
     sums = np.bincount(gram.context, weights=LEVEL_PROBABILITIES[nearest])

@@ -1,7 +1,7 @@
 """Train the target: a Llama-style decoder, written as an ordinary Hugging Face folder.
 
-Muon for the matrices, AdamW for embeddings and norms; constant learning rate, then a linear decay to zero.
-Resumable: the state is saved every `SAVE_EVERY` steps and picked up again.
+Uses Muon for the matrices, and AdamW for embeddings and norms. The learning rate is constant, then decays linearly to
+zero. A run can be resumed: the state is saved every `SAVE_EVERY` steps.
 """
 
 import json
@@ -26,7 +26,7 @@ SAVE_EVERY = 50  # steps
 
 @dataclass(frozen=True)
 class TargetRecipe:
-    """Sizes and schedule. Tokens are `steps * batch_tokens`."""
+    """Sizes and schedule. The run reads `steps * batch_tokens` tokens."""
 
     hidden_size: int = 256
     intermediate_size: int = 640
@@ -38,7 +38,7 @@ class TargetRecipe:
     steps: int = 300  # after stacking
     batch_tokens: int = 4096
     short_window: int = 512
-    long_share: float = 0.15  # of the steps, at the end, with windows of the full context
+    long_share: float = 0.15  # share of the steps, at the end, with windows of the full context
     decay_share: float = 0.6
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
@@ -75,18 +75,22 @@ def stack_layers(small: LlamaForCausalLM, large: LlamaForCausalLM) -> None:
 
 
 def token_losses(model: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats of `tokens[:, 1:]` given what stands before."""
+    """Return the mean cross entropy in nats of `tokens[:, 1:]`, given the tokens before."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @torch.inference_mode()
-def held_out_bits_per_byte(model: torch.nn.Module, corpus: Corpus, length: int = 512, most: int = 100_000) -> float:
+def held_out_bits_per_byte(
+    model: torch.nn.Module, corpus: Corpus, length: int = 512, max_tokens: int = 100_000
+) -> float:
+    """Return the mean bits per byte of held-out text, from windows of `length` tokens."""
     tokens = torch.from_numpy(corpus.held_out.astype("int64"))
-    count = min(most, len(tokens) - 1) // length
+    count = min(max_tokens, len(tokens) - 1) // length
     starts = torch.linspace(0, len(tokens) - length - 1, count).long()
     losses = [
-        token_losses(model, torch.stack([tokens[s : s + length + 1] for s in part])) for part in torch.split(starts, 8)
+        token_losses(model, torch.stack([tokens[s : s + length + 1] for s in batch]))
+        for batch in torch.split(starts, 8)
     ]
     nats_per_token = float(torch.stack(losses).mean())
     return nats_per_token / math.log(2) * len(tokens) / corpus.held_out_bytes
@@ -102,14 +106,17 @@ def optimizers_of(model: torch.nn.Module, muon_rate: float, adam_rate: float) ->
 
 
 def rate_factor(step: int, steps: int, decay_share: float, warmup: int = 50) -> float:
-    """Linear warm-up, constant, linear decay to zero over the last `decay_share` of the steps (0: no decay)."""
+    """Return the rate's factor: linear warm-up, constant, linear decay to zero over the last `decay_share` of steps.
+
+    decay_share 0 means no decay.
+    """
     decay = (steps - step) / (decay_share * steps) if decay_share else 1.0
     return min(1.0, (step + 1) / warmup, decay)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the loop below."""
+    """One run of the training loop."""
 
     name: str
     steps: int
@@ -119,7 +126,7 @@ class Stage:
 
 
 def train_stage(model: LlamaForCausalLM, corpus: Corpus, work: Path, recipe: TargetRecipe, stage: Stage) -> None:
-    """Train `model` in place for `stage.steps`, picking up the saved state if there is one."""
+    """Train `model` in place for `stage.steps`; continue from the saved state if there is one."""
     optimizers = optimizers_of(model, recipe.muon_rate, recipe.adam_rate)
     base_rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = Checkpoint(work / f"{stage.name}.pt", model, optimizers)
@@ -156,14 +163,14 @@ def train_stage(model: LlamaForCausalLM, corpus: Corpus, work: Path, recipe: Tar
 
 
 def load_start(corpus: Corpus, work: Path, recipe: TargetRecipe) -> LlamaForCausalLM:
-    """The finished small model that the target was stacked from. Raises FileNotFoundError before the stage `target`."""
+    """Load the small model that the target was stacked from. Raises FileNotFoundError before the stage `target`."""
     model = build_target(recipe, recipe.start_layers, corpus.tokenizer.get_vocab_size(), corpus.separator)
     model.load_state_dict(torch.load(work / "target-start.pt", weights_only=True)["model"])
     return model.eval()
 
 
 def train_target(corpus: Corpus, work: Path, folder: Path, recipe: TargetRecipe) -> None:
-    """Train (or go on training) and write the finished target into `folder`."""
+    """Train the target, or continue, and write it into `folder`."""
     vocabulary_size = corpus.tokenizer.get_vocab_size()
     small = build_target(recipe, recipe.start_layers, vocabulary_size, corpus.separator)
     train_stage(small, corpus, work, recipe, Stage("target-start", recipe.start_steps, 0.0, 0.0, recipe.seed))
@@ -181,7 +188,7 @@ def train_target(corpus: Corpus, work: Path, folder: Path, recipe: TargetRecipe)
 
 
 def save_target(model: LlamaForCausalLM, folder: Path, corpus: Corpus, work: Path, facts: dict[str, object]) -> None:
-    """Write the folder that transformers, vLLM and this project load: weights as bfloat16, computed in float32."""
+    """Write a folder for transformers, vLLM and this project: bfloat16 weights, to compute in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer that target and drafter share.
 
-The drafter's embedding has further rows beyond this vocabulary for its mask tokens; they are no
-tokens of the text and so are not in the tokenizer of the target.
+The drafter's embedding has more rows after this vocabulary, for its mask tokens. They never occur in text, so the
+tokenizer does not have them.
 """
 
 import json
@@ -16,8 +16,8 @@ END_OF_TURN = "<|im_end|>"
 SPECIAL_TOKENS = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
 VOCABULARY_SIZE = 2048
 
-# One word with its leading space, one digit, a run of punctuation, or a run of white space (so that
-# a line break and its indentation become one token).
+# One word with its leading space, one digit, a run of punctuation, or a run of white space (so that a line break and
+# its indentation become one token).
 SPLIT = r" ?[A-Za-z_]+|\d| ?[^\sA-Za-z_\d]+|\s+(?!\S)|\s+"
 
 # A base model has no turns; the chat template renders the conversation as Python comments followed by code.
@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json as transformers and vLLM read them."""
+    """Write tokenizer.json and tokenizer_config.json for transformers and vLLM."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

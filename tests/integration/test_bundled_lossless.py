@@ -1,4 +1,4 @@
-"""The bundled pair writes what plain decoding and transformers' `generate` write, whatever drafts for it.
+"""The bundled pair writes the tokens of plain decoding and of transformers' `generate`, whatever the drafts are.
 
 Prompts are held-out files of the standard library. Where rounding flips a near-tie, `tests.near_ties` decides.
 """
@@ -44,7 +44,7 @@ def prompts(loaded: Loaded) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def reference(prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    """What transformers' `generate` writes."""
+    """Return the tokens that transformers' `generate` writes."""
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_MODELS / "target", dtype=torch.float32).eval()
     ids = torch.tensor(prompts)
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def check(
     prompts: Sequence[tuple[int, ...]],
     near_ties: NearTies,
 ) -> None:
-    """Fail unless all tokens are equal, near-ties aside."""
+    """Fail unless all tokens are equal, except for near-ties."""
     for prompt, found, wanted in zip(prompts, written, expected, strict=True):
         near_ties.compare(prompt, found, wanted, logit_margin)
 
@@ -115,7 +115,7 @@ def test_greedy_equals_transformers_at_every_draft_length(
     reference: list[list[int]],
     near_ties: NearTies,
 ) -> None:
-    """Requests of one batch draft 0 to 32 tokens each."""
+    """The requests of one batch draft 0 to 32 tokens each."""
     cell = replace(BY_NAME[name], overrides={**BY_NAME[name].overrides, **ANY_LENGTH})
     lengths = [i % (MAX_DRAFT + 1) for i in range(NUM_PROMPTS)]
     check(write(loaded, cell, greedy(prompts, lengths)), reference, prompts, near_ties)

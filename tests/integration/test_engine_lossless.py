@@ -1,4 +1,4 @@
-"""Whatever is drafted, whoever else is in the batch: the engine's tokens are those of plain decoding."""
+"""The engine's tokens are those of plain decoding, whatever is drafted and whatever else is in the batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ class Setting:
     num_slots: int = 16
     chunk: int = 256
     reuse: bool = True
-    seed: int = 0  # of who joins when, and of who is cancelled
+    seed: int = 0  # of the times of joining and of the cancelled requests
 
     def __str__(self) -> str:
         return f"slots{self.num_slots}-chunk{self.chunk}-{'reuse' if self.reuse else 'no-reuse'}"
@@ -74,7 +74,7 @@ def verifier(model: Transformer, num_slots: int) -> TorchVerifier:
 
 
 def prompts() -> list[list[int]]:
-    """Random prompts of 1 to 120 tokens; two in three begin with one of two common prefixes."""
+    """Return random prompts of 1 to 120 tokens; two in three begin with one of two common prefixes."""
     generator = np.random.default_rng(5)
     prefixes = [[], *generator.integers(TOKENIZER_LENGTH, size=(2, 60)).tolist()]
     lengths = generator.integers(1, 60, size=NUM_REQUESTS)
@@ -111,7 +111,7 @@ def plain_sampled(model: Transformer) -> list[list[int]]:
 
 
 def plain_outputs(model: Transformer, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-    """Plain decoding: each request alone in an engine of its own, without drafts."""
+    """Decode plainly: each request alone in its own engine, without drafts."""
     return [Driver(verifier(model, 1), no_drafts()).outputs([request])[0] for request in requests]
 
 
@@ -122,7 +122,7 @@ def oracle(requests: Sequence[GenerationRequest], outputs: Sequence[Sequence[int
 def outputs_under(
     setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: Pipeline
 ) -> list[list[int]]:
-    """Run all requests, joining at random, beside others that are cancelled in the middle."""
+    """Run all requests, which join at random, together with others that are cancelled midway."""
     generator = np.random.default_rng(setting.seed)
     limits = SchedulerLimits(setting.num_slots, prefill_chunk_tokens=setting.chunk, reuse_prefixes=setting.reuse)
     driver = Driver(verifier(model, setting.num_slots), drafter, limits)
@@ -145,7 +145,7 @@ def outputs_under(
 def assert_same(
     expected: list[list[int]], actual: list[list[int]], reference: PreTrainedModel, near_ties: NearTies
 ) -> None:
-    """Token-identical, but for the near-ties that the whole session may have."""
+    """Fail unless the tokens are identical, except for the near-ties that the session allows."""
 
     def margin(tokens: Sequence[int], wanted: int, found: int) -> float:
         with torch.inference_mode():
@@ -172,7 +172,7 @@ def test_plain_decoding_is_what_transformers_generates(
                 eos_token_id=None,
             )
         generated.append(sequence[0, prompt.shape[1] :].tolist())
-    assert len({tuple(tokens) for tokens in generated}) > NUM_REQUESTS // 2  # else the comparison would be hollow
+    assert len({tuple(tokens) for tokens in generated}) > NUM_REQUESTS // 2  # otherwise the comparison proves little
     assert_same(generated, plain_greedy, reference, near_ties)
 
 
@@ -264,7 +264,7 @@ def test_prompt_log_probabilities_are_whole_whatever_the_chunks(model: Transform
     expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(list(request.prompt[1:]))[:, None])[:, 0]
     for chunk in (1, 7, 256):
         driver = Driver(verifier(model, 2), no_drafts(), SchedulerLimits(prefill_chunk_tokens=chunk))
-        for name in ("first", "second"):  # the second finds its prompt in the cache and must not use it
+        for name in ("first", "second"):  # the second finds its prompt in the cache, but must not use it
             driver.outputs([replace(request, request_id=name)])
             (delta,) = driver.received[name].deltas
             assert (delta.tokens, delta.finish_reason) == ((), "length")

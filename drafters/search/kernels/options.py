@@ -45,15 +45,14 @@ class SearchWorkspace(NamedTuple):
     paths: NDArray[np.int32]  # [2, beam_width + 1, max_length] before and after a position
     details: NDArray[np.float64]  # [2, beam_width + 1, max_length, 4] the same four
     sums: NDArray[np.float64]  # [2, beam_width] scores summed over the path
-    matches: NDArray[
-        np.int64
-    ]  # [2, beam_width + 1, 2] match of a path without its last token: length, where it continues
+    matches: NDArray[np.int64]  # [2, beam_width + 1, 2] match before a path's last token: length, where it continues
     picks: NDArray[np.int64]  # [beam_width, 2] parent beam and token of each new beam
     pick_scores: NDArray[np.float64]  # [beam_width, 4]
 
 
 @allocating
 def new_search_workspace(search: Any) -> Any:
+    """Return working memory for one search."""
     width, max_length = search.beam_width, len(search.lattice_weights)
     max_candidates = search.max_candidates + len(search.lattice_ends)
     max_options = max_candidates + 1 + 2 * MAX_PROPOSED_SUCCESSORS
@@ -145,12 +144,8 @@ def _look_up_causal(
     search_work: Any, ngram: Any, rest: float, copied: int, weight: float, work: Any, log_floor: float, count: int
 ) -> None:
     """Fill in the causal model's log probability of every option in the current context, floored."""
-    tokens, log_causal, sums, unigram = (
-        search_work.option_tokens,
-        search_work.option_scores[2],
-        work.sums,
-        ngram.unigram,
-    )
+    tokens, log_causal = search_work.option_tokens, search_work.option_scores[2]
+    sums, unigram = work.sums, ngram.unigram
     for index in range(count):  # probabilities first
         log_causal[index] = mixed_probability(tokens[index], copied, weight, rest, sums, unigram)
     for index in range(count):

@@ -121,11 +121,8 @@ def _search_request(
     best finished path.
     """
     width = search.beam_width
-    raw_path, raw_details, raw_match = (
-        search_work.paths[0, width],
-        search_work.details[0, width],
-        search_work.matches[0, width],
-    )
+    raw_path, raw_details = search_work.paths[0, width], search_work.details[0, width]
+    raw_match = search_work.matches[0, width]
     finished_path, finished_details = search_work.paths[1, width], search_work.details[1, width]
     summary, first = found.summary[request], search.row_starts[request]
     num_steps = _select(search, search_work, select_work, request, found)

@@ -1,3 +1,5 @@
+"""Step costs: the report is complete, and projections are correct."""
+
 import json
 from pathlib import Path
 
@@ -7,7 +9,7 @@ from benchmarks.shapes import KINDS, SIZES, drafter_config
 from benchmarks.step_costs import main, project
 
 
-def test_every_part_of_a_step_is_measured_and_every_pair_projected(
+def test_every_phase_of_a_step_is_measured_and_every_pair_projected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "costs.json"
@@ -24,11 +26,11 @@ def test_every_part_of_a_step_is_measured_and_every_pair_projected(
     assert "tiny-sdar" in printed
 
 
-def test_a_speed_up_is_what_a_step_yields_over_what_it_costs() -> None:
+def test_a_speed_up_is_tokens_per_step_over_relative_cost() -> None:
     assert project(plain=10, verify=12, draft=6, search=2, lengths=[2, 4]) == [1.0, 2.0]
 
 
-def test_every_shape_is_one_that_could_be_loaded() -> None:
+def test_every_shape_is_a_valid_configuration() -> None:
     for size in SIZES:
         for kind in KINDS:
             config = drafter_config(f"{size}-{kind}")

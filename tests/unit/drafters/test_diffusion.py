@@ -96,7 +96,7 @@ def test_a_drafter_that_needs_little_context_begins_a_new_window_rather_than_cat
         assert torch.allclose(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_an_exact_prefix_may_begin_anew_anywhere(tmp_path: Path) -> None:
+def test_only_an_exact_prefix_may_begin_a_new_window_anywhere(tmp_path: Path) -> None:
     write_full_drafter(tmp_path)
     with pytest.raises(ValueError, match="exact"):
         DiffusionDrafter(Transformer.load(tmp_path), 1, VOCABULARY_SIZE, DiffusionOptions(WINDOW, first_tokens=8))
@@ -152,7 +152,7 @@ def test_refinement_fills_in_the_surest_tokens_and_runs_again(block: tuple[Trans
     filled = confidences.topk(3).indices.tolist()
     block_tokens = masks[:5]
     for row in filled:
-        if row < 5:  # the sixth token has no row of its own: logits are shifted
+        if row < 5:  # the sixth token has no row: logits are shifted
             block_tokens[row] = int(best[row])
     expected = reference_logits(reference, tokens, 6, block_tokens, full=False)
     expected[filled] = first[filled]

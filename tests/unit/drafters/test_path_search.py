@@ -44,7 +44,7 @@ def mean_score(
 
 
 def all_paths(length: int) -> list[tuple[int, ...]]:
-    """Every path that ends with its first end token or at `length`."""
+    """Return every path that ends with its first end token or at `length`."""
     others = [token for token in range(VOCABULARY) if token != END]
     whole = list(itertools.product(others, repeat=length))
     return whole + [(*path, END) for size in range(length) for path in itertools.product(others, repeat=size)]
@@ -166,7 +166,7 @@ def test_the_text_overrules_a_hesitant_drafter() -> None:
 
 
 def test_without_proposals_the_text_only_scores_the_candidates() -> None:
-    """Of two equally likely candidates the copied one is taken; a token that is no candidate cannot be."""
+    """The search takes the copied one of two equally likely candidates, and never a token that is no candidate."""
     history = np.array([7, 8, 9, 10, 11] * 4, np.int32)
     logits = torch.zeros(3, 50)
     logits[:, 20] = 9.0

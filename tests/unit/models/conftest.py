@@ -1,4 +1,4 @@
-"""A corpus, a target and continuations small enough to train on in a test."""
+"""A corpus, a target and continuations, small enough to train on in a test."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def toy_tokens() -> np.ndarray:
 
 
 def lessons_of(data: Continuations) -> Lessons:
-    """With the free drafts of a copying drafter."""
+    """Add free drafts by copying alone."""
     return Lessons(data, free_drafts(CausalModel(VOCABULARY_SIZE), data))
 
 
@@ -48,7 +48,7 @@ def toy_continuations(
     tiny_target: LlamaForCausalLM, toy_tokens: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> Continuations:
     folder: Path = tmp_path_factory.mktemp("continuations")
-    recipe = ContinuationRecipe(shards=2, rows=6, length=LENGTH, shortest_prompt=8, longest_prompt=30)
+    recipe = ContinuationRecipe(shards=2, rows=6, length=LENGTH, min_prompt=8, max_prompt=30)
     torch.set_num_threads(1)
     write_continuations(tiny_target, toy_tokens, folder, recipe)
     return Continuations.load(folder)

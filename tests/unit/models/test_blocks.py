@@ -1,4 +1,4 @@
-"""Masked blocks: who sees whom, and that one pass over many blocks equals drafting one by one."""
+"""Masked blocks: the rows that each row sees; one pass over many blocks equals drafting one by one."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from tests.unit.models.conftest import RECIPE, VOCABULARY_SIZE
 MASKS = torch.arange(VOCABULARY_SIZE, VOCABULARY_SIZE + BLOCK_SIZE)
 
 
-def test_a_row_sees_what_it_would_see_when_drafting() -> None:
+def test_a_row_sees_the_same_rows_as_in_drafting() -> None:
     tokens = torch.arange(1, 7)[None]  # six clean rows
     anchors = torch.tensor([[3, 3, 1]])  # a block of two masks after position 3, one of one mask after position 1
     offsets = torch.tensor([[1, 2, 1]])
@@ -42,7 +42,7 @@ def test_a_bounded_context_ends_at_the_row_or_at_its_anchor() -> None:
     assert visible == [{0}, {0, 1}, {1, 2}, {2, 3}, {3, 4}, {4, 5}, {1, 2, 3, 6, 7}, {1, 2, 3, 6, 7}, {5, 8}]
 
 
-def test_drawn_blocks_are_whole_and_inside_the_continuation() -> None:
+def test_drawn_blocks_are_complete_and_inside_the_continuation() -> None:
     prompt_lengths, length, rows = np.array([10, 60]), 100, 200
     anchors, offsets, blocks = draw_blocks(prompt_lengths, length, rows, 5.0, 0.1, np.random.default_rng(1))
     for sequence, prompt_length in enumerate(prompt_lengths):
@@ -81,10 +81,10 @@ def test_anchors_are_drawn_by_weight() -> None:
     weights[0, 20], weights[1, [5, 30]] = 1.0, (3.0, 1.0)
     anchors, _, _ = draw_blocks(np.array([8, 10]), 60, 4000, 3.0, 0.0, np.random.default_rng(0), weights)
     assert (anchors[0] == 20).all()
-    assert (anchors[1] == 30).all()  # 5 lies within the prompt
+    assert (anchors[1] == 30).all()  # 5 is in the prompt
 
 
-def test_hints_are_the_free_drafts_tokens_in_a_masks_place_and_the_next() -> None:
+def test_hints_are_the_free_drafts_tokens_at_a_masks_place_and_the_next() -> None:
     drafts = np.arange(2 * 5 * 3).reshape(2, 5, 3).astype(np.int16)
     drafts[1, 4, 1:] = -1
     anchors, offsets = np.array([[0, 0, 0], [4, 4, 4]]), np.array([[1, 2, 3], [1, 2, 3]])

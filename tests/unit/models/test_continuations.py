@@ -1,4 +1,4 @@
-"""The target's continuations are what the target itself says."""
+"""Continuations hold the target's own tokens, distributions and hidden states."""
 
 import numpy as np
 import torch

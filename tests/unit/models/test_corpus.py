@@ -1,4 +1,4 @@
-"""The split into training text and held-out text."""
+"""The split into training text and held-out text, and the files that are left out."""
 
 from pathlib import Path
 

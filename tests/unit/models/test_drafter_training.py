@@ -1,4 +1,4 @@
-"""Training resumes identically, learns, and writes a folder that the service's own code drafts with."""
+"""Training resumes identically, learns, and writes a folder that the service can draft with."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from tests.unit.models.conftest import LENGTH, RECIPE, VOCABULARY_SIZE, lessons_
 from transformer.model import Transformer
 
 
-def test_a_stopped_run_goes_on_identically(tiny_target: LlamaForCausalLM, toy_lessons: Lessons, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_identically(
+    tiny_target: LlamaForCausalLM, toy_lessons: Lessons, tmp_path: Path
+) -> None:
     whole = train_drafter(tiny_target, toy_lessons, toy_lessons, tmp_path, RECIPE)
     stopped = build_drafter(tiny_target, RECIPE)
     work = tmp_path / "stopped"
     work.mkdir()
-    # stop inside the second phase: its schedule is the whole run's, its loop ends early
+    # stop inside the second phase: the schedule is that of the whole run, but the loop ends early
     distil(stopped, toy_lessons, work, RECIPE, Phase("drafter-start", RECIPE.start_steps, 0.0, RECIPE.seed))
     phase = Phase("drafter", RECIPE.steps, RECIPE.decay_share, RECIPE.seed + 1)
     distil(stopped, toy_lessons, work, RECIPE, phase, stop_at=2)
@@ -39,7 +41,7 @@ def test_a_stopped_run_goes_on_identically(tiny_target: LlamaForCausalLM, toy_le
     assert not torch.equal(whole.model.layers[0].mlp.up_proj.weight, stopped.model.layers[0].mlp.up_proj.weight)
 
 
-def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_training_learns_a_predictable_text(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
     counting = (np.arange(2000) % 12 + 1).astype(np.int32)
     rows = corpus_rows(tiny_target, counting, 32, LENGTH, seed=0)
     recipe = replace(RECIPE, start_steps=0, steps=120, muon_rate=0.05, adam_rate=2e-2)
@@ -51,8 +53,8 @@ def test_training_learns_a_text_that_can_be_foretold(tiny_target: LlamaForCausal
     assert after > 3
 
 
-def test_hidden_states_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Each token is drawn at random, but the hidden state that comes with it names the next one."""
+def test_the_drafter_learns_from_hidden_states_alone(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Tokens are random, but the hidden state that comes with each names the next one."""
     random = np.random.default_rng(0)
     rows = corpus_rows(tiny_target, random.integers(1, VOCABULARY_SIZE, 4000).astype(np.int32), 64, LENGTH, seed=0)
     codes = random.standard_normal((VOCABULARY_SIZE, rows.features.shape[2])).astype(np.float16)
@@ -65,8 +67,8 @@ def test_hidden_states_alone_tell_what_the_text_does_not(tiny_target: LlamaForCa
     assert (accepted_at_every_anchor(drafter, rows, 1)).mean() < 0.1
 
 
-def test_hints_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
-    """Each token is drawn at random, but a free draft from elsewhere knows the next ones."""
+def test_the_drafter_learns_from_hints_alone(tiny_target: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Tokens are random, but a free draft from elsewhere knows the next ones."""
     random = np.random.default_rng(0)
     rows = corpus_rows(tiny_target, random.integers(1, VOCABULARY_SIZE, 4000).astype(np.int32), 64, LENGTH, seed=0)
     rows.features[:] = 0
@@ -81,12 +83,12 @@ def test_hints_alone_tell_what_the_text_does_not(tiny_target: LlamaForCausalLM, 
     true = text.unfold(1, 4, 1)[:, anchors + 1]
     hinted = drafts_at(drafter, text, features, anchors, 4, known.tokens) == true
     alone = drafts_at(drafter, text, features, anchors, 4) == true
-    assert hinted[..., 1:].float().mean() > 0.5  # the first token's row is a clean one, which gets no hints
+    assert hinted[..., 1:].float().mean() > 0.5  # the first token's row is a clean row, which gets no hints
     assert alone[..., 1:].float().mean() < 0.1
 
 
 def test_free_drafts_are_those_of_serving(toy_continuations: Continuations, toy_lessons: Lessons) -> None:
-    """The same chains that a request with this seed would get, cut where too little of them would survive."""
+    """A request with this seed gets the same chains, cut where their probability of survival is too small."""
     causal = CausalModel(VOCABULARY_SIZE)
     drafts = free_drafts(causal, toy_continuations)
     row = int(np.flatnonzero(toy_continuations.temperatures > 0)[0])
@@ -112,7 +114,7 @@ def test_drafts_see_a_bounded_context_in_most_sequences() -> None:
     assert set(np.unique(of_blocks)) == {4, 5, 6, 7}
 
 
-def test_hidden_states_are_withheld_from_the_beginning_of_some_sequences() -> None:
+def test_hidden_states_are_withheld_at_the_beginning_of_some_sequences() -> None:
     missing = missing_features(4000, 50, 0.2, np.random.default_rng(0))
     counts = missing.sum(1)
     assert all(row[:count].all() for row, count in zip(missing, counts, strict=True))
@@ -132,7 +134,7 @@ def test_the_saved_folder_drafts_in_the_service_as_in_training(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (target_folder / name).write_text("{}")
     save_drafter(drafter, target_folder, tmp_path / "drafter", RECIPE, {})
-    drafter.float().eval()  # saving rounded the weights to bfloat16
+    drafter.float().eval()  # saving has rounded the weights to bfloat16
     model = Transformer.load(tmp_path / "drafter")
     assert model.config.attention == "block"
     assert model.config.logits_shifted
@@ -153,7 +155,7 @@ def test_the_saved_folder_drafts_in_the_service_as_in_training(
         free[0, anchors[0], 3:] = NO_HINT
 
 
-def test_a_walk_steps_over_accepted_tokens_and_the_extra_one() -> None:
+def test_a_walk_advances_by_accepted_tokens_and_the_extra_one() -> None:
     acceptance = walk(np.array([[2, 9, 9, 0, 1, 9]]), 3)
     assert (acceptance.accepted, acceptance.steps) == (1.0, 3)
     assert acceptance.survival == (round(2 / 3, 4), round(1 / 3, 4), 0.0)

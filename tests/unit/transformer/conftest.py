@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def single_thread() -> Iterator[None]:
-    """How many rows a compiled pass takes depends on torch's threads, which other tests may have set."""
+    """Set torch's threads: the rows of a compiled pass depend on them, and other tests may have changed them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Which sequences share an attention call."""
+"""Grouping of sequences into attention calls."""
 
 import numpy as np
 from hypothesis import given
@@ -21,7 +21,7 @@ def test_no_call_pads_more_than_its_bound(sizes: list[tuple[int, int]]) -> None:
         assert padded - needed <= max(MAX_PADDING * needed, FREE_PADDING)
 
 
-def test_like_sequences_share_one_call_and_a_long_one_attends_alone() -> None:
+def test_similar_sequences_share_one_call_and_a_long_one_has_its_own() -> None:
     counts = np.array([13, 14, 268, 15, 13])
     lengths = np.array([250, 260, 268, 240, 255])
     assert [group.tolist() for group in bounded_groups(counts, lengths)] == [[2], [0, 1, 3, 4]]

@@ -1,4 +1,4 @@
-"""Folders that load, and clear words about those that don't."""
+"""Folders that load, and clear messages about folders that don't."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def edit_weights(folder: Path, **changed: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, path)
 
 
-def test_configuration_says_what_the_folder_says(tmp_path: Path) -> None:
+def test_the_configuration_equals_the_folders_config_json(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "qwen3", tied=False)
     config = TransformerConfig.from_folder(tmp_path)
     assert (config.architecture, config.vocabulary_size, config.num_layers) == ("qwen3", VOCABULARY_SIZE, 2)
@@ -147,7 +147,7 @@ def test_misshapen_weight_is_named(tmp_path: Path) -> None:
         Transformer.load(tmp_path)
 
 
-def test_weight_that_is_no_float_is_named(tmp_path: Path) -> None:
+def test_weight_that_is_not_a_float_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     edit_weights(tmp_path, model__norm__weight=torch.ones(32, dtype=torch.int8))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\.int8"):
@@ -170,7 +170,7 @@ def test_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
         Transformer.load(tmp_path)
 
 
-def test_missing_shard_is_named_and_none_is_read_from_outside(tmp_path: Path) -> None:
+def test_missing_shard_is_named_and_no_file_outside_the_folder_is_read(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, max_shard_size="20KB")
     index = tmp_path / "model.safetensors.index.json"
     shard = next(iter(json.loads(index.read_text())["weight_map"].values()))

@@ -1,4 +1,4 @@
-"""Passes as one compiled call: what they promise beyond equal logits (which `test_model` sees to)."""
+"""Passes as one compiled call: their promises beyond equal logits (which `test_model` checks)."""
 
 from pathlib import Path
 
@@ -61,13 +61,13 @@ def test_any_number_of_heads_may_share_keys(tmp_path: Path, overrides: dict[str,
     model = load(tmp_path, "llama", **overrides)
     text = random_tokens(MAX_ROWS_ALONE + 1)
     cache = model.new_cache(2, 300)
-    by_layer = model.forward(RowBatch(text, [0], [0], [len(text)]), cache)  # too many rows: layer by layer
+    by_layer = model.forward(RowBatch(text, [0], [0], [len(text)]), cache)  # too many rows: runs layer by layer
     compiled_rows = model.forward(RowBatch(text[:-1], [1], [0], [MAX_ROWS_ALONE]), cache)
     assert (by_layer[:-1] - compiled_rows).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_stays_so_and_stays_with_its_sequence(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinity_are_kept_and_stay_in_their_sequence(tmp_path: Path, value: float) -> None:
     model = load(tmp_path, "llama")
     cache, text = model.new_cache(2, LENGTH), random_tokens(50)
     for slot in (0, 1):
@@ -91,7 +91,7 @@ def test_rows_beyond_the_cache_are_refused(
         model.forward(RowBatch(random_tokens(count), [slot], [start], [count], bounds), model.new_cache(2, LENGTH))
 
 
-def test_models_that_the_kernels_do_not_suit_go_layer_by_layer(tmp_path: Path) -> None:
+def test_models_that_the_kernels_do_not_suit_run_layer_by_layer(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "llama", hidden_size=64, head_dim=16)
     assert not Transformer.load(tmp_path, dtype=torch.bfloat16).is_compiled
     write_checkpoint(tmp_path, "llama", hidden_size=64, head_dim=24)
@@ -137,7 +137,7 @@ def test_the_logarithm_is_right_to_single_precision() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 6, 7, LANES])
 @pytest.mark.parametrize("outputs", [LANES, 4 * LANES])
-def test_rows_in_lanes_are_multiplied_rightly(rows: int, outputs: int) -> None:
+def test_rows_in_lanes_are_multiplied_correctly(rows: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     lanes, weights = torch.randn(37, LANES, generator=generator), torch.randn(37, outputs, generator=generator)
     out = torch.full((rows + 1, outputs), 7.0)

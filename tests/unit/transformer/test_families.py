@@ -1,4 +1,4 @@
-"""What tells the checkpoint families apart, and those that are refused with a reason."""
+"""Checkpoint families: how they are told apart, and which ones are refused with a reason."""
 
 import json
 import pickle
@@ -56,7 +56,7 @@ def test_a_plain_llama_is_causal_and_one_with_a_mask_token_is_diffullama(tmp_pat
     assert (masked.attention, masked.logits_shifted, masked.mask_token_ids) == ("full", True, (MASK_TOKEN,))
 
 
-def test_what_config_json_says_wins_over_what_is_known_of_the_family(tmp_path: Path) -> None:
+def test_config_json_overrides_the_familys_defaults(tmp_path: Path) -> None:
     write_hub_drafter(tmp_path, "a2d-qwen3-mdlm", layers=1)
     assert TransformerConfig.from_folder(tmp_path).attention == "full"
     edit(tmp_path, block_size=16, logits_shifted=True, mask_token_id=7)
@@ -87,7 +87,7 @@ def test_every_family_has_a_tiny_checkpoint_in_the_tests(tmp_path: Path) -> None
     assert set(FAMILIES) - types == {"qwen2", "qwen3", "a2d-llama"}  # the first two are causal, the last as A2D-Qwen2
 
 
-def test_a_mask_token_may_stand_in_the_special_tokens_map(tmp_path: Path) -> None:
+def test_a_mask_token_may_be_in_the_special_tokens_map(tmp_path: Path) -> None:
     write_hub_drafter(tmp_path, "a2d-qwen3-mdlm", layers=1)
     path = tmp_path / "tokenizer_config.json"
     content = json.loads(path.read_text())

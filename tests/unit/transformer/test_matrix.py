@@ -1,4 +1,4 @@
-"""The kernel for few rows against the library's product."""
+"""The kernels for few rows, compared with the library's product."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def random(*shape: int) -> torch.Tensor:
     "rows", [1, 2, 3, 5, 6, 7, 8, 12, 13, 31, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1, MAX_ROWS_ALONE]
 )
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, LANES), (40, 3 * LANES), (256, 512), (33, 17)])
-def test_products_equal_the_library_s(rows: int, inputs: int, outputs: int) -> None:
+def test_products_equal_the_librarys(rows: int, inputs: int, outputs: int) -> None:
     weight, given, bias, total = random(inputs, outputs), random(rows, inputs), random(outputs), random(rows, outputs)
     matrix = Matrix(weight.clone())
     expected = given.double() @ weight.double()
@@ -33,7 +33,7 @@ def test_a_row_is_the_same_to_the_last_bit_in_any_batch() -> None:
         assert torch.equal(torch.cat([matrix.multiply(part) for part in given.split(size)]), alone)
 
 
-def test_rows_that_are_not_contiguous_are_read_rightly() -> None:
+def test_rows_that_are_not_contiguous_are_read_correctly() -> None:
     wide = random(4, 512)
     matrix = Matrix(random(256, 32))
     assert torch.equal(matrix.multiply(wide[:, ::2]), matrix.multiply(wide[:, ::2].contiguous()))

@@ -1,4 +1,4 @@
-"""The forward pass against transformers, and against itself in other shapes."""
+"""The forward pass, compared with transformers, and with itself in other batch shapes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ def random_tokens(count: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(params=["layer by layer", "compiled"])
 def load(request: pytest.FixtureRequest) -> Load:
-    """Writes a checkpoint and loads it by transformers and by us; sizes and threads say which way its passes take."""
+    """Write a checkpoint; load it with transformers and with this project. Sizes and threads decide how passes run."""
     is_compiled = request.param == "compiled"
     sizes: dict[str, object] = {"hidden_size": 64, "head_dim": 16} if is_compiled else {}
 
@@ -59,7 +59,7 @@ def load(request: pytest.FixtureRequest) -> Load:
 
 @torch.inference_mode()
 def reference_logits(model: PreTrainedModel, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-    """transformers' logits [rows, vocabulary]; `visible` bool [rows, rows] replaces the causal mask."""
+    """Return transformers' logits [rows, vocabulary]. `visible` bool [rows, rows] replaces the causal mask."""
     mask = None
     if visible is not None:
         mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))[None, None]
@@ -86,7 +86,7 @@ def test_logits_equal_those_of_transformers(
     reference, model = load(tmp_path, family, **overrides)
     tokens = random_tokens(LENGTH)
     expected = reference_logits(reference, tokens)
-    assert expected.std() > 0.5  # or agreement would mean nothing
+    assert expected.std() > 0.5  # otherwise agreement proves nothing
     assert largest_difference(run_in_chunks(model, tokens, [LENGTH]), expected) < TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""The noise of sampled tokens is as good as random in every direction."""
+"""The noise of sampled tokens passes tests of randomness along seeds, positions and tokens."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_keys, uniform
 
 COUNT = 100_000
-SMALLEST_P_VALUE = 1e-4  # the inputs are fixed, so this either holds for good or is a defect
+MIN_P_VALUE = 1e-4  # the inputs are fixed: a failure is a defect, never chance
 
 
 @compiled
@@ -23,7 +23,7 @@ def all_noise(keys: Any, tokens: Any, drawn: Any, noise: Any) -> None:
 
 
 def draw_all(seeds: range, positions: range, tokens: range) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Uniform numbers and Gumbel noise of every seed, position and token, the last varying fastest."""
+    """Return uniform numbers and Gumbel noise of every seed, position and token; the token varies fastest."""
     pairs = [(seed, position) for seed in seeds for position in positions]
     words = np.array([seed for seed, _ in pairs], np.uint64)
     keys = noise_keys(words, np.array([position for _, position in pairs], np.int64))
@@ -44,11 +44,11 @@ def draw_all(seeds: range, positions: range, tokens: range) -> tuple[NDArray[np.
 def test_numbers_are_uniform_and_independent(which: tuple[range, range, range]) -> None:
     drawn, _ = draw_all(*which)
     assert 0.0 < drawn.min() < drawn.max() < 1.0
-    assert stats.kstest(drawn, "uniform").pvalue > SMALLEST_P_VALUE
+    assert stats.kstest(drawn, "uniform").pvalue > MIN_P_VALUE
     for distance in (1, 2, 100):
         assert abs(np.corrcoef(drawn[:-distance], drawn[distance:])[0, 1]) < 5 / COUNT**0.5
     cells = np.histogram2d(drawn[::2], drawn[1::2], bins=20, range=[[0, 1], [0, 1]])[0]
-    assert stats.chisquare(cells.ravel()).pvalue > SMALLEST_P_VALUE
+    assert stats.chisquare(cells.ravel()).pvalue > MIN_P_VALUE
 
 
 def test_neighbours_in_seed_position_and_token_do_not_share_numbers() -> None:
@@ -58,4 +58,4 @@ def test_neighbours_in_seed_position_and_token_do_not_share_numbers() -> None:
 
 def test_gumbel_noise_follows_its_distribution() -> None:
     _, noise = draw_all(range(1, 2), range(COUNT), range(1))
-    assert stats.kstest(noise, "gumbel_r").pvalue > SMALLEST_P_VALUE
+    assert stats.kstest(noise, "gumbel_r").pvalue > MIN_P_VALUE

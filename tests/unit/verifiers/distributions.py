@@ -1,4 +1,4 @@
-"""The sampling distribution written down once more, slowly, in numpy float64."""
+"""The sampling distribution, written a second time in slow numpy float64."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,7 +7,7 @@ from verifiers.base import SamplingRules
 
 
 def exact_probabilities(logits: NDArray[np.float64], rules: SamplingRules) -> NDArray[np.float64]:
-    """Temperature, then top-k, then top-p of what is left, then min-p; for logits without ties."""
+    """Apply temperature, then top-k, then top-p of the rest, then min-p. For logits without ties."""
     scaled = logits / rules.temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()

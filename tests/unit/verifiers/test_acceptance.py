@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from verifiers.acceptance import accept
 
-few_tokens = st.integers(0, 3)  # few, so that drafts are often right for a while
+few_tokens = st.integers(0, 3)  # few, so that drafts often begin right
 
 
 @st.composite

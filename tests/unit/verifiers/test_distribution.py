@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p and min-p against the slow definition."""
+"""Temperature, top-k, top-p and min-p, compared with the slow definition."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.unit.verifiers.distributions import exact_probabilities
 from verifiers.base import SamplingRules
 from verifiers.distribution import token_weights
 
-SMALLEST = 1e-30  # weights are float32: what is less probable may well be none at all
+MIN_PROBABILITY = 1e-30  # weights are float32: less probable tokens may get weight 0
 
 any_rules = st.builds(
     SamplingRules,
@@ -33,8 +33,8 @@ def test_rows_equal_the_slow_definition(rules: list[SamplingRules], scale: float
     for row, rule in enumerate(rules):
         expected = exact_probabilities(logits[row].double().numpy(), rule)
         found = weights[row] / weights[row].sum()
-        # At the edge of top-p and min-p, rounding may keep or drop a token; its weight is all that may differ.
-        differing = (found > SMALLEST) != (expected > SMALLEST)
+        # At the edge of top-p and min-p, rounding may keep or drop a token; only its weight may differ.
+        differing = (found > MIN_PROBABILITY) != (expected > MIN_PROBABILITY)
         assert differing.sum() <= 1
         np.testing.assert_allclose(found, expected, atol=1e-5 + np.maximum(found, expected)[differing].sum())
 

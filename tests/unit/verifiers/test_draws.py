@@ -1,4 +1,4 @@
-"""Draws, against exact distributions."""
+"""Draws, compared with exact distributions."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from verifiers.base import SamplingRules
 from verifiers.draws import NO_TOKEN, draw, draw_rows, most_probable
 
 NUM_DRAWS = 200_000
-SMALLEST_P_VALUE = 1e-4  # the inputs are fixed, so this either holds for good or is a defect
+MIN_P_VALUE = 1e-4  # the inputs are fixed: a failure is a defect, never chance
 
 seeds = st.integers(0, 2**64 - 1)
 positions = st.integers(0, 2**31)
@@ -29,14 +29,14 @@ def test_a_draw_depends_on_its_weights_seed_and_position_alone(keys: list[tuple[
 
 
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30), seeds, positions)
-def test_a_token_of_no_weight_is_never_drawn(weights: list[float], seed: int, position: int) -> None:
+def test_a_token_of_weight_zero_is_never_drawn(weights: list[float], seed: int, position: int) -> None:
     token = int(draw(torch.tensor([weights]), [seed], [position]))
     assert weights[token] > 0 if any(weights) else token == NO_TOKEN
 
 
 @given(seeds, positions, st.integers(0, 49))
 def test_other_tokens_weights_matter_only_where_they_win(seed: int, position: int, changed: int) -> None:
-    """Why drafters can guess with the same noise: a draw does not hang on the order or the sum of the others."""
+    """A draw does not depend on order or sum of the other weights. So drafters can guess with the same noise."""
     weights = torch.rand(1, 50, generator=torch.Generator().manual_seed(1))
     before = int(draw(weights, [seed], [position]))
     weights[0, changed] = 0
@@ -68,9 +68,9 @@ def test_draws_follow_the_exact_distribution(rules: SamplingRules, varied: str) 
     counts = np.bincount(drawn, minlength=40)
     kept = expected > 0
     assert counts[~kept].sum() == 0
-    assert stats.chisquare(counts[kept], expected[kept] * NUM_DRAWS).pvalue > SMALLEST_P_VALUE
+    assert stats.chisquare(counts[kept], expected[kept] * NUM_DRAWS).pvalue > MIN_P_VALUE
     wrong = exact_probabilities(logits[0].double().numpy(), SamplingRules(0, temperature=rules.temperature * 1.05))
-    assert stats.chisquare(counts, wrong * NUM_DRAWS).pvalue < 1e-10  # the test can tell
+    assert stats.chisquare(counts, wrong * NUM_DRAWS).pvalue < 1e-10  # the test detects a wrong distribution
 
 
 def test_a_row_draws_the_same_among_any_others_and_never_what_is_banned() -> None:
@@ -92,7 +92,7 @@ def test_a_row_draws_the_same_among_any_others_and_never_what_is_banned() -> Non
     assert together[1] == int(logits[3].argmax())
 
 
-def test_the_most_probable_token_of_a_row_with_anything_not_finite_is_none() -> None:
+def test_a_row_with_nan_or_infinity_has_no_most_probable_token() -> None:
     logits = torch.randn((9, 300), generator=torch.Generator().manual_seed(1))
     logits[1, 5], logits[2, 0], logits[3, -1] = torch.nan, torch.nan, torch.nan
     logits[4, 7], logits[5] = torch.inf, -torch.inf

@@ -1,4 +1,4 @@
-"""Bans, biases and penalties, against their definitions token by token."""
+"""Bans, biases and penalties, compared with their definitions token by token."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ any_rules = st.builds(
 
 
 def one_row(logits: Sequence[float], rules: SamplingRules, prompt: list[int], output: list[int]) -> list[float]:
-    """The rules' definition: the logits of the token after `prompt + output`."""
+    """Define the rules: return the logits of the token after `prompt + output`."""
     result = []
     for token, logit in enumerate(logits):
         banned = rules.allowed_token_ids is not None and token not in rules.allowed_token_ids
@@ -55,7 +55,7 @@ def one_row(logits: Sequence[float], rules: SamplingRules, prompt: list[int], ou
     st.lists(tokens, max_size=5),
     st.integers(0, 100),
 )
-def test_every_row_is_judged_with_the_tokens_before_it(
+def test_the_rules_of_every_row_see_the_tokens_before_it(
     rules: SamplingRules, prompt: list[int], output: list[int], draft: list[int], seed: int
 ) -> None:
     logits = torch.randn(len(draft) + 1, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2

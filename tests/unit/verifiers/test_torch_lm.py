@@ -1,4 +1,4 @@
-"""Speculation changes nothing: the verifier's tokens against its own plain decoding, and against transformers."""
+"""Speculation changes no token: the verifier, compared with its own plain decoding and with transformers."""
 
 import random
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def verifier(target: Path) -> TorchVerifier:
 
 
 class Decoding:
-    """One request in flight, as an engine would keep it."""
+    """One request in flight, as an engine keeps it."""
 
     def __init__(self, slot: int, prompt: Sequence[int], rules: SamplingRules) -> None:
         self.slot, self.tokens, self.rules, self.num_prompt = slot, list(prompt), rules, len(prompt)
@@ -73,7 +73,7 @@ class Decoding:
 
 
 def advance(verifier: TorchVerifier, decodings: Sequence[Decoding], drafts: Sequence[Sequence[int]]) -> list[int]:
-    """One step; the number of accepted tokens of each."""
+    """Run one step; return the number of accepted tokens of each."""
     requests = [decoding.request(draft) for decoding, draft in zip(decodings, drafts, strict=True)]
     accepted = []
     for decoding, draft, result in zip(decodings, drafts, verifier.verify(requests), strict=True):
@@ -96,7 +96,7 @@ def decode(
 
 
 def some_draft(truth: Sequence[int], done: int, source: random.Random) -> list[int]:
-    """Up to 32 tokens: right, right up to some point, or garbage (ids outside the vocabulary included)."""
+    """Return up to 32 tokens: right, right up to a point, or garbage (also ids outside the vocabulary)."""
     length = min(source.randrange(33), len(truth) - done - 1)
     draft = list(truth[done : done + length])
     kind = source.random()
@@ -120,7 +120,7 @@ def test_any_drafts_give_the_tokens_of_plain_decoding(verifier: TorchVerifier, n
         assert num_accepted > 20
 
 
-def test_mixed_batch_gives_everybody_the_tokens_of_plain_decoding(verifier: TorchVerifier) -> None:
+def test_a_mixed_batch_gives_every_request_the_tokens_of_plain_decoding(verifier: TorchVerifier) -> None:
     """All rules at once, with prompts of all lengths, in scattered slots, joining at different steps."""
     source = random.Random(0)
     prompts = [[source.randrange(TOKENIZER_LENGTH) for _ in range(source.randrange(1, 90))] for _ in RULES]
@@ -167,7 +167,7 @@ def test_prefill_in_chunks_draws_nothing_until_the_end(verifier: TorchVerifier) 
     assert results[2].verification.next_token == expected
 
 
-def test_copied_prefix_continues_like_a_prompt_read_anew(verifier: TorchVerifier) -> None:
+def test_copied_prefix_continues_like_a_prompt_that_is_read_again(verifier: TorchVerifier) -> None:
     first = decode(verifier, 20, RULES["greedy"], 4)
     verifier.copy_slot(4, 9, first.num_cached)
     copied = Decoding(9, first.tokens, RULES["hot"])
@@ -177,7 +177,7 @@ def test_copied_prefix_continues_like_a_prompt_read_anew(verifier: TorchVerifier
     assert copied.output == decode(verifier, 20, RULES["hot"], 5, first.tokens).output
 
 
-def test_drafts_may_reach_over_the_end_of_the_context(verifier: TorchVerifier) -> None:
+def test_drafts_may_reach_beyond_the_end_of_the_context(verifier: TorchVerifier) -> None:
     decoding = Decoding(0, [1] * (CONTEXT - 1), RULES["greedy"])
     advance(verifier, [decoding], [[2] * 32])
     advance(verifier, [decoding], [[2] * 32])
@@ -238,7 +238,7 @@ def test_rules_that_ban_everything_fail_that_request_alone(verifier: TorchVerifi
 def test_logits_that_are_not_numbers_fail_that_request_alone(
     tmp_path: Path, rules: SamplingRules, sizes: dict[str, int]
 ) -> None:
-    """One embedding row is broken: whoever reads that token fails, and nothing of it stays behind."""
+    """One embedding row is broken: requests that read that token fail, and leave nothing behind."""
     model = write_checkpoint(tmp_path, tied=False, **sizes)
     with torch.no_grad():
         model.get_input_embeddings().weight[200] = float("nan")
@@ -247,12 +247,12 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(
     unable, able, drafted = (Decoding(slot, PROMPT, rules) for slot in range(3))
     unable.tokens[2] = 200
     results = broken.verify([unable.request(), able.request(), drafted.request([200] * 5)])
-    assert results[2].error == ""  # a bad guess is rejected, even one whose own row spoils the pass
+    assert results[2].error == ""  # a wrong draft is rejected, even if its own row spoils the pass
     assert "not a number" in results[0].error
     assert results[0].verification is None
     expected = decode(broken, 30, rules, 1).output
     again, long = Decoding(0, PROMPT[:2], rules), Decoding(2, PROMPT * 10, rules)
-    for _ in range(10):  # in the slots that had held NaN, padded to the longer neighbour
+    for _ in range(10):  # in slots that held NaN before, padded to the longer neighbour
         advance(broken, [again, long], [(), ()])
     assert again.output == decode(broken, 10, rules, 1, PROMPT[:2]).output
     assert results[1].error == ""
@@ -260,7 +260,7 @@ def test_logits_that_are_not_numbers_fail_that_request_alone(
     assert results[1].verification.next_token == expected[0]
     assert results[2].verification == results[1].verification
     far, plain = Decoding(0, PROMPT, rules), Decoding(1, PROMPT, rules)
-    (result,) = broken.verify([far.request([*expected[:9], 200, 200])])  # right for longer than one call of attention
+    (result,) = broken.verify([far.request([*expected[:9], 200, 200])])  # right for more rows than one attention call
     assert result.error == ""
     assert result.verification is not None
     assert result.verification.next_token == expected[0]
@@ -281,7 +281,7 @@ def test_a_temperature_too_small_for_arithmetic_is_greedy(verifier: TorchVerifie
     assert tiny.output == greedy.output
 
 
-def test_rules_that_fail_concern_their_own_request_alone(verifier: TorchVerifier) -> None:
+def test_rules_that_fail_affect_their_own_request_alone(verifier: TorchVerifier) -> None:
     alone = Decoding(0, PROMPT, SamplingRules(1))
     advance(verifier, [alone], [()])
     neighbour = Decoding(1, PROMPT, SamplingRules(1))
@@ -292,8 +292,8 @@ def test_rules_that_fail_concern_their_own_request_alone(verifier: TorchVerifier
     assert fine.verification.next_token == alone.output[0]
 
 
-def test_hidden_states_are_what_tokens_were_predicted_from(tiny_target: Path) -> None:
-    """Whatever was drafted, rejected or copied between slots; for drafters that are conditioned on them."""
+def test_hidden_states_are_those_that_tokens_were_predicted_from(tiny_target: Path) -> None:
+    """Also after tokens were drafted, rejected or copied between slots. Some drafters read them."""
     verifier = TorchVerifier(Transformer.load(tiny_target), 3, CONTEXT, TOKENIZER_LENGTH, keep_hidden_states=True)
     decodings = [Decoding(0, PROMPT, RULES["greedy"]), Decoding(1, PROMPT[:3], RULES["sampled"])]
     for step in range(12):
