@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, StepRecord
 from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
 from service.engine.drafting import Drafting
-from service.engine.scheduler import Part
+from service.engine.scheduler import Scheduled
 from service.engine.sequence import Decoding
 from verifiers.base import Verifier, VerifyRequest, VerifyResult
 
@@ -60,7 +60,7 @@ class Decoder:
         """False from a failure of the drafter, or of a part of it, until it has drafted again."""
         return self._pause_seconds == 0.0 and self._pipeline.drafter_up
 
-    def step(self, parts: Sequence[Part]) -> list[StepResult]:
+    def step(self, parts: Sequence[Scheduled]) -> list[StepResult]:
         """Advance every request by its part: by at least one token once its prompt is read (DiffuSpec, Algorithm 1).
 
         Raises whatever the verifier raises; then nothing was committed.
@@ -82,7 +82,7 @@ class Decoder:
         except Exception:
             self._pause_drafting("the drafter could not forget a request")
 
-    def _propose(self, parts: Sequence[Part]) -> _Proposal:
+    def _propose(self, parts: Sequence[Scheduled]) -> _Proposal:
         """One draft per part: empty while a prompt is read, and where none is wanted or possible."""
         reading = [part for part in parts if part.decoding.is_reading]
         proposal = _Proposal(drafts=[], num_prefill_rows=sum(part.num_new for part in reading))
@@ -174,7 +174,7 @@ def _draft_limit(decoding: Decoding) -> tuple[int, Draft]:
     return max(min(decoding.max_draft_tokens, decoding.num_left - 1), 0), _LAST_TOKEN
 
 
-def _rows(part: Part, draft: Draft) -> VerifyRequest:
+def _rows(part: Scheduled, draft: Draft) -> VerifyRequest:
     decoding = part.decoding
     is_drawn = decoding.constraint is not None and part.num_new == decoding.num_pending
     return VerifyRequest(
@@ -190,7 +190,7 @@ def _rows(part: Part, draft: Draft) -> VerifyRequest:
     )
 
 
-def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
+def _commit(part: Scheduled, draft: Draft, result: VerifyResult) -> StepResult:
     if result.is_request_at_fault:
         constraint = part.decoding.constraint
         return StepResult(part.decoding, NoTokenLeftError((constraint and constraint.error) or result.error))
@@ -200,7 +200,7 @@ def _commit(part: Part, draft: Draft, result: VerifyResult) -> StepResult:
 
 
 def _record(
-    parts: Sequence[Part],
+    parts: Sequence[Scheduled],
     proposal: _Proposal,
     verified: Sequence[VerifyResult],
     verify_seconds: float,
