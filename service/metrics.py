@@ -197,9 +197,16 @@ class ServiceMetrics:
         self._audits_failed = self._counter(
             "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
         ).labels(name)
+        self._audit_errors = self._counter("diffuspec_audit_errors", "Audits given up because of an error.").labels(
+            name
+        )
+
+    def observe_audit_error(self) -> None:
+        """Count an audit that was given up."""
+        self._audit_errors.inc()
 
     def observe_audit(self, is_failed: bool) -> None:
-        """One live request was decoded again."""
+        """Count a live request that was decoded again."""
         self._audits_run.inc()
         if is_failed:
             self._audits_failed.inc()

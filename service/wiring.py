@@ -82,7 +82,13 @@ def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, gree
     if audit.fraction == 0:
         return engine
     options = AuditOptions(audit.fraction, audit.idle_seconds, audit.max_pending, greedy_only)
-    return AuditedEngine(engine, options, lambda one: metrics.observe_audit(one.is_failed), random.random)
+    return AuditedEngine(
+        engine,
+        options,
+        report=lambda audit: metrics.observe_audit(audit.is_failed),
+        report_error=metrics.observe_audit_error,
+        draw=random.random,
+    )
 
 
 def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
