@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Draft
 from service.engine.base import GenerationRequest
-from service.engine.prefix_cache import MINIMUM_COPY, PrefixCache, common_prefix
+from service.engine.prefix_cache import MIN_COPY, PrefixCache, common_prefix
 from service.engine.sequence import Decoding
 from verifiers.base import SamplingRules, VerifyResult
 
@@ -99,7 +99,7 @@ def test_few_shared_tokens_are_not_worth_a_copy() -> None:
     slots = Slots(4)
     first = slots.place(prompt(1))
     slots.read(first)
-    assert slots.place([*prompt(1)[: MINIMUM_COPY - 1], 7, 8]).num_reused == 0
+    assert slots.place([*prompt(1)[: MIN_COPY - 1], 7, 8]).num_reused == 0
 
 
 def test_a_twin_waits_until_its_prompt_has_been_read_once() -> None:
