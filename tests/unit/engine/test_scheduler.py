@@ -1,4 +1,4 @@
-"""Queue, admission and prefill shares, over a real cache of slots (no model is needed to decide who runs)."""
+"""Queue, admission and prefill shares, over a real cache of slots. Deciding who runs needs no model."""
 
 from dataclasses import dataclass
 
@@ -98,7 +98,7 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
     queue.admit()
     with pytest.raises(QueueFullError) as paced:
         queue.check_capacity(decoding(9), [])
-    clock.now += 20.0  # nobody has left since: slower than it was
+    clock.now += 20.0  # nobody has left since, so the pace has slowed
     with pytest.raises(QueueFullError) as stalled:
         queue.check_capacity(decoding(9), [])
     assert unknown.value.retry_after_seconds == 1
