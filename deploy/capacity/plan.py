@@ -185,10 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     low, _, high = options.output_tokens.partition("-")
     workload = Workload(options.prompt_tokens, int(low), int(high or low), options.max_running)
-    print("batch  step ms  tokens/step")
+    print("batch  step ms  tokens a step")
     for batch, seconds, tokens in costs.points:
-        print(f"{batch:5.1f} {1000 * seconds:8.1f} {tokens:12.2f}")
-    print(f"prompts: {1000 * costs.prefill_seconds:.2f} ms per token\n")
+        print(f"{batch:5.1f} {1000 * seconds:8.1f} {tokens:14.2f}")
+    print(f"prompts: {1000 * costs.prefill_seconds:.2f} ms a token\n")
     print("replicas  requests/s each  busy  batch  first token p50 / p99 s  request p50 / p99 s")
     replicas = max(1, int(options.rate / max_rate(costs, workload)))
     for count in range(replicas, MAX_REPLICAS + 1):

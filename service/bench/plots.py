@@ -99,7 +99,7 @@ def stacks(rows: Sequence[Stack], names: Sequence[str], unit: str) -> str:
 
 
 def lines(series: Sequence[Series], x_label: str, y_label: str, highest: float | None = None) -> str:
-    """Draw lines over a common axis, with a legend. The vertical axis goes from 0 to `highest` or the data's maximum."""
+    """Draw lines over a common axis, with a legend. The vertical axis ends at `highest` or the data's maximum."""
     points = [point for line in series for point in line.points]
     y_axis = ticks(highest if highest is not None else max((y for _, y in points), default=1.0))
     lowest_x, highest_x = min((x for x, _ in points), default=0.0), max((x for x, _ in points), default=1.0)

@@ -122,7 +122,7 @@ async def test_live_requests_go_first_and_the_audit_comes_later(model: Transform
     assert audits[0] == Audit("long", 400, None)
 
 
-async def test_what_a_client_cut_off_is_audited_as_far_as_it_went(model: Transformer) -> None:
+async def test_a_request_that_its_client_cut_off_is_audited_as_far_as_it_went(model: Transformer) -> None:
     audits: list[Audit] = []
     async with audited(TorchVerifier(model, 8, CONTEXT_LENGTH), AuditOptions(1.0, 0.0), audits) as (engine, _):
         one = GenerationRequest("cut", [1, 2, 3], 400, SamplingRules(seed=0, temperature=0))

@@ -1,6 +1,6 @@
-"""Every pair that cannot work is refused in one sentence, with exit status 1, before the port opens.
+"""Every pair that can't work is refused in one sentence, with exit status 1, before the port opens.
 
-The port is taken by the test: a server that got as far as listening would complain of that instead.
+The test holds the port, so a server that gets as far as listening complains about that instead.
 """
 
 import io
@@ -41,7 +41,7 @@ def edit_weight(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 def condition(drafter: Path, target_hidden_size: int) -> None:
-    """Make it a drafter of a target whose hidden states have that many numbers."""
+    """Make it a drafter for a target with hidden states of this size."""
     edit(drafter / "config.json", target_hidden_size=target_hidden_size)
     path = drafter / "model.safetensors"
     weights = load_file(path)
