@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[
         "mebibytes": {
             "start": round(sizes[0], 1),
             "warm": round(next((size for at, size in memory if at >= WARM_SHARE * total), sizes[-1]), 1),
-            "most": round(max(sizes), 1),
+            "max": round(max(sizes), 1),
             "end": round(sizes[-1] if running.has_ended else running.resident_mebibytes, 1),
         },
         "files": {"start": files, "end": files if running.has_ended else running.num_files},

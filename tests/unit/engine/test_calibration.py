@@ -1,4 +1,4 @@
-"""What start-up measures of the verifier."""
+"""Start-up measures the verifier's passes."""
 
 import time
 from pathlib import Path
