@@ -14,21 +14,21 @@ from service.text.tokenizer import TokenizerError
 from service.wiring import MAX_DEFAULT_CONTEXT, build_tokenizer, load_parts
 from transformer.config import CheckpointError
 
-DEAR_PASS = 0.33  # of the target's step: a drafter that costs more needs uncommon acceptance
-SHORT_BLOCK = 8  # tokens
+MAX_CHEAP_PASS = 0.33  # of the target's step; a drafter that costs more needs unusually high acceptance
+MIN_BLOCK = 8  # tokens; shorter blocks are remarked on
 
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """What the arithmetic is to assume."""
+    """Assumptions of the cost estimate."""
 
-    context: int | None = None  # tokens per request; None: the service's
-    batch: int = 1  # requests at a time
-    bandwidth: float | None = None  # of the device's memory in GB/s; None: measured
+    context: int | None = None  # tokens per request; None: the service's context length
+    batch: int = 1  # concurrent requests
+    bandwidth: float | None = None  # of the device's memory, in GB/s; None: measure it
 
 
 def check(settings: Settings, output: TextIO, options: CheckOptions | None = None) -> int:
-    """Print tables; returns 0 if the server could load this and it fits into memory, else 1."""
+    """Print what `diffuspec check` reports. Returns 0 if the server could load the models and they fit, else 1."""
     options = options or CheckOptions()
     try:
         target, drafter = check_models(settings)
@@ -49,14 +49,14 @@ def check(settings: Settings, output: TextIO, options: CheckOptions | None = Non
     _print_rows(_cost_rows(cost), output)
     fits = cost.num_bytes <= free
     words = "fits into" if fits else "does NOT fit into"
-    print(f"\n{_gigabytes(cost.num_bytes)} in all {words} the {_gigabytes(free)} that are free.", file=output)
+    print(f"\n{_gigabytes(cost.num_bytes)} in total {words} the {_gigabytes(free)} of free memory.", file=output)
     for remark in _remarks(settings, drafter, vocabularies, context, cost):
         print(f"- {remark}", file=output)
     return 0 if fits else 1
 
 
 def compile_kernels(settings: Settings, output: TextIO) -> int:
-    """Load everything as `serve` would, which compiles what is not compiled yet, and let go of it."""
+    """Load everything once, as `serve` does, to compile the kernels. Returns the exit status."""
     try:
         load_parts(settings, build_tokenizer(settings.model.target).size, lambda what, done: None)
     except (CheckpointError, NgramError, TokenizerError, ValueError) as error:
@@ -93,7 +93,7 @@ def _is_shifted(facts: FolderFacts) -> bool:
 
 def _vocabulary_sentence(vocabularies: VocabularyMap) -> str:
     share = f"{vocabularies.num_shared} of the target's {vocabularies.num_target} tokens ({vocabularies.overlap:.1%})"
-    same = f"{share} are the drafter's too, {vocabularies.num_same_id} under the same id"
+    same = f"the drafter has {share}, {vocabularies.num_same_id} of them under the same id"
     return f"The vocabularies are {vocabularies.relation}: {same}. The drafter {PATHS[vocabularies.relation]}."
 
 
@@ -126,9 +126,9 @@ def _cost_rows(cost: PairFootprint) -> list[tuple[str, str, str]]:
             "" if drafter is None else _gigabytes(drafter.cache_bytes),
         ),
         (
-            f"least time at {cost.bandwidth / 1e9:.0f} GB/s",
-            f"{_milliseconds(cost.plain_seconds)} a step",
-            "" if drafter is None else f"{_milliseconds(cost.draft_seconds)} a draft",
+            f"minimum time at {cost.bandwidth / 1e9:.0f} GB/s",
+            f"{_milliseconds(cost.plain_seconds)} per step",
+            "" if drafter is None else f"{_milliseconds(cost.draft_seconds)} per draft",
         ),
     ]
     if drafter is not None:
@@ -143,30 +143,30 @@ def _remarks(
     context: int,
     cost: PairFootprint,
 ) -> list[str]:
-    """What would be slow, or of little use."""
+    """Warn about what will be slow or of little use."""
     if drafter is None or vocabularies is None:
         return []
     config, speculation = drafter.config, settings.speculation
     remarks = []
-    if cost.draft_seconds > DEAR_PASS * cost.plain_seconds:
+    if cost.draft_seconds > MAX_CHEAP_PASS * cost.plain_seconds:
         share = cost.draft_seconds / cost.plain_seconds
-        remarks.append(f"A draft costs {share:.0%} of a step: a smaller drafter, or a larger target, would pay sooner.")
+        remarks.append(f"A draft costs {share:.0%} of a step. A smaller drafter or a larger target would pay sooner.")
     if vocabularies.relation == "overlapping":
-        remarks.append("A draft ends where the drafter would write a token that the target lacks.")
+        remarks.append("A draft ends before the first token that the target does not have.")
     if vocabularies.relation == "disjoint":
-        remarks.append("Text is tokenized twice at every draft, and no searched path crosses from one to the other.")
+        remarks.append("Every draft is tokenized twice, and the drafter offers the search one token per position.")
     if config.attention == "full":
         remarks.append(
-            f"It sees in both directions: its cached context is an approximation, and read anew every "
-            f"{speculation.refresh_passes} passes (speculation.refresh_passes)."
+            f"The drafter attends in both directions, so its cached context is an approximation. It is recomputed "
+            f"every {speculation.refresh_passes} passes (speculation.refresh_passes)."
         )
-    if 0 < config.block_size < SHORT_BLOCK:
-        remarks.append(f"It drafts at most {config.block_size} tokens in a pass.")
+    if 0 < config.block_size < MIN_BLOCK:
+        remarks.append(f"The drafter drafts at most {config.block_size} tokens in a pass.")
     window = drafter_window(settings, config)
     if window < context:
-        remarks.append(f"It reads at most the latest {window} tokens of a longer context (speculation.window_tokens).")
+        remarks.append(f"The drafter reads only the last {window} tokens of the context (speculation.window_tokens).")
     if not settings.model.device.startswith("cuda") and drafter.num_parameters > 1e9:
-        remarks.append("A model of more than a billion parameters on a CPU drafts slower than most targets decode.")
+        remarks.append("On a CPU, a drafter of more than a billion parameters is slower than most targets.")
     return remarks
 
 

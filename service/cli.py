@@ -10,9 +10,9 @@ from typing import Any
 from service.hub import HubError, locate_models
 from service.settings import PREFIX, Settings, SettingsError, describe, load_settings
 
-DESCRIPTION = """DiffuSpec serves a language model with an OpenAI-compatible API, and makes it faster without
+DESCRIPTION = """DiffuSpec serves a language model with an OpenAI-compatible API and makes it faster without
 changing its text: a small diffusion model drafts several tokens at once, and the model itself verifies them."""
-EPILOG = f"""Start with `diffuspec serve`: without arguments it serves the bundled Python code model on
+EPILOG = f"""Start with `diffuspec serve`. Without arguments it serves the bundled Python code model on
 127.0.0.1:8000. Every setting can also be given as an environment variable, {PREFIX}GROUP__NAME, or in a
 TOML or JSON file with --config."""
 
@@ -51,28 +51,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
-        "serve", help="start the server", description="Start the server. It is ready when it says so.", epilog=EPILOG
+        "serve", help="start the server", description="Start the server. It prints a banner when ready.", epilog=EPILOG
     )
     _add_settings(serve, SERVER_FLAGS | MODEL_FLAGS)
     _add_complete(commands.add_parser("complete", help="complete a text with a running server"))
-    _add_check(commands.add_parser("check", help="say whether a target and a drafter fit, and what they would cost"))
+    _add_check(commands.add_parser("check", help="show whether a target and a drafter fit, and what they cost"))
     pull = commands.add_parser(
         "pull",
         help="fetch checkpoints from the hub",
-        description="Fetch checkpoints from the Hugging Face hub and compare their checksums. HF_HOME, HF_ENDPOINT and "
-        "HF_TOKEN are honoured; a second run fetches only what is missing.",
+        description="Fetch checkpoints from the Hugging Face hub and verify their checksums. HF_HOME, HF_ENDPOINT and "
+        "HF_TOKEN are honoured. A second run fetches only what is missing.",
     )
     pull.add_argument("names", nargs="+", metavar="NAME[@REVISION]", help="Such as Qwen/Qwen2.5-7B-Instruct.")
     warm = commands.add_parser(
         "compile",
         help="compile the drafting kernels now",
-        description="Load the models once and compile the drafting kernels, so that the first start need not.",
+        description="Load the models once and compile the drafting kernels, so that the first start is fast.",
     )
     _add_settings(warm, MODEL_FLAGS)
     key = commands.add_parser(
-        "key", help="make an API key", description="Make an API key, and its entry for the file of --keys-file."
+        "key", help="make an API key", description="Make an API key and its entry for the --keys-file."
     )
-    key.add_argument("name", help="What logs call whoever uses it: letters, digits, dot, dash and underscore.")
+    key.add_argument("name", help="Name of the key in logs: letters, digits, dots, dashes and underscores.")
     commands.add_parser("bench", help="compare plain and speculative decoding side by side")
     return parser
 
@@ -86,29 +86,29 @@ def _add_settings(parser: argparse.ArgumentParser, flags: dict[str, str]) -> Non
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Say what the target's and the drafter's checkpoints are, how their vocabularies relate, what they need of "
-        "memory, and what a step costs at least. Nothing is loaded; the exit status is 1 if they do not fit."
+        "Describe the checkpoints of the target and the drafter, how their vocabularies relate, how much memory they "
+        "need, and the minimum cost of a step. Nothing is loaded. The exit status is 1 if they do not fit."
     )
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="Folder or name on the hub; as --target.")
-    parser.add_argument("drafter", nargs="?", metavar="DRAFTER", help="Folder or name on the hub; as --drafter.")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="Folder or name on the hub; same as --target.")
+    parser.add_argument("drafter", nargs="?", metavar="DRAFTER", help="Folder or name on the hub; same as --drafter.")
     parser.add_argument("--context", type=int, metavar="N", help="Tokens per request (default: the service's).")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="Requests at a time (default: %(default)s).")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="Concurrent requests (default: %(default)s).")
     parser.add_argument(
-        "--bandwidth", type=float, metavar="GB/S", help="Memory bandwidth (default: measured on the CPU or the device)."
+        "--bandwidth", type=float, metavar="GB/S", help="Memory bandwidth (default: measured on the device)."
     )
     _add_settings(parser, MODEL_FLAGS)
 
 
 def _add_complete(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Stream a completion from a running server, and say how much of it was drafted."
-    parser.add_argument("prompt", help="The text to go on with; - reads it from standard input.")
+    parser.description = "Stream a completion from a running server, and show how much of it was drafted."
+    parser.add_argument("prompt", help="The text to continue; - reads it from standard input.")
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="The server (default: %(default)s).")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="Most tokens (default: %(default)s).")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default.")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="Token limit (default: %(default)s).")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy.")
     parser.add_argument("--seed", type=int, metavar="N", help="The same seed gives the same text.")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="Ends the text; up to four times.")
-    parser.add_argument("--model", metavar="NAME", help="Name of the model, if the server is not to choose.")
-    parser.add_argument("--no-speculation", action="store_true", help="Plain decoding: the same text, slower.")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="Stop here; up to four times.")
+    parser.add_argument("--model", metavar="NAME", help="Name of the model (default: the server chooses).")
+    parser.add_argument("--no-speculation", action="store_true", help="Decode plainly: the same text, slower.")
     parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="Default: $OPENAI_API_KEY.")
 
 
@@ -116,16 +116,16 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     given: dict[str, Any] = {
         name: value for name, value in vars(arguments).items() if "." in name and value is not None
     }
-    for name in ("target", "drafter"):  # of `check`, without a flag
+    for name in ("target", "drafter"):  # positional arguments of `check`
         if getattr(arguments, name, None) is not None:
             given.setdefault(f"model.{name}", getattr(arguments, name))
     return locate_models(load_settings(arguments.config, given))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Heavy imports wait until a command needs them."""
+    """Run a command and return the exit status. Heavy imports wait until a command needs them."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # its own options need an import that the other commands should not pay for
+    if argv[:1] == ["bench"]:  # its options need a slow import, which the other commands avoid
         return _bench(argv[1:])
     arguments = build_parser().parse_args(argv)
     try:
@@ -162,7 +162,7 @@ def _make_key(name: str) -> int:
     from service.keys import make_key
 
     key, hashed = make_key()
-    print(f"# Give this to whoever is to use it; it is kept nowhere:\n# {key}\n[[keys]]")
+    print(f"# Give this key to its user; it is not stored anywhere:\n# {key}\n[[keys]]")
     print(f'name = "{name}"\nhash = "{hashed}"')
     print("# expires = 2030-01-01\n# max_sequences = 16\n# requests_per_minute = 600\n# tokens_per_minute = 100000")
     return 0

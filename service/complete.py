@@ -10,6 +10,8 @@ import httpx
 
 @dataclass(frozen=True, slots=True)
 class CompletionOptions:
+    """The arguments of `diffuspec complete`."""
+
     url: str
     prompt: str
     max_tokens: int = 128
@@ -21,7 +23,7 @@ class CompletionOptions:
     api_key: str | None = None
 
     def body(self) -> dict[str, Any]:
-        """What is sent, without what is unset."""
+        """Return the request body, without unset fields."""
         fields: dict[str, Any] = {
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
@@ -37,7 +39,7 @@ class CompletionOptions:
 
 
 def complete(options: CompletionOptions, output: TextIO, messages: TextIO) -> int:
-    """Print prompt and completion, then the figures on `messages`; returns the exit status."""
+    """Print prompt and completion on `output`, then the figures on `messages`. Returns the exit status."""
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     address = options.url.rstrip("/").removesuffix("/v1") + "/v1/completions"
     started = time.perf_counter()
@@ -53,7 +55,7 @@ def complete(options: CompletionOptions, output: TextIO, messages: TextIO) -> in
                 return _fail(messages, _message(answer))
             last = _print_chunks(answer, output)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return _fail(messages, f"cannot talk to {options.url}: {error or type(error).__name__}; is the server running?")
+        return _fail(messages, f"cannot reach {options.url}: {error or type(error).__name__}; is the server running?")
     except KeyboardInterrupt:
         return 130
     output.write("\n")
@@ -66,7 +68,7 @@ def complete(options: CompletionOptions, output: TextIO, messages: TextIO) -> in
 
 
 def _print_chunks(answer: httpx.Response, output: TextIO) -> dict[str, Any]:
-    """Returns the last chunk: the usage, or an error."""
+    """Print the text as it arrives. Returns the last chunk: the usage, or an error."""
     chunk: dict[str, Any] = {}
     for line in answer.iter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
@@ -79,7 +81,7 @@ def _print_chunks(answer: httpx.Response, output: TextIO) -> dict[str, Any]:
 
 
 def summary(last: dict[str, Any], seconds: float) -> str:
-    """One line of figures from the usage chunk."""
+    """Summarise the usage chunk in one line of figures."""
     tokens = last["usage"]["completion_tokens"]
     parts = [f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.0f} per second)"]
     counts = last.get("metrics", {}).get("speculative_decoding", {})

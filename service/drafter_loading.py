@@ -1,4 +1,4 @@
-"""The diffusion drafter for a pair: its options from the settings, and the way across the gap between vocabularies."""
+"""Build the diffusion drafter for a target: options from the settings, and a wrapper that bridges vocabularies."""
 
 import logging
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 USUAL_WINDOW, WINDOW_WITH_HIDDEN_STATES = 256, 32  # tokens
-FIRST_WITH_HIDDEN_STATES = 12  # tokens that such a window begins with: more of them cost more than they tell
+FIRST_WITH_HIDDEN_STATES = 12  # tokens that such a window begins with; more would cost more than they help
 
 PATHS = {
     "identical": "takes and gives the target's ids as they are",
@@ -30,7 +30,7 @@ PATHS = {
 
 @dataclass(frozen=True, slots=True)
 class BuiltDrafter:
-    """A drafter and what there is to say about it."""
+    """A drafter and its description."""
 
     drafter: "MaskedDrafter"
     vocabularies: VocabularyMap
@@ -38,7 +38,7 @@ class BuiltDrafter:
 
 
 class TextCodec:
-    """A tokenizer as `drafters.diffusion.vocabulary` wants it: plain text, no special tokens."""
+    """Adapts a tokenizer to `drafters.diffusion.vocabulary`: plain text, no special tokens."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -54,19 +54,19 @@ class TextCodec:
 
 
 def drafter_window(settings: Settings, drafter: TransformerConfig) -> int:
-    """Most tokens of context that a drafter reads."""
+    """Return the maximum number of context tokens that a drafter reads."""
     usual = WINDOW_WITH_HIDDEN_STATES if drafter.target_hidden_size else USUAL_WINDOW
     return min(settings.speculation.window_tokens or usual, drafter.max_trained_tokens)
 
 
 def first_tokens(settings: Settings, drafter: TransformerConfig) -> int | None:
-    """Tokens that the drafter's window begins with, at first and whenever it begins anew; None: as many as fit in."""
+    """Return how many tokens the drafter's window begins with, whenever it is read anew. None: as many as fit."""
     is_usual = settings.speculation.window_tokens is None and drafter.attention == "block"
     return FIRST_WITH_HIDDEN_STATES if is_usual and drafter.target_hidden_size else None
 
 
 def build_drafter(settings: Settings, target: TransformerConfig, model: "Transformer") -> BuiltDrafter:
-    """Wrap the loaded drafter `model` for the target of the settings; how is chosen by their vocabularies.
+    """Wrap the loaded drafter `model` for the target of the settings. The vocabularies decide which wrapper.
 
     Raises CheckpointError or TokenizerError.
     """
@@ -97,12 +97,12 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
             speller = Speller(codec, reader)
             drafter = MappedDrafter(inner, vocabularies, target.vocabulary_size, speller)
         else:
-            assert reader is not None  # find_mismatch has seen to it
+            assert reader is not None  # find_mismatch has checked it
             ends = dict.fromkeys(model.config.end_token_ids, target.end_token_ids[0]) if target.end_token_ids else {}
             drafter = RetokenizingDrafter(inner, codec, reader, target.vocabulary_size, ends)
     relation = vocabularies.relation
     log.info(
-        "vocabularies of target and drafter: %s (%.1f%% of the target's tokens are the drafter's too); the drafter %s",
+        "vocabularies of target and drafter: %s (the drafter has %.1f%% of the target's tokens); the drafter %s",
         relation, 100 * vocabularies.overlap, PATHS[relation],
     )  # fmt: skip
     millions = ours.num_parameters / 1e6
@@ -111,10 +111,10 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
 
 
 class Speller:
-    """Writes a token of the target in tokens of the drafter."""
+    """Spells a token of the target in tokens of the drafter."""
 
     def __init__(self, target: TextCodec, reader: TextCodec | None) -> None:
-        """reader: the drafter's tokenizer; None leaves such tokens out."""
+        """reader: the drafter's tokenizer. None: tokens that the drafter lacks are left out."""
         self._target, self._reader = target, reader
         self._known: dict[int, tuple[int, ...]] = {}
 
@@ -127,7 +127,7 @@ class Speller:
 
 
 def _reader(facts: FolderFacts) -> TextCodec | None:
-    """The drafter's tokenizer; None if it is Python code, which is never run."""
+    """Return the drafter's tokenizer, or None if it is Python code, which is never run."""
     if not (facts.folder / "tokenizer.json").exists():
         return None
     return TextCodec(TextTokenizer.from_folder(facts.folder, facts.config.end_token_ids))

@@ -1,4 +1,4 @@
-"""What model folders hold, read from their headers alone: for `diffuspec check`, and to refuse a wrong pair early."""
+"""Facts about model folders, read from file headers only: for `diffuspec check`, and to refuse a wrong pair early."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ from transformer.weights import check_weights, read_headers
 
 @dataclass(frozen=True, slots=True)
 class FolderFacts:
-    """One checkpoint."""
+    """Facts about one checkpoint."""
 
     folder: Path
     config: TransformerConfig
     num_parameters: int
     num_bytes: int  # of the weights
     dtypes: tuple[str, ...]
-    vocabulary: dict[str, int] | None  # token -> id of its tokenizer; None without one
+    vocabulary: dict[str, int] | None  # the tokenizer's ids by token; None without a tokenizer
 
     @property
     def family(self) -> str:
@@ -26,11 +26,10 @@ class FolderFacts:
 
 
 def read_folder(folder: Path) -> FolderFacts:
-    """Look at a checkpoint without loading it. Raises CheckpointError with one clear sentence."""
+    """Inspect a checkpoint without loading it. Raises CheckpointError with one clear sentence."""
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is no folder, and no checkpoint of the hub that is on this machine; "
-            "`diffuspec pull NAME` fetches one."
+            f"{folder} is neither a folder nor a hub checkpoint on this machine; `diffuspec pull NAME` fetches one."
         )
     config = TransformerConfig.from_folder(folder)
     stored = read_headers(folder)
@@ -46,43 +45,43 @@ def read_folder(folder: Path) -> FolderFacts:
 
 
 def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
-    """Why the drafter cannot draft for the target; None if it can.
+    """Return why the drafter cannot draft for the target, or None if it can.
 
-    Drafts are verified, so a wrong drafter would cost no correctness: it would only never be right, unnoticed.
+    Drafts are verified, so a wrong drafter would not change any output. It would silently never be right.
     """
     if not drafter.config.mask_token_ids:
-        return f"{drafter.folder} names no mask token in config.json, so it is not a diffusion language model."
+        return f"{drafter.folder} is not a diffusion language model: its config.json names no mask token."
     if not target.vocabulary:
         return f"{target.folder} has no tokenizer.json."
     if not drafter.vocabulary:
         return (
-            f"{drafter.folder} has no tokenizer (tokenizer.json, or vocab.json): nothing says which tokens its ids "
-            "stand for."
+            f"{drafter.folder} has no tokenizer (tokenizer.json or vocab.json), so the meaning of its token ids is "
+            "unknown."
         )
     if max(drafter.vocabulary.values()) >= drafter.config.vocabulary_size:
         return (
-            f"{drafter.folder} has {drafter.config.vocabulary_size} token ids in config.json, but its tokenizer goes "
-            f"up to {max(drafter.vocabulary.values())}."
+            f"{drafter.folder} has {drafter.config.vocabulary_size} token ids in config.json, but its tokenizer has "
+            f"ids up to {max(drafter.vocabulary.values())}."
         )
     wanted, given = drafter.config.target_hidden_size, target.config.hidden_size
     if wanted not in (0, given):
         return (
-            f"{drafter.folder} was trained on hidden states of {wanted} numbers, and those of {target.folder} have "
+            f"{drafter.folder} was trained on hidden states of size {wanted}, but those of {target.folder} have size "
             f"{given}: it belongs to another target."
         )
     relation = relate(target, drafter).relation
     if wanted and relation != "identical":
-        return f"{drafter.folder} reads hidden states, and for that needs the very tokens of {target.folder}."
+        return f"{drafter.folder} reads hidden states, so it needs exactly the vocabulary of {target.folder}."
     if relation == "disjoint" and not (drafter.folder / "tokenizer.json").exists():
         return (
-            f"{drafter.folder} has another vocabulary than the target, and its tokenizer is Python code, which is "
-            "never run; a tokenizer.json would do."
+            f"{drafter.folder} has a different vocabulary from the target's, and its tokenizer is Python code, which "
+            "is never run: add a tokenizer.json."
         )
     return None
 
 
 def relate(target: FolderFacts, drafter: FolderFacts) -> VocabularyMap:
-    """Compare the tokenizers of two folders that both have one."""
+    """Compare the vocabularies of two folders. Both must have a tokenizer."""
     assert target.vocabulary
     assert drafter.vocabulary
     return compare_vocabularies(target.vocabulary, drafter.vocabulary)

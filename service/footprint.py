@@ -1,8 +1,8 @@
-"""What a pair needs of memory, and what its steps cost at least: arithmetic over bytes, nothing is run.
+"""Memory and minimum step times of a pair, computed from byte counts without running anything.
 
-A decoding step reads every weight and every cached key and value once. Bytes over the memory's bandwidth are therefore
-a floor of its time, and the ratio of two floors says which acceptance length (tokens per step, the extra one included)
-a drafter has to reach before it pays, whatever its acceptance turns out to be.
+A decoding step reads every weight and every cached key and value once. Bytes divided by memory bandwidth are therefore
+a lower bound on its time. The ratio of two such bounds is the acceptance length (tokens per step, the extra one
+included) that a drafter must reach before it pays.
 """
 
 import os
@@ -20,35 +20,36 @@ BYTES_OF_TYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ModelFootprint:
-    """Of one model in one type of numbers."""
+    """Bytes of one model in one number type."""
 
-    weight_bytes: int  # in memory
-    read_bytes: int  # of weights, in one pass
-    cache_bytes: int  # of keys and values, for all requests
+    weight_bytes: int  # held in memory
+    read_bytes: int  # weights read in one pass
+    cache_bytes: int  # keys and values of all requests
 
 
 @dataclass(frozen=True, slots=True)
 class PairFootprint:
-    """Seconds are floors, from `bandwidth` in bytes per second."""
+    """Bytes and minimum seconds of a target and its drafter. `bandwidth` is in bytes per second."""
 
     target: ModelFootprint
     drafter: ModelFootprint | None
     bandwidth: float
-    passes: int = 1  # of the drafter, for a draft
+    passes: int = 1  # drafter passes per draft
 
     @property
     def num_bytes(self) -> int:
-        """Of weights and caches together."""
+        """Bytes of all weights and caches."""
         models = [self.target] if self.drafter is None else [self.target, self.drafter]
         return sum(model.weight_bytes + model.cache_bytes for model in models)
 
     @property
     def plain_seconds(self) -> float:
-        """Of a step without a draft; verifying a draft reads the same bytes."""
+        """Minimum seconds of a plain step. Verifying a draft reads the same bytes."""
         return (self.target.read_bytes + self.target.cache_bytes) / self.bandwidth
 
     @property
     def draft_seconds(self) -> float:
+        """Minimum seconds of a diffusion draft; 0 without a drafter."""
         if self.drafter is None:
             return 0.0
         return self.passes * (self.drafter.read_bytes + self.drafter.cache_bytes) / self.bandwidth
@@ -60,19 +61,19 @@ class PairFootprint:
 
 
 def model_footprint(config: TransformerConfig, dtype: str, on_cpu: bool, num_cached: int) -> ModelFootprint:
-    """num_cached: tokens whose keys and values are held, of all requests together."""
+    """Return a model's footprint. num_cached: tokens with cached keys and values, over all requests."""
     size = BYTES_OF_TYPE[dtype]
     shapes = weight_shapes(config)
     stored = sum(int(np.prod(shape)) for shape in shapes.values()) * size
     embedding = config.vocabulary_size * config.hidden_size * size
-    read = stored if config.tie_word_embeddings else stored - embedding  # of the embedding only single rows are read
+    read = stored if config.tie_word_embeddings else stored - embedding  # a pass reads few rows of the embedding
     copies = (embedding if config.tie_word_embeddings else 0) + _packed_bytes(config, dtype) if on_cpu else 0
     per_token = 2 * config.num_layers * config.num_key_value_heads * config.head_dim * size
     return ModelFootprint(stored + copies, read, per_token * num_cached)
 
 
 def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
-    """Of the second copies of small matrices that the CPU's kernel works on."""
+    """Bytes of the packed copies of small matrices, which the CPU kernel reads."""
     from transformer.matrix import MAX_PACKED_ENTRIES
     from transformer.product import LANES
 
@@ -92,7 +93,7 @@ def _packed_bytes(config: TransformerConfig, dtype: str) -> int:
 
 
 def device_bytes(device: str) -> int:
-    """Free memory of a torch device, in bytes. Raises ValueError if there is no such device."""
+    """Return the free memory of a torch device in bytes. Raises ValueError if there is no such device."""
     if device.startswith("cuda"):
         import torch
 
@@ -106,7 +107,7 @@ def device_bytes(device: str) -> int:
 
 
 def measure_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, read and written: the best of a few."""
+    """Measure bytes per second, read plus written, of a large copy: the best of five."""
     if device.startswith("cuda"):
         import torch
 

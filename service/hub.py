@@ -1,7 +1,7 @@
-"""Checkpoints by their names on the Hugging Face hub: found on this machine, and fetched by `diffuspec pull`.
+"""Checkpoints of the Hugging Face hub: find them on this machine by name, and fetch them for `diffuspec pull`.
 
-Everything is huggingface_hub's: HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there, and what
-was pulled here is what transformers or vLLM find, too. Python files and other formats of weights are never fetched.
+huggingface_hub does the work: HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning, and
+transformers and vLLM find what was pulled here. Python files and other weight formats are never fetched.
 """
 
 import re
@@ -30,14 +30,14 @@ FILES = (
 
 
 class HubError(Exception):
-    """The hub or its copy on this machine does not have what was asked for; the message is one clear sentence."""
+    """The hub, or its copy on this machine, lacks what was asked for. The message is one clear sentence."""
 
 
 def locate(name: str | Path) -> Path:
-    """The folder of a checkpoint: `name` itself if it is one, else the hub's copy on this machine.
+    """Return a checkpoint's folder: `name` itself if it is a folder, else the hub's copy on this machine.
 
-    `NAME@REVISION` asks for one revision. Without any copy the name comes back as it is. Raises HubError for a copy
-    that is not whole.
+    `NAME@REVISION` asks for one revision. Without a local copy, `name` is returned unchanged. Raises HubError for an
+    incomplete copy.
     """
     folder = Path(name)
     if folder.exists() or not NAME.fullmatch(str(name)):
@@ -49,13 +49,15 @@ def locate(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(FILES)))
     except IncompleteSnapshotError:
-        raise HubError(f"the copy of {name} on this machine is not whole; `diffuspec pull {name}` goes on.") from None
+        raise HubError(
+            f"the copy of {name} on this machine is incomplete; `diffuspec pull {name}` fetches the rest."
+        ) from None
     except LocalEntryNotFoundError:
         return folder
 
 
 def locate_models(settings: Settings) -> Settings:
-    """The settings with folders in place of names on the hub. Raises HubError."""
+    """Replace hub names in the settings by folders. Raises HubError."""
     model = settings.model
     changes: dict[str, object] = {}
     target = locate(model.target)
@@ -67,7 +69,7 @@ def locate_models(settings: Settings) -> Settings:
 
 
 def pull(names: Sequence[str], output: TextIO) -> int:
-    """Fetch checkpoints and compare their checksums with the hub's; returns the exit status."""
+    """Fetch checkpoints and compare their checksums with the hub's. Returns the exit status."""
     try:
         for name in names:
             _pull(name, output)
@@ -78,23 +80,23 @@ def pull(names: Sequence[str], output: TextIO) -> int:
 
 
 def _pull(name: str, output: TextIO) -> None:
-    import httpx2  # what huggingface_hub speaks HTTP with
+    import httpx2  # huggingface_hub's HTTP client
     from huggingface_hub import HfApi, constants, errors
 
     if not NAME.fullmatch(name):
-        raise HubError(f"{name!r} is no name on the hub, such as Dream-org/Dream-v0-Instruct-7B or NAME@REVISION.")
+        raise HubError(f"{name!r} is not a hub name, such as Dream-org/Dream-v0-Instruct-7B or NAME@REVISION.")
     repository, revision = _parse(name)
     api = HfApi()
     try:
-        # Resolved once, so that what is fetched and what is compared with is one and the same revision.
+        # Resolve the revision once, so that the files and the checksums belong to the same one.
         pinned = api.resolve_revision(repository, revision=revision)
         print(f"{repository} at {pinned.resolved}", file=output, flush=True)
         folder = api.snapshot_download(repository, revision=pinned, allow_patterns=list(FILES))
         checked = api.verify_repo_checksums(repository, revision=pinned.resolved)
     except errors.GatedRepoError:
-        raise HubError(f"{repository} is gated: accept its terms on its page, and set HF_TOKEN.") from None
+        raise HubError(f"{repository} is gated: accept its terms on its page and set HF_TOKEN.") from None
     except errors.RepositoryNotFoundError:
-        raise HubError(f"the hub has no {repository}, or it is private: then set HF_TOKEN.") from None
+        raise HubError(f"the hub has no {repository}; if it is private, set HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
         raise HubError(f"{repository} has no revision {revision!r}.") from None
     except (
@@ -102,24 +104,24 @@ def _pull(name: str, output: TextIO) -> None:
         errors.RevisionResolutionError, httpx2.HTTPError, OSError,
     ) as error:  # fmt: skip
         raise HubError(
-            f"cannot fetch {repository} from {constants.ENDPOINT}: {_reason(error)}; what has arrived is kept, and the "
-            "same command goes on from there."
+            f"cannot fetch {repository} from {constants.ENDPOINT}: {_reason(error)}; fetched files are kept, and the "
+            "same command fetches the rest."
         ) from None
     damaged = [mismatch["path"] for mismatch in checked.mismatches]
-    for path in damaged:  # so that the next pull fetches them again
+    for path in damaged:  # delete them, so that the next pull fetches them again
         link = Path(folder) / path
         link.resolve().unlink(missing_ok=True)
         link.unlink(missing_ok=True)
     if damaged:
         files = ", ".join(damaged)
-        raise HubError(f"{repository}: {files} differs from the hub's checksum and was deleted; pull again.")
-    print(f"  {checked.checked_count} files agree with the hub's checksums: {folder}", file=output)
+        raise HubError(f"{repository}: {files} did not match the hub's checksum and was deleted; pull again.")
+    print(f"  {checked.checked_count} files match the hub's checksums: {folder}", file=output)
     if not any(Path(folder).glob("*.safetensors")):
-        raise HubError(f"{repository} has no safetensors file; other formats are not fetched.")
+        raise HubError(f"{repository} has no safetensors file; other formats are not supported.")
 
 
 def _reason(error: BaseException) -> str:
-    """The root of an error, in one line."""
+    """Return the root cause of an error, in one line."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     while error.__cause__ is not None:

@@ -1,4 +1,4 @@
-"""Logs: one line for each request, as text or as JSON. Never a prompt, never an output."""
+"""Logs: one line per request, as text or as JSON. Prompts and outputs are never logged."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ _QUIET_PATHS = frozenset({"/health", "/ready", "/startup", "/metrics"})
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of one HTTP request when it has ended."""
+    """Facts about one HTTP request, complete when it has ended."""
 
     request_id: str
     method: str
@@ -33,10 +33,10 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     speculation: SpeculationStats | None = None
     is_cancelled: bool = False  # the client went away
-    error: str | None = None  # code or type of what it was refused with
+    error: str | None = None  # code or type of the error that it was answered with
 
     def fields(self) -> dict[str, Any]:
-        """What is logged, without what does not apply."""
+        """Return the fields to log, without those that don't apply."""
         found: dict[str, Any] = {
             "request": self.request_id,
             "method": self.method,
@@ -69,7 +69,7 @@ class RequestRecord:
 
 
 def log_request(record: RequestRecord) -> None:
-    """Write the request's line. Probes are left out: they come every second, and what they say has its own line."""
+    """Write the request's line. Successful probes are left out: they come every second."""
     is_failure = record.status >= 500 and record.status != 503
     if record.path in _QUIET_PATHS and not is_failure:
         return
@@ -84,7 +84,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object for each line, with the fields of a request line as members."""
+    """Formats every line as a JSON object, with the fields of a request line as members."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -103,7 +103,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(style: Literal["text", "json"], level: str) -> None:
-    """Send this process's logs to stderr; other libraries' only from warnings on."""
+    """Send this process's logs to stderr; of other libraries, only warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     root = logging.getLogger()

@@ -1,7 +1,7 @@
-"""Prometheus metrics: vLLM's names where dashboards and autoscalers read them, `diffuspec_*` for what only we have.
+"""Prometheus metrics: vLLM's names where dashboards and autoscalers expect them, `diffuspec_*` for everything else.
 
-`observe` takes the very record of a step that the length controller learns from, so what a dashboard shows is what
-the controller acted on. Labels are bounded: never a request, a user or a prompt.
+`observe` takes the same step record that the policy learns from, so a dashboard shows what the policy acted on. Labels
+are bounded: never a request, a user or a prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +24,14 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 SOURCES = get_args(SourceName)
 POLICIES = get_args(PolicyName)
 PHASES = get_args(EnginePhase)
-BATCHES = ((1, "1"), (2, "2"), (4, "3-4"), (8, "5-8"), (16, "9-16"), (32, "17-32"))  # most sequences of a step, label
+BATCHES = ((1, "1"), (2, "2"), (4, "3-4"), (8, "5-8"), (16, "9-16"), (32, "17-32"))  # max sequences of a step, label
 LARGEST_BATCH = "33+"
 BYPASS_REASONS = tuple(reason for reason in get_args(BypassReason) if reason)
 VLLM_PREFIX = "vllm:"
 
 
 class VllmCollector(Collector):
-    """What vLLM has put into the process's own registry, under its names."""
+    """Collects the metrics that vLLM keeps in the process's default registry."""
 
     def collect(self) -> Iterator[Metric]:
         for family in REGISTRY.collect():
@@ -50,8 +50,10 @@ class ServiceMetrics:
         max_draft_tokens: int = 16,
         own_names_only: bool = False,
     ) -> None:
-        """`max_draft_tokens` bounds the `position` label. own_names_only: what is counted under vLLM's names is not
-        shown; `pass_through` shows vLLM's own."""
+        """`max_draft_tokens` bounds the `position` label.
+
+        own_names_only: hide our counts under vLLM's names; `pass_through` shows vLLM's own instead.
+        """
         self.registry = registry
         self._vllm_registry = CollectorRegistry() if own_names_only else registry
         self._num_positions = max_draft_tokens
@@ -61,7 +63,7 @@ class ServiceMetrics:
         self._build_request_metrics()
         self._build_step_metrics()
         self._build_audit_metrics()
-        self._gauge("diffuspec_policy_info", "The draft length policy of requests that name none.", "policy").labels(
+        self._gauge("diffuspec_policy_info", "The policy of requests that name none.", "policy").labels(
             model_name, policy
         ).set(1)
 
@@ -88,7 +90,7 @@ class ServiceMetrics:
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
         ).labels(name)
         self._token = self._histogram(
-            "vllm:inter_token_latency_seconds", "Between tokens; those of one step share its time.", TOKEN_BUCKETS
+            "vllm:inter_token_latency_seconds", "Between tokens; tokens of one step share its time.", TOKEN_BUCKETS
         ).labels(name)
         self._request = self._histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_BUCKETS
@@ -98,10 +100,10 @@ class ServiceMetrics:
         ).labels(name)
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of started sequences.").labels(name)
         self._generation_tokens = self._counter("vllm:generation_tokens", "Generated tokens.").labels(name)
-        finished = self._counter("vllm:request_success", "Ended sequences by how they ended.", "finished_reason")
+        finished = self._counter("vllm:request_success", "Ended sequences by finish reason.", "finished_reason")
         self._finished = {reason: finished.labels(name, reason) for reason in FINISH_REASONS}
         self._responses = self._counter("diffuspec_http_responses", "HTTP responses.", "route", "status")
-        phases = self._gauge("diffuspec_engine_phase", "1 for the phase that the engine is in.", "phase")
+        phases = self._gauge("diffuspec_engine_phase", "1 for the engine's current phase.", "phase")
         self._engine_phases = {phase: phases.labels(name, phase) for phase in PHASES}
 
     def _build_step_metrics(self) -> None:
@@ -110,11 +112,11 @@ class ServiceMetrics:
         self._draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "Verified draft tokens.").labels(name)
         self._accepted = self._counter("vllm:spec_decode_num_accepted_tokens", "Accepted draft tokens.").labels(name)
         per_position = self._counter(
-            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position, from 0.", "position"
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by position from 0.", "position"
         )
         self._accepted_at = [per_position.labels(name, str(position)) for position in range(self._num_positions)]
         per_position = self._counter(
-            "diffuspec_draft_tokens_per_pos", "Verified draft tokens by position, from 0.", "position"
+            "diffuspec_draft_tokens_per_pos", "Verified draft tokens by position from 0.", "position"
         )
         self._drafted_at = [per_position.labels(name, str(position)) for position in range(self._num_positions)]
         self._steps = self._counter("diffuspec_steps", "Engine steps.").labels(name)
@@ -122,7 +124,7 @@ class ServiceMetrics:
         self._rows = {kind: rows.labels(name, kind) for kind in ("prefill", "decode", "diffusion")}
         phases = self._histogram(
             "diffuspec_step_seconds",
-            "Seconds of a step by phase; draft: all but lattice and search.",
+            "Seconds of a step by phase; draft excludes lattice and search.",
             PHASE_BUCKETS,
             "phase",
         )
@@ -138,35 +140,37 @@ class ServiceMetrics:
             "diffuspec_lattice_width", "Mean candidates per position of a lattice.", WIDTH_BUCKETS
         ).labels(name)
         self._gain = self._histogram(
-            "diffuspec_path_gain_nats", "Score of the chosen path above the raw argmax path, per token.", GAIN_BUCKETS
+            "diffuspec_path_gain_nats", "Score of the chosen path minus the argmax path's, per token.", GAIN_BUCKETS
         ).labels(name)
         self._expected = self._counter(
-            "diffuspec_expected_committed_tokens", "What the policy expected of verified drafts; beside the next one."
+            "diffuspec_expected_committed_tokens", "Tokens that the policy expected verified drafts to commit."
         ).labels(name)
         self._committed = self._counter(
             "diffuspec_realised_committed_tokens",
-            "What verified drafts came to, with the next token, and what a stop token cut off.",
+            "Tokens that verified drafts committed, including the next token and tokens after a stop token.",
         ).labels(name)
         bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
         self._bypassed = {reason: bypassed.labels(name, reason) for reason in BYPASS_REASONS}
         self._drafter_failures = self._counter(
-            "diffuspec_drafter_failures", "Times that the drafter failed and decoding went on without it."
+            "diffuspec_drafter_failures", "Failures of the drafter; decoding went on without it."
         ).labels(name)
-        self._drafter_up = self._gauge("diffuspec_drafter_up", "1 while the drafter drafts, 0 after it failed.").labels(
+        self._drafter_up = self._gauge("diffuspec_drafter_up", "1 while the drafter works, 0 after a failure.").labels(
             name
         )
 
     def _build_decode_metrics(self) -> None:
-        """What a step without prompt tokens costs and brings, drafted or not: from it follows the speed-up.
+        """Count seconds and tokens of steps without prompt tokens, drafted or not, to compute the speed-up.
 
-        A drafted token saves a plain step of the same batch, so that side by side, summed over the batches,
-        `tokens{drafted="yes"} * seconds{drafted="no"} / tokens{drafted="no"}` is what plain decoding would have taken.
-        Drafting that came to nothing is no part of plain decoding: its seconds go to `yes`.
+        Summed over the batch sizes, `tokens{drafted="yes"} * seconds{drafted="no"} / tokens{drafted="no"}` is the time
+        that plain decoding would have needed for the drafted steps' tokens. Plain decoding includes no drafting, so the
+        seconds of drafting that found nothing count as `yes`.
         """
         name, labels = self._model_name, ("drafted", "batch")
         steps = self._counter("diffuspec_decode_steps", "Steps without prompt tokens.", *labels)
         seconds = self._counter(
-            "diffuspec_decode_step_seconds", "Seconds of steps without prompt tokens; all drafting: yes.", *labels
+            "diffuspec_decode_step_seconds",
+            "Seconds of steps without prompt tokens; all drafting counts as yes.",
+            *labels,
         )
         tokens = self._counter("diffuspec_decode_step_tokens", "Tokens from steps without prompt tokens.", *labels)
         self._decode = {
@@ -176,7 +180,7 @@ class ServiceMetrics:
         }
 
     def watch_phase(self, phase: Callable[[], EnginePhase]) -> None:
-        """Ask for the engine's phase whenever Prometheus asks."""
+        """Read the engine's phase at every scrape."""
         for name, gauge in self._engine_phases.items():
             gauge.set_function(lambda name=name: float(phase() == name))  # type: ignore[misc]  # bound here and now
 
@@ -186,35 +190,42 @@ class ServiceMetrics:
         self._audits_failed = self._counter(
             "diffuspec_audits_failed", "Audits that found other tokens, by more than rounding."
         ).labels(name)
+        self._audit_errors = self._counter("diffuspec_audit_errors", "Audits given up because of an error.").labels(
+            name
+        )
+
+    def observe_audit_error(self) -> None:
+        """Count an audit that was given up."""
+        self._audit_errors.inc()
 
     def observe_audit(self, is_failed: bool) -> None:
-        """One live request was decoded again."""
+        """Count a live request that was decoded again."""
         self._audits_run.inc()
         if is_failed:
             self._audits_failed.inc()
 
     def show_vocabulary(self, relation: str, overlap: float) -> None:
-        """Say how the vocabularies of target and drafter relate, and which share of the target's tokens is shared."""
+        """Show how the vocabularies of target and drafter relate, and the share of the target's tokens in both."""
         self._gauge(
             "diffuspec_vocabulary_info", "How the drafter's vocabulary relates to the target's.", "relation"
         ).labels(self._model_name, relation).set(1)
         self._gauge(
-            "diffuspec_vocabulary_overlap_ratio", "Share of the target's tokens that the drafter has, too."
+            "diffuspec_vocabulary_overlap_ratio", "Share of the target's tokens that the drafter also has."
         ).labels(self._model_name).set(overlap)
 
     def watch(self, engine: Engine) -> None:
-        """Read running, waiting, cache use and the drafter's state from the engine whenever Prometheus asks."""
+        """Read running, waiting, cache use and the drafter's state from the engine at every scrape."""
         self._running.set_function(lambda: engine.status().num_running)
         self._waiting.set_function(lambda: engine.status().num_waiting)
         self._usage.set_function(lambda: engine.status().kv_cache_usage)
         self._drafter_up.set_function(lambda: float(engine.status().drafter_up))
 
     def observe_drafter_failures(self, count: int) -> None:
-        """`count` more failures."""
+        """Count `count` more failures of the drafter."""
         self._drafter_failures.inc(count)
 
     def pass_through(self) -> None:
-        """Show the metrics that vLLM keeps in this process, too."""
+        """Also show the metrics that vLLM keeps in this process."""
         self.registry.register(VllmCollector())
 
     def observe(self, step: StepRecord) -> None:
@@ -237,7 +248,7 @@ class ServiceMetrics:
     def _observe_decode_step(self, step: StepRecord) -> None:
         num_sequences = len(step.outcomes)
         drafted = "yes" if any(outcome.draft.tokens for outcome in step.outcomes) else "no"
-        batch = next((label for most, label in BATCHES if num_sequences <= most), LARGEST_BATCH)
+        batch = next((label for max_size, label in BATCHES if num_sequences <= max_size), LARGEST_BATCH)
         steps, seconds, tokens = self._decode[drafted, batch]
         _, drafting_seconds, _ = self._decode["yes", batch]
         steps.inc()
@@ -265,23 +276,23 @@ class ServiceMetrics:
         self._committed.inc(outcome.num_accepted + 1)
 
     def observe_response(self, route: str, status: int) -> None:
-        """One HTTP response. `route` is a route's own pattern, never a path that a client made up."""
+        """Count an HTTP response. `route` is the route's pattern, never a path that a client made up."""
         self._responses.labels(self._model_name, route, str(status)).inc()
 
     def observe_first_token(self, num_prompt_tokens: int, queue_seconds: float, seconds: float) -> None:
-        """One sequence has its first token, `seconds` after it arrived."""
+        """Record that a sequence got its first token, `seconds` after it arrived."""
         self._prompt_tokens.inc(num_prompt_tokens)
         self._queue.observe(queue_seconds)
         self._first_token.observe(seconds)
 
     def observe_tokens(self, count: int, seconds: float | None) -> None:
-        """`count` tokens came, `seconds` after those before them; None: they are the first."""
+        """Record that `count` tokens came, `seconds` after the tokens before them; None: they are the first."""
         self._generation_tokens.inc(count)
         if seconds is not None:
             for _ in range(count):
                 self._token.observe(seconds / count)
 
     def observe_end(self, reason: str, seconds: float) -> None:
-        """One sequence ended, `seconds` after it arrived."""
+        """Record that a sequence ended, `seconds` after it arrived."""
         self._finished[reason].inc()
         self._request.observe(seconds)

@@ -1,4 +1,4 @@
-"""What can be known of a pair before anything is loaded: checked before the port opens, from the files' headers."""
+"""Checks of a pair before anything is loaded: they read file headers only and run before the port opens."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from transformer.config import CheckpointError
 
 
 def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
-    """The facts of target and drafter (None without a diffusion drafter).
+    """Return the facts of target and drafter (None without a diffusion drafter).
 
-    Raises CheckpointError with one clear sentence if the service could not start with them.
+    Raises CheckpointError with one clear sentence if the service can't start with them.
     """
     model = settings.model
     target = read_folder(model.target)
@@ -19,11 +19,12 @@ def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
         raise CheckpointError(f"{target.folder} has no tokenizer.json.")
     if target.config.attention != "causal":
         raise CheckpointError(
-            f"{target.folder} is a diffusion language model ({target.family}), which drafts; a target is a causal one."
+            f"{target.folder} is a diffusion language model ({target.family}), which can only draft: name a causal "
+            "model as the target."
         )
     if model.context_length is not None and model.context_length > target.config.max_positions:
         raise CheckpointError(
-            f"model.context_length is {model.context_length}, but the target was made for "
+            f"model.context_length is {model.context_length}, but the target supports at most "
             f"{target.config.max_positions} tokens."
         )
     if not wants_drafter(settings):
@@ -36,7 +37,7 @@ def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
 
 
 def wants_drafter(settings: Settings) -> bool:
-    """Whether the settings ask for a diffusion drafter."""
+    """Return whether the settings ask for a diffusion drafter."""
     speculation = settings.speculation
     is_wanted = speculation.diffusion and speculation.max_draft_tokens > 0
     return is_wanted and settings.model.drafter_choice not in (PROMPT_LOOKUP, NO_DRAFTER)

@@ -1,4 +1,4 @@
-"""`diffuspec serve`: run the server, say how loading goes, and drain on SIGTERM."""
+"""`diffuspec serve`: run the server, show the progress of loading, and drain on SIGTERM."""
 
 import asyncio
 import json
@@ -28,12 +28,12 @@ PROMPT = "def read_lines(path):\n    with open(path) as file:\n"
 EXAMPLE = json.dumps({"prompt": PROMPT, "max_tokens": 64, "temperature": 0.4, "seed": 1})
 BAR_WIDTH = 24
 POLL_SECONDS = 0.1
-LAST_ANSWERS_SECONDS = 1.0  # between the engine's death and the server's end
-CLOSING_SECONDS = 5  # for connections, once the requests have been drained
+LAST_ANSWERS_SECONDS = 1.0  # from the engine's death to the server's end, for the last answers
+CLOSING_SECONDS = 5  # for connections to close, once all requests have ended
 
 
 def serve(settings: Settings, output: TextIO) -> int:
-    """Serve until a signal; returns the exit status: 1 if the address or the model cannot be had."""
+    """Serve until a signal comes. Returns the exit status: 1 if the address or the model can't be used."""
     configure_logging(settings.logging.format, settings.logging.level)
     try:
         if settings.model.engine == "embedded":
@@ -56,7 +56,7 @@ def serve(settings: Settings, output: TextIO) -> int:
 
 
 def _tls_problem(server: ServerSettings) -> str:
-    """Why the certificate and its key cannot be used; empty if they can, or are not wanted."""
+    """Return why the certificate and its key can't be used; empty if they can, or if there is none."""
     if server.tls_certificate is None:
         return ""
     try:
@@ -69,8 +69,8 @@ def _tls_problem(server: ServerSettings) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=1024)
-    # Inherited by every connection; asyncio sets it only on sockets that name their protocol, and without it a streamed
-    # chunk may wait 40 ms for an acknowledgement.
+    # Every connection inherits this. asyncio sets it only on sockets that name their protocol, and without it a
+    # streamed chunk may wait 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -95,8 +95,8 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
         timeout_keep_alive=settings.server.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         server_header=False,
-        ws="none",  # another protocol would take such connections over, past keys, bounds and the log
-        http=cutting_off_after(settings.server.unread_seconds),  # with h11's bound on the head of a request
+        ws="none",  # WebSocket connections would bypass keys, limits and the log
+        http=cutting_off_after(settings.server.unread_seconds),  # h11, which limits the head of a request
         h11_max_incomplete_event_size=settings.server.max_header_bytes,
         ssl_certfile=settings.server.tls_certificate,
         ssl_keyfile=settings.server.tls_key,
@@ -120,7 +120,7 @@ async def _serve(settings: Settings, listener: socket.socket, output: TextIO) ->
 
 
 async def _end_with_engine(serving: Serving, server: "DrainingServer") -> None:
-    """A dead engine never comes back: let everyone who waits have the answer, then end for whoever restarts us."""
+    """End the server after the engine died, which never comes back: send the last answers, then let us be restarted."""
     while not (serving.is_loaded and serving.status().phase == "dead"):  # noqa: ASYNC110  # a state, not an event
         await asyncio.sleep(POLL_SECONDS)
     log.critical("the engine has died: the server ends")
@@ -130,7 +130,7 @@ async def _end_with_engine(serving: Serving, server: "DrainingServer") -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """Keeps listening while it drains, so that probes and new requests are told so; a second signal ends at once."""
+    """Keeps listening while it drains, so that probes and new requests get an answer. A second signal ends at once."""
 
     def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
         super().__init__(config)
@@ -140,7 +140,7 @@ class DrainingServer(uvicorn.Server):
         self.has_lost_engine = False
 
     def end(self) -> None:
-        """Stop serving."""
+        """Stop serving as soon as possible."""
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -159,14 +159,14 @@ class DrainingServer(uvicorn.Server):
 
 
 def url_of(settings: Settings, listener: socket.socket) -> str:
-    """Where a client on this machine finds the server."""
+    """Return the URL under which a client on this machine reaches the server."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.server.host, settings.server.host)
     scheme = "http" if settings.server.tls_certificate is None else "https"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 async def _announce(settings: Settings, serving: Serving, url: str, output: TextIO) -> None:
-    """Progress while loading, the banner when ready."""
+    """Print the progress of loading, then the banner."""
     shown = ""
     while (status := serving.status()).phase == "loading":
         detail = status.detail or "reading the tokenizer"
@@ -184,7 +184,7 @@ async def _announce(settings: Settings, serving: Serving, url: str, output: Text
 
 
 def banner(settings: Settings, serving: Serving, url: str) -> str:
-    """What is served, and a command that shows it working."""
+    """Describe what is served, with a command to try it."""
     engine = serving.model(None).engine
     key = ' -H "Authorization: Bearer $API_KEY"' if serving.key_ring.keys else ""
     drafting = f"{engine.drafter_description}"
@@ -202,7 +202,7 @@ def banner(settings: Settings, serving: Serving, url: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Errors of ours are written for people; of others the kind is worth knowing too."""
+    """Return an error's message, with its type unless it is one of ours, which are written for people."""
     return str(error) if type(error).__module__.split(".")[0] in _OURS else f"{type(error).__name__}: {error}"
 
 

@@ -1,7 +1,7 @@
-"""Cutting off clients that read nothing of what they are sent.
+"""Cut off clients that stop reading their answers.
 
-Their connections would stay forever: they acknowledge every probe of their full window. The kernel's own
-TCP_USER_TIMEOUT is no help, for it cuts slow readers off, too, once more is waiting than their window takes.
+Such a connection would stay open forever, because the client's kernel still acknowledges every window probe.
+TCP_USER_TIMEOUT doesn't help: it also cuts off slow readers, once more data is waiting than fits their window.
 """
 
 import asyncio
@@ -21,9 +21,9 @@ _RESET = struct.pack("ii", 1, 0)  # linger for no time: the kernel drops what it
 
 
 def progress(connection: socket.socket) -> int | None:
-    """Bytes that the other side has acknowledged so far.
+    """Return how many bytes the client has acknowledged so far.
 
-    None if nothing waits for it, if the connection is closed, or not on Linux.
+    None if no data is waiting to be sent, if the connection is closed, or if this is not Linux.
     """
     if sys.platform != "linux" or connection.fileno() < 0:
         return None
@@ -36,9 +36,9 @@ def progress(connection: socket.socket) -> int | None:
 
 
 def cutting_off_after(unread_seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, with connections reset whose clients leave what they are sent unread for so long.
+    """Return uvicorn's protocol, extended to reset connections whose clients read nothing for `unread_seconds`.
 
-    They are looked at so often, so that it takes up to twice as long.
+    Connections are checked once per `unread_seconds`, so a reset may take up to twice as long.
     """
 
     class Watching(H11Protocol):
@@ -55,7 +55,7 @@ def cutting_off_after(unread_seconds: float) -> type[H11Protocol]:
             now = progress(connection)
             self._next_look = self.loop.call_later(unread_seconds, self._look, now)
             if now is not None and now == before:
-                log.warning("a client has read nothing for %g seconds and is cut off", unread_seconds)
+                log.warning("cutting off a client that has read nothing for %g seconds", unread_seconds)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 self.transport.abort()
 

@@ -1,7 +1,6 @@
-"""Where parts are chosen and put together, by the settings; the only place that asks which kind of part it is.
+"""The composition root: builds engine, pipeline and metrics from the settings. Only this module chooses between kinds.
 
-Nothing heavy is imported here: torch comes in with `load_parts`, in the engine's own thread, so that the server
-answers while that is going on.
+Heavy imports wait: `load_parts` imports torch in the engine's own thread, so the server can answer meanwhile.
 """
 
 import functools
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 
-MAX_DEFAULT_CONTEXT = 8192  # a hub model's full context, times the slots, would not fit into memory
+MAX_DEFAULT_CONTEXT = 8192  # the full context of a hub model, times the slots, would not fit into memory
 
 
 def build_metrics(settings: Settings) -> ServiceMetrics:
@@ -44,12 +43,12 @@ def build_metrics(settings: Settings) -> ServiceMetrics:
         settings.model.public_name,
         speculation.policy,
         speculation.max_draft_tokens,
-        own_names_only=settings.model.engine == "vllm",  # vLLM counts under its names itself
+        own_names_only=settings.model.engine == "vllm",  # vLLM counts under its own names
     )
 
 
 def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, Callable[[], TextTokenizer]]:
-    """The engine, not yet started, and what loads its tokenizer."""
+    """Build the engine, not yet started, and a function that loads its tokenizer."""
     load_tokenizer = functools.cache(lambda: build_tokenizer(settings.model.target))
     if settings.model.engine == "vllm":
         return build_vllm_engine(settings, metrics), load_tokenizer
@@ -76,16 +75,22 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
 
 
 def audited(engine: Engine, settings: Settings, metrics: ServiceMetrics, *, greedy_only: bool = False) -> Engine:
-    """The engine, watched as the settings want it. greedy_only: its draws are not keyed by position."""
+    """Wrap the engine in the runtime audit if the settings want one. greedy_only: its draws have no position keys."""
     audit = settings.audit
     if audit.fraction == 0:
         return engine
     options = AuditOptions(audit.fraction, audit.idle_seconds, audit.max_pending, greedy_only)
-    return AuditedEngine(engine, options, lambda one: metrics.observe_audit(one.is_failed), random.random)
+    return AuditedEngine(
+        engine,
+        options,
+        report=lambda audit: metrics.observe_audit(audit.is_failed),
+        report_error=metrics.observe_audit_error,
+        draw=random.random,
+    )
 
 
 def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
-    """vLLM, with the pipeline below in its worker."""
+    """Build the vLLM engine. Its worker runs the pipeline of `load_vllm_pipeline`."""
     from service.engine.vllm.engine import VllmEngine
 
     engine = VllmEngine(settings, (metrics.observe,), metrics.observe_drafter_failures)
@@ -94,7 +99,7 @@ def build_vllm_engine(settings: Settings, metrics: ServiceMetrics) -> Engine:
 
 
 def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipeline":
-    """What drafts in vLLM's worker process, from the settings that travelled there; on the target's device."""
+    """Load the drafting pipeline in vLLM's worker process, from the settings sent there, on the target's device."""
     import torch
 
     from transformer.model import Transformer
@@ -110,16 +115,16 @@ def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipelin
 
 
 def build_tokenizer(target: Path) -> TextTokenizer:
-    """Raises CheckpointError or TokenizerError."""
+    """Load the target's tokenizer. Raises CheckpointError or TokenizerError."""
     return TextTokenizer.from_folder(target, TransformerConfig.from_folder(target).end_token_ids)
 
 
 def load_parts(
     settings: Settings, num_tokens: int, progress: Progress, on_drafter: Callable[[BuiltDrafter], None] | None = None
 ) -> "tuple[Verifier, DraftPipeline]":
-    """Load the target and what drafts for it. `num_tokens`: the tokenizer's length.
+    """Load the target and its drafting pipeline. `num_tokens`: the tokenizer's length.
 
-    on_drafter: hears how the diffusion drafter was put together, if there is one.
+    on_drafter: is called with the diffusion drafter once it is built, if there is one.
 
     Raises CheckpointError, NgramError or ValueError.
     """
@@ -131,7 +136,7 @@ def load_parts(
 
     model = settings.model
     if model.threads_choice is not None:
-        torch.set_num_threads(model.threads_choice)  # of this thread, which is the engine's
+        torch.set_num_threads(model.threads_choice)  # holds for this thread, which is the engine's
     dtype: torch.dtype = getattr(torch, model.dtype)
 
     def load_model(folder: Path, name: str, begin: float, end: float) -> Transformer:
@@ -145,7 +150,7 @@ def load_parts(
     context = model.context_length or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
     if context > target.config.max_positions:
         raise CheckpointError(
-            f"model.context_length is {context}, but the target was made for {target.config.max_positions} tokens."
+            f"model.context_length is {context}, but the target supports at most {target.config.max_positions} tokens."
         )
     drafter = _load_drafter(settings, lambda folder: load_model(folder, "drafter", 0.6, 0.9))
     is_conditioned = drafter is not None and drafter.config.target_hidden_size > 0
@@ -158,19 +163,19 @@ def load_parts(
 
 
 def warm_up_verifier(verifier: Verifier) -> None:
-    """Draw once in every way, for the same reason."""
+    """Draw once in every way, so that no request waits for numba's compiler."""
     for rules in (SamplingRules(0, temperature=0.0), SamplingRules(0), SamplingRules(0, top_p=0.5)):
         verifier.verify([VerifyRequest(0, [0, 0], 2, 0, 2, (0, 0), rules)])
 
 
 def warm_up(pipeline: "DraftPipeline") -> None:
-    """Draft once by every policy, so that no request has to wait for numba's compiler."""
+    """Draft once by every policy, so that no request waits for numba's compiler."""
     import numpy as np
 
-    tokens = np.arange(32, dtype=np.int32) % 8  # repeats itself, so that there is something to copy
+    tokens = np.arange(32, dtype=np.int32) % 8  # a repeating text, so that there is something to copy
     for policy in get_args(PolicyName):
         request_id = f"warm-up-{policy}"
-        for length in (len(tokens) - 2, len(tokens)):  # the second time there is something to learn
+        for length in (len(tokens) - 2, len(tokens)):  # the second call learns from the first
             pipeline.propose([DraftRequest(request_id, tokens[:length], pipeline.max_draft_tokens, policy)])
         pipeline.release(request_id)
 
@@ -191,7 +196,7 @@ def build_pipeline(
     drafter: "Transformer | None",
     on_drafter: Callable[[BuiltDrafter], None] | None = None,
 ) -> "DraftPipeline":
-    """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
+    """Build the drafting pipeline: a diffusion model, the request's own text, n-grams, some of them, or nothing."""
     from drafters.pipeline import DraftPipeline
     from drafters.policy import PaperOptions, PolicyOptions
     from drafters.search.lattice import LatticeOptions

@@ -1,9 +1,9 @@
-"""How many replicas serve a rate of requests at a 99th percentile, from the step costs that a replica measured itself.
+"""Find how many replicas serve a request rate within a 99th percentile, from step costs that a replica measured.
 
     python deploy/capacity/plan.py --metrics http://127.0.0.1:8000/metrics --rate 5 --p99-seconds 10
 
-reads what a loaded replica says of its decode steps by batch size, plays Poisson arrivals against steps of that cost,
-and prints what one replica of many would see. docs/capacity.md says when to believe it.
+reads a loaded replica's decode step metrics by batch size, simulates Poisson arrivals against steps of that cost, and
+prints what each of several replicas would see. docs/capacity.md says when to trust it.
 """
 
 import argparse
@@ -19,20 +19,23 @@ from statistics import quantiles
 from prometheus_client.parser import text_string_to_metric_families
 
 MAX_REPLICAS = 256
-NUM_REQUESTS = 4000  # of one simulated replica; the first tenth warms it up
-MIN_STEPS = 20  # of a batch size, to count as measured
-Point = tuple[float, float, float]  # batch, seconds of a step, tokens of a step
+NUM_REQUESTS = 4000  # per simulated replica; the first tenth is warm-up
+MIN_STEPS = 20  # for a batch size to count as measured
+Point = tuple[float, float, float]  # batch size, seconds per step, tokens per step
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What steps take and bring."""
+    """The seconds and tokens of steps."""
 
-    points: Sequence[Point]  # by batch, ascending
+    points: Sequence[Point]  # in ascending batch size
     prefill_seconds: float  # per prompt token
 
     def at(self, batch: float) -> tuple[float, float]:
-        """Seconds and tokens of a step of `batch` sequences: between measured sizes on a line, beyond in proportion."""
+        """Return seconds and tokens of a step of `batch` sequences.
+
+        Interpolates linearly between measured sizes, and scales in proportion outside of them.
+        """
         below = [point for point in self.points if point[0] <= batch]
         above = [point for point in self.points if point[0] >= batch]
         if not below:
@@ -47,7 +50,7 @@ class StepCosts:
 
 
 def read_costs(text: str) -> StepCosts:
-    """From a replica's /metrics. Raises ValueError if it has not served enough."""
+    """Read step costs from a replica's /metrics. Raises ValueError if it has not served enough."""
     steps: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, float] = defaultdict(float)
@@ -71,8 +74,8 @@ def read_costs(text: str) -> StepCosts:
         if count >= MIN_STEPS
     )
     if not points or not prompt_tokens:
-        raise ValueError("this replica has not decoded enough yet: load it first, with as many users as it will have")
-    # All of the steps that read prompts is put down to the prompts, though they decode as well: rather too much.
+        raise ValueError("this replica has not decoded enough: load it first, with as many users as it will have")
+    # Steps that read prompts also decode, but all their time counts as prompt time: an overestimate.
     return StepCosts(points, max(all_seconds - sum(seconds.values()), 0.0) / prompt_tokens)
 
 
@@ -83,23 +86,23 @@ def _middle(label: str) -> float:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one kind."""
+    """The sizes of requests and the limits of a replica."""
 
     prompt_tokens: int
-    fewest_output_tokens: int
-    most_output_tokens: int
+    min_output_tokens: int
+    max_output_tokens: int
     max_running: int = 32
     prefill_chunk_tokens: int = 256
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What requests saw, in seconds, and what the replica did."""
+    """The simulated seconds of requests, and the load of the replica."""
 
     first_token: list[float]
     total: list[float]
     mean_batch: float
-    busy: float  # share of the time
+    busy: float  # share of the time with a step running
 
     def percentile(self, values: list[float], percent: int) -> float:
         return quantiles(values, n=100, method="inclusive")[percent - 1]
@@ -114,11 +117,11 @@ class _Request:
 
 
 def simulate(costs: StepCosts, workload: Workload, rate: float, random: Random, count: int = NUM_REQUESTS) -> Outcome:
-    """One replica under Poisson arrivals of `rate` requests per second: first come, first served, in one batch."""
+    """Simulate one replica under Poisson arrivals of `rate` requests per second, served in order of arrival."""
     arrivals, moment = deque[_Request](), 0.0
     for _ in range(count):
         moment += random.expovariate(rate)
-        output = random.randint(workload.fewest_output_tokens, workload.most_output_tokens)
+        output = random.randint(workload.min_output_tokens, workload.max_output_tokens)
         arrivals.append(_Request(moment, workload.prompt_tokens, output))
     running: list[_Request] = []
     ended: list[tuple[_Request, float]] = []
@@ -128,21 +131,21 @@ def simulate(costs: StepCosts, workload: Workload, rate: float, random: Random, 
             now = arrivals[0].arrived
         while arrivals and arrivals[0].arrived <= now and len(running) < workload.max_running:
             running.append(arrivals.popleft())
-        room = float(workload.prefill_chunk_tokens)
+        chunk_left = float(workload.prefill_chunk_tokens)
         decoding = [request for request in running if request.unread <= 0]
         reading = 0.0
         for request in running:
-            part = min(request.unread, room)
-            request.unread -= part
-            room -= part
-            reading += part
-        seconds, brought = costs.at(len(decoding)) if decoding else (0.0, 0.0)
+            num_read = min(request.unread, chunk_left)
+            request.unread -= num_read
+            chunk_left -= num_read
+            reading += num_read
+        seconds, num_tokens = costs.at(len(decoding)) if decoding else (0.0, 0.0)
         seconds = max(seconds, reading * costs.prefill_seconds) if reading else seconds
         now += seconds
         busy += seconds
         weighted += seconds * len(running)
         for request in decoding:
-            request.left -= brought / len(decoding)
+            request.left -= num_tokens / len(decoding)
             request.first = now if request.first is None else request.first
         ended += [(request, now) for request in decoding if request.left <= 1e-9]
         running = [request for request in running if request.unread > 0 or request.left > 1e-9]
@@ -155,22 +158,24 @@ def simulate(costs: StepCosts, workload: Workload, rate: float, random: Random, 
     )
 
 
-def most_rate(costs: StepCosts, workload: Workload) -> float:
-    """Requests per second that keep one replica just busy, its batch full."""
+def max_rate(costs: StepCosts, workload: Workload) -> float:
+    """Return the requests per second that keep one replica fully busy with a full batch."""
     seconds, tokens = costs.at(workload.max_running)
-    output = (workload.fewest_output_tokens + workload.most_output_tokens) / 2
+    output = (workload.min_output_tokens + workload.max_output_tokens) / 2
     return 1 / (output * seconds / tokens + workload.prompt_tokens * costs.prefill_seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--metrics", required=True, help="address of /metrics, or a file with what it said")
-    parser.add_argument("--rate", type=float, required=True, help="requests per second, of all replicas together")
+    parser.add_argument("--metrics", required=True, help="URL of /metrics, or a file with its content")
+    parser.add_argument("--rate", type=float, required=True, help="requests per second, over all replicas")
     parser.add_argument(
-        "--p99-seconds", type=float, required=True, help="the 99th percentile of whole requests to keep"
+        "--p99-seconds", type=float, required=True, help="limit for the 99th percentile of request durations"
     )
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", default="32-96", help="fewest-most, all as likely (default: %(default)s)")
+    parser.add_argument(
+        "--output-tokens", default="32-96", help="MIN-MAX, uniformly distributed (default: %(default)s)"
+    )
     parser.add_argument("--max-running", type=int, default=32, help="DIFFUSPEC_SCHEDULER__MAX_RUNNING")
     options = parser.parse_args(argv)
     try:
@@ -178,14 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)
         return 1
-    fewest, _, most = options.output_tokens.partition("-")
-    workload = Workload(options.prompt_tokens, int(fewest), int(most or fewest), options.max_running)
+    low, _, high = options.output_tokens.partition("-")
+    workload = Workload(options.prompt_tokens, int(low), int(high or low), options.max_running)
     print("batch  step ms  tokens a step")
     for batch, seconds, tokens in costs.points:
         print(f"{batch:5.1f} {1000 * seconds:8.1f} {tokens:14.2f}")
     print(f"prompts: {1000 * costs.prefill_seconds:.2f} ms a token\n")
     print("replicas  requests/s each  busy  batch  first token p50 / p99 s  request p50 / p99 s")
-    replicas = max(1, int(options.rate / most_rate(costs, workload)))
+    replicas = max(1, int(options.rate / max_rate(costs, workload)))
     for count in range(replicas, MAX_REPLICAS + 1):
         found = simulate(costs, workload, options.rate / count, Random(0))
         first, total = ([found.percentile(times, p) for p in (50, 99)] for times in (found.first_token, found.total))
@@ -198,9 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if count > replicas + 12 and found.busy < 0.05:
             break
-    print(
-        "\nNo number of replicas does: one request alone takes longer. Faster hardware or a smaller target is needed."
-    )
+    print("\nNo number of replicas is enough: one request alone takes longer. Use faster hardware or a smaller target.")
     return 1
 
 

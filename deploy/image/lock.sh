@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Writes service.lock and loadtest.lock: every package of the two images by version and sha256. `make lock`
+# `make lock`: writes service.lock and loadtest.lock, with version and sha256 of every package of the two images.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 uv=${UV:-uv}
 
-# torch is in torch.txt instead: each index has a build, and so a hash, of its own.
+# torch is in torch.txt instead, because every index has its own build of it, with its own hash.
 for image in service loadtest; do
   python3 deploy/image/requirements.py ${image#service} |
     "$uv" pip compile - --config-file deploy/image/lock.toml --quiet --upgrade --generate-hashes --no-annotate \

@@ -1,4 +1,4 @@
-"""Prints what pyproject.toml asks for, one package a line: of the service itself, or of the extra that is named."""
+"""Print the requirements in pyproject.toml, one per line: of the service, or of the extra named as argument."""
 
 import sys
 import tomllib

@@ -1,11 +1,11 @@
-"""Locust users that stream, and measure what a reader feels: time to first token and time between tokens.
+"""Locust users that stream answers and measure what a reader notices: time to first token and time between tokens.
 
-Closed loop (`--arrivals closed`): each user sends its next request when the last one has ended, so that load adapts to
+Closed loop (`--arrivals closed`): each user sends its next request when the last one has ended, so the load adapts to
 the server. Open loop (`--arrivals open`): each user is a Poisson process of `--rate` requests per second that does not
-wait for answers; what the server cannot do shows as a growing time to first token and as 429.
+wait for answers. An overloaded server shows a growing time to first token, and 429.
 
-Rows of the report: `total` is the whole request, `TTFT` the time to first token, `ITL` the time between tokens; each by
-workload. A cancelled request counts up to the moment the user walks away.
+Rows of the report, by workload: `total` is the whole request, `TTFT` the time to first token, `ITL` the time between
+tokens. A cancelled request ends when its user walks away.
 """
 
 import functools
@@ -22,7 +22,7 @@ from locust import LoadTestShape, User, between, constant, events, task
 from streaming import CutShortError, RefusedError, monotonic, read_stream
 from workloads import Mix
 
-MAX_OUTSTANDING = 500  # of one open-loop user; beyond it the client, not the server, would be measured
+MAX_OUTSTANDING = 500  # requests of one open-loop user; with more, the client would be the bottleneck
 RAMP_STEPS = 8
 SOAK_WARM_UP_SECONDS = 30
 
@@ -36,13 +36,13 @@ def add_arguments(parser: Any) -> None:
         kind = type(default)
         parser.add_argument(flag, default=kind(os.environ.get(variable) or default), type=kind, help=text, **options)
 
-    add("--arrivals", "closed", "closed loop, or open loop (Poisson arrivals)", choices=["closed", "open"])
+    add("--arrivals", "closed", "closed loop or open loop (Poisson arrivals)", choices=["closed", "open"])
     add("--rate", 1.0, "open loop: requests per second of one user")
-    add("--shape", "steady", "how many users there are over time", choices=["steady", "ramp", "soak"])
-    add("--mix", "", "weights of the workloads, such as completion=3,cancelled=1; empty: the usual mix")
-    add("--model", "", "name of the model; empty: the first that the server lists")
-    add("--max-tokens", 96, "most tokens of an answer")
-    add("--seed", 0, "of prompts and arrivals")
+    add("--shape", "steady", "the number of users over time", choices=["steady", "ramp", "soak"])
+    add("--mix", "", "weights of the workloads, such as completion=3,cancelled=1; empty: the default mix")
+    add("--model", "", "name of the model; empty: the first one that the server lists")
+    add("--max-tokens", 96, "maximum tokens of an answer")
+    add("--seed", 0, "seed of prompts and arrivals")
     add("--api-key", "", "sent as Authorization: Bearer KEY", is_secret=True)
 
 
@@ -58,7 +58,7 @@ def headers(key: str) -> dict[str, str]:
 
 
 class StreamingUser(User):
-    """Sends requests of the mix and reads their streams."""
+    """Sends requests from the mix and reads their streams."""
 
     abstract = True
 
@@ -74,7 +74,7 @@ class StreamingUser(User):
         self.model = options.model or model_name(self.host, options.api_key)
 
     def send(self) -> None:
-        """One request, from drawing it to its last token."""
+        """Draw a request, send it, and read it to its last token."""
         request = self.mix.draw(self.random, self.model)
         started = monotonic()
         timing, error = None, None
@@ -102,7 +102,7 @@ class StreamingUser(User):
 
 
 class ClosedLoopUser(StreamingUser):
-    """Reads an answer to its end, thinks, asks again."""
+    """Reads an answer to its end, pauses, and asks again."""
 
     wait_time = between(0.0, 0.5)
 
@@ -112,7 +112,7 @@ class ClosedLoopUser(StreamingUser):
 
 
 class OpenLoopUser(StreamingUser):
-    """Requests arrive as from many independent people: at a rate that does not depend on the answers."""
+    """Sends requests like many independent people: at a rate that does not depend on the answers."""
 
     wait_time = constant(0)
 
@@ -140,9 +140,10 @@ def choose_users(environment: Any, **_: Any) -> None:
 
 
 class Shape(LoadTestShape):
-    """`steady`: all users at once. `ramp`: eight equal steps up to all of them, so that the knee is seen.
+    """The number of users over time.
 
-    `soak`: users arrive over half a minute and stay to the end, which may be hours away.
+    `steady`: all users at once. `ramp`: eight equal steps up to all users, to show the saturation point. `soak`: users
+    arrive over half a minute and stay to the end, possibly for hours.
     """
 
     use_common_options = True

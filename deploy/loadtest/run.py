@@ -1,7 +1,7 @@
 """`make loadtest`: run locust headless against a local server, and write reports/loadtest.html.
 
-A server that answers at --url is used as it is; else `diffuspec serve` is started there for the time of the test.
-Everything after `--` goes to locust, e.g. `-- --arrivals open --rate 2`.
+A server that answers at --url is used as it is. Otherwise `diffuspec serve` is started there for the duration of the
+test. Everything after `--` goes to locust, e.g. `-- --arrivals open --rate 2`.
 """
 
 import argparse
@@ -47,13 +47,13 @@ def is_ready(url: str) -> bool:
 
 @contextmanager
 def server(url: str) -> Iterator[None]:
-    """The server that is there, or one of our own."""
+    """Use the server that answers at `url`, or start one there."""
     if is_ready(url):
         yield
         return
     address = urlsplit(url)
     command = [sys.executable, "-m", "service.cli", "serve", "--host", address.hostname or "127.0.0.1"]
-    command += ["--port", str(address.port or 8000), "--threads", "1"]  # the bundled pair is too small for more
+    command += ["--port", str(address.port or 8000), "--threads", "1"]  # the bundled pair is too small for more threads
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + START_SECONDS

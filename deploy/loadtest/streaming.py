@@ -1,4 +1,4 @@
-"""One streamed request to an OpenAI-compatible server, and when its parts came."""
+"""Read one streamed answer of an OpenAI-compatible server, and time its chunks."""
 
 import json
 import time
@@ -10,7 +10,7 @@ Clock = Callable[[], float]
 
 
 class Answer(Protocol):
-    """What is used of a response of `requests`."""
+    """The attributes that we use of a response from `requests`."""
 
     status_code: int
     text: str
@@ -20,7 +20,7 @@ class Answer(Protocol):
 
 
 class RefusedError(Exception):
-    """The server answered with a status other than 200, or with an error within the stream."""
+    """The server answered with a status other than 200, or with an error in the stream."""
 
 
 class CutShortError(Exception):
@@ -32,15 +32,15 @@ class Timing:
     """Durations of one request, in seconds."""
 
     first_token: float | None = None  # from sending the request
-    between_tokens: list[float] = field(default_factory=list)  # one a chunk after the first: its wait over its tokens
+    between_tokens: list[float] = field(default_factory=list)  # per chunk after the first: its wait / its tokens
     total: float = 0.0
     num_tokens: int = 0
 
 
 def read_stream(answer: Answer, started: float, clock: Clock, stop_after_tokens: int | None = None) -> Timing:
-    """Read an answer to `{"stream": true, "return_token_ids": true}`: only the ids say which tokens a chunk has.
+    """Read an answer to `{"stream": true, "return_token_ids": true}`. Only the ids tell how many tokens a chunk has.
 
-    After `stop_after_tokens` the connection is closed, as by a user who walked away. Raises RefusedError and
+    After `stop_after_tokens` close the connection, like a user who walks away. Raises RefusedError and
     CutShortError.
     """
     timing = Timing()
@@ -72,11 +72,11 @@ def read_stream(answer: Answer, started: float, clock: Clock, stop_after_tokens:
         timing.total = clock() - started
 
 
-def events(parts: Iterable[bytes]) -> Iterator[str]:
-    """The data of server-sent events, however the bytes were cut into parts."""
+def events(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield the data of server-sent events, however the bytes are cut."""
     rest = b""
-    for part in parts:
-        *lines, rest = (rest + part).split(b"\n")
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].strip().decode()

@@ -1,4 +1,4 @@
-"""What users ask for: a mix of workloads, drawn with a seed of their own so that runs can be compared."""
+"""The requests of users: a mix of workloads, drawn from a seed so that runs can be compared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class Request:
     workload: str
     path: str
     body: dict[str, Any]
-    stop_after_tokens: int | None = None  # walk away after so many
+    stop_after_tokens: int | None = None  # the user walks away after this many; None: never
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Relative weights of the workloads, and the sizes of what they ask for."""
+    """Relative weights of the workloads, and the sizes of their requests."""
 
     completion: float = 4
     chat: float = 2
@@ -48,20 +48,20 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str, max_tokens: int) -> "Mix":
-        """From weights such as `completion=3,cancelled=1`, others 0; empty: the usual mix. Raises ValueError."""
+        """Parse weights such as `completion=3,cancelled=1`; others are 0. Empty: the default mix. Raises ValueError."""
         if not text:
             return cls(max_tokens=max_tokens)
         weights = dict.fromkeys(WORKLOADS, 0.0)
-        for part in text.split(","):
-            name, _, weight = part.partition("=")
+        for assignment in text.split(","):
+            name, _, weight = assignment.partition("=")
             if name not in weights:
-                raise ValueError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
+                raise ValueError(f"unknown workload {name!r}; choose from {', '.join(WORKLOADS)}")
             weights[name] = float(weight)
         completion, chat, sampled, cancelled, long = weights.values()
         return cls(completion, chat, sampled, cancelled, long, max_tokens)
 
     def draw(self, random: Random, model: str) -> Request:
-        """One request for `model`."""
+        """Draw one request for `model`."""
         workload = random.choices(WORKLOADS, [getattr(self, name) for name in WORKLOADS])[0]
         body: dict[str, Any] = {"model": model, "max_tokens": random.randint(self.max_tokens // 3, self.max_tokens)}
         body |= {"temperature": 0.0, "seed": random.getrandbits(32), **STREAM}
@@ -78,7 +78,7 @@ class Mix:
 
 
 def long_prompt(random: Random, num_lines: int) -> str:
-    """Code that no two requests share, so that no prefix cache helps."""
+    """Return code that no two requests share, so that no prefix cache helps."""
     names: Sequence[str] = ("path", "line", "name", "item", "value", "key")
     lines = ["def generated():\n"]
     for index in range(num_lines):

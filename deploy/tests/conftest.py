@@ -1,8 +1,7 @@
-"""The compose deployment, really built and started. Not part of `make test`: it needs Docker with Compose 2.24.
+"""Fixtures that build and start the real compose deployment. Not in `make test`: needs Docker with Compose 2.24.
 
-What a machine has of its own (other images, a package mirror, free ports) comes from the file that
-COMPOSE_TEST_ENV_FILE names, in the form of .env. COMPOSE_TEST_WITHOUT=grafana leaves out the checks of Grafana, where
-its image is a stand-in.
+COMPOSE_TEST_ENV_FILE names a file like .env with this machine's own images, package mirror and free ports.
+COMPOSE_TEST_WITHOUT=grafana skips the checks of Grafana, for machines where its image is a stand-in.
 """
 
 import json
@@ -25,7 +24,7 @@ KEY = "a-key-of-the-test"
 
 @dataclass(frozen=True)
 class Deployment:
-    """One compose project; `environment` is what its .env would say."""
+    """One compose project. `environment` takes the place of its .env."""
 
     project: str
     environment: dict[str, str]
@@ -46,7 +45,7 @@ class Deployment:
         return f"http://127.0.0.1:{self.port('GRAFANA_PORT', 3000)}"
 
     def compose(self, *arguments: str, seconds: float = COMMAND_SECONDS, **environment: str) -> str:
-        """Run `docker compose`; returns what it printed, fails the test if it failed."""
+        """Run `docker compose` and return its output. Fails the test if the command fails."""
         command = ["docker", "compose", "--project-name", self.project, *arguments]
         env = {**os.environ, **self.environment, **environment}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds)
@@ -54,7 +53,7 @@ class Deployment:
         return done.stdout
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """What Docker knows of a service's container, running or not."""
+        """Return `docker inspect` of a service's container, running or not."""
         container = self.compose("ps", "--all", "--quiet", service).strip()
         done = subprocess.run(["docker", "inspect", container], capture_output=True, text=True, check=True, timeout=60)
         found: dict[str, Any] = json.loads(done.stdout)[0]
@@ -81,9 +80,9 @@ def without() -> set[str]:
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
-    """Built and up, every service with a health check healthy."""
+    """The deployment, built and running, with every health check passing."""
     if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
-        pytest.fail("needs a running Docker; `docker info` says what is missing")
+        pytest.fail("needs a running Docker; `docker info` shows what is missing")
     file = os.environ.get("COMPOSE_TEST_ENV_FILE")
     found = Deployment("diffuspec-test", read_variables(Path(file)) if file else {})
     found.compose("--profile", "loadtest-headless", "build", seconds=BUILD_SECONDS)

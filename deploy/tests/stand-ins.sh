@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stand-ins for the base images, from Debian's packages, for trying the deployment where no registry of images can be
-# reached. Python and Prometheus are real ones; in Grafana's place something sleeps, so that the rest can start.
+# Builds stand-ins for the base images from Debian packages, to try the deployment where no image registry is reachable.
+# Python and Prometheus are real; Grafana's stand-in only sleeps, so that the rest can start.
 #
 #   deploy/tests/stand-ins.sh > stand-ins.env          needs root, debootstrap and a running Docker
 #   COMPOSE_TEST_ENV_FILE=stand-ins.env COMPOSE_TEST_WITHOUT=grafana make compose-test

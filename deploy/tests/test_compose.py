@@ -1,4 +1,4 @@
-"""What a user of `docker compose up` relies on, in the order in which they would meet it."""
+"""The promises to a user of `docker compose up`, in the order in which they meet them."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from conftest import KEY, ROOT, Deployment, wait_for
 from openai import OpenAI
 
 PROMPT = "def read_lines(path):\n"
-LONGEST = 900  # tokens: plain decoding needs longer for them than the short drain of the last test
+MAX_TOKENS = 900  # plain decoding takes longer than the short drain of the last test
 
 
 def complete(url: str, key: str = "unused", **options: Any) -> str:
@@ -116,7 +116,7 @@ def test_keys_come_from_a_file_that_only_their_owner_reads(deployment: Deploymen
     assert httpx.get(url, timeout=30).status_code == 401
     assert httpx.get(url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30).status_code == 200
     assert KEY not in json.dumps(deployment.inspect("diffuspec"))
-    # No key in the file: it does not start, rather than serve everybody.
+    # Without a key in the file the service must not start, rather than serve everybody.
     keys.write_text("# none yet\n")
     fresh = ["up", "--detach", "--wait", "--no-deps", "--force-recreate"]
     with pytest.raises(AssertionError, match=r"unhealthy|exited|restarting|timeout"):
@@ -125,7 +125,7 @@ def test_keys_come_from_a_file_that_only_their_owner_reads(deployment: Deploymen
 
 
 def read_to_the_end(url: str, max_tokens: int, ends: list[str], started: threading.Semaphore) -> None:
-    """Notes how a stream ended: `done`, the code of an error within it, or the name of what broke the connection."""
+    """Append how a stream ended: `done`, the code of an error in it, or the type of the connection error."""
     body: dict[str, Any] = {
         "prompt": PROMPT,
         "max_tokens": max_tokens,
@@ -149,11 +149,11 @@ def read_to_the_end(url: str, max_tokens: int, ends: list[str], started: threadi
     ends.append(end)
 
 
-@pytest.mark.parametrize(("drain", "max_tokens", "expected"), [("240", 200, "done"), ("0.2", LONGEST, "not_ready")])
+@pytest.mark.parametrize(("drain", "max_tokens", "expected"), [("240", 200, "done"), ("0.2", MAX_TOKENS, "not_ready")])
 def test_stopping_ends_every_stream_cleanly(
     deployment: Deployment, tmp_path: Path, drain: str, max_tokens: int, expected: str
 ) -> None:
-    """With time enough they are finished; without, each gets an error of its own rather than a broken connection."""
+    """With enough time, streams are finished. Without, each gets an error event instead of a broken connection."""
     override = json.dumps({"services": {"diffuspec": {"environment": {"DIFFUSPEC_SERVER__DRAIN_SECONDS": drain}}}})
     path = tmp_path / "drain.json"
     path.write_text(override)

@@ -64,10 +64,16 @@ class Acceptance:
         flat, ends = survival.tolist(), list(accumulate(len(draft.confidences) for draft in drafts))
         return [flat[end - len(draft.confidences) : end] for draft, end in zip(drafts, ends, strict=True)]
 
-    def observe(self, drafts: Sequence[Draft], classes: Sequence[int], num_accepted: Sequence[int]) -> None:
-        """Take in verified drafts: their first `num_accepted` tokens were right, the next one (if any) was not."""
+    def observe(self, drafts: Sequence[Draft], classes: Sequence[int], num_accepted: Sequence[int]) -> list[float]:
+        """Take in verified drafts: their first `num_accepted` tokens were right, the next one (if any) was not.
+
+        Returns how many of each draft's tokens were expected to be accepted, whatever its request's factor.
+        """
         confidences, sizes = _packed(drafts, classes)
-        _learn(confidences, sizes, np.array(num_accepted, np.int64), self._rates, self._seen)
+        expected = np.zeros(len(drafts))
+        _learn(confidences, sizes, np.array(num_accepted, np.int64), self._rates, self._seen, expected)
+        found: list[float] = expected.tolist()
+        return found
 
 
 def _packed(drafts: Sequence[Draft], classes: Sequence[int]) -> tuple[Floats, Ints]:
@@ -86,25 +92,34 @@ def _place(confidence: float) -> tuple[int, float]:
 
 
 @compiled
+def _rate(confidence: float, table: Floats) -> float:
+    """Return the acceptance of a confidence, on the line between two knots."""
+    knot, share = _place(confidence)
+    return float(table[knot] + share * (table[knot + 1] - table[knot]))
+
+
+@compiled
 def _survive(confidences: Floats, sizes: Ints, rates: Floats, factors: Floats, survival: Floats) -> None:
     start = 0
     for draft in range(len(sizes)):
         length, searched, where = sizes[draft]
         alive = 1.0
         for position in range(length):
-            table = rates[1 if position < searched else 0, where]
-            knot, share = _place(confidences[start + position])
-            rate = table[knot] + share * (table[knot + 1] - table[knot])
+            rate = _rate(confidences[start + position], rates[1 if position < searched else 0, where])
             alive *= min(rate * factors[draft], 1.0)
             survival[start + position] = alive
         start += length
 
 
 @compiled
-def _learn(confidences: Floats, sizes: Ints, num_accepted: Ints, rates: Floats, seen: Floats) -> None:
+def _learn(confidences: Floats, sizes: Ints, num_accepted: Ints, rates: Floats, seen: Floats, expected: Floats) -> None:
     start = 0
     for draft in range(len(sizes)):
         length, searched, where = sizes[draft]
+        alive = 1.0
+        for position in range(length):
+            alive *= _rate(confidences[start + position], rates[1 if position < searched else 0, where])
+            expected[draft] += alive
         for position in range(min(num_accepted[draft] + 1, length)):
             source = 1 if position < searched else 0
             knot, share = _place(confidences[start + position])

@@ -12,6 +12,7 @@ from drafters.policy.acceptance import NUM_CLASSES, Acceptance, RequestFactor, t
 from drafters.policy.learning import PRIOR_WEIGHT, RATE, Exploring
 from drafters.policy.paper import PaperLength, PaperOptions
 from drafters.policy.seconds import StepSeconds
+from transformer.compiled import allocating
 
 Floats = NDArray[np.float64]
 
@@ -163,10 +164,9 @@ class Policy:
         known = [(self._states[each.request_id], each) for each in step.outcomes if each.request_id in self._states]
         drafted = [(state, outcome) for state, outcome in known if outcome.draft.tokens]
         drafts, classes = [each.draft for _, each in drafted], [state.temperature_class for state, _ in drafted]
-        survival = self._acceptance.survival(drafts, classes, [1.0] * len(drafts))
-        self._acceptance.observe(drafts, classes, [outcome.num_accepted for _, outcome in drafted])
-        for (state, outcome), rates in zip(drafted, survival, strict=True):
-            state.factor.observe(outcome.num_accepted, sum(rates))
+        expected = self._acceptance.observe(drafts, classes, [outcome.num_accepted for _, outcome in drafted])
+        for (state, outcome), tokens in zip(drafted, expected, strict=True):
+            state.factor.observe(outcome.num_accepted, tokens)
         for state, outcome in known:
             if not outcome.draft.tokens:
                 state.factor.observe(0.0, 0.0)
@@ -231,21 +231,14 @@ class Policy:
         A batch's tokens are taken in the order of their survival, as many as pay. other_rows: drafted for requests
         whose length is settled otherwise.
         """
-        flat = np.array([value for draft in drafts for value in draft.survival])
-        order = np.argsort(-flat, kind="stable")  # a request's tokens stay in order: survival never rises along a draft
-        seconds = self._seconds.drafted(self._num_requests, self._num_rows + other_rows, len(flat))
+        survival = np.array([value for draft in drafts for value in draft.survival])
+        seconds = self._seconds.drafted(self._num_requests, self._num_rows + other_rows, len(survival))
         if not other_rows:
             seconds[0] = self._plain_seconds
         seconds += self._seconds.overhead + spent_seconds
-        tokens = np.full(len(flat) + 1, float(self._num_requests))
-        tokens[1:] += np.cumsum(flat[order])
-        rates = tokens / seconds
-        best = int(rates.argmax())
-        if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
-            best = 0
-        owners = np.repeat(np.arange(len(drafts)), [len(draft.tokens) for draft in drafts])
-        lengths = np.bincount(owners[order[:best]], minlength=len(drafts)).tolist()
-        return lengths, float(tokens[best]), float(seconds[best])
+        sizes = np.array([len(draft.tokens) for draft in drafts])
+        lengths, tokens, best = _best_lengths(survival, sizes, seconds, float(self._num_requests), MIN_GAIN)
+        return lengths.tolist(), tokens, best
 
     def _better(self, request: DraftRequest, free: Draft, found: Draft | None) -> Draft:
         """Return the draft that is expected to have more tokens accepted; a fixed length takes any searched path."""
@@ -289,3 +282,27 @@ class Policy:
             state = RequestState(temperature_class(request.temperature), PaperLength(self._options.paper))
             self._states[request.request_id] = state
         return state
+
+
+@allocating
+def _best_lengths(
+    survival: Floats, sizes: NDArray[np.int64], seconds: Floats, num_requests: float, min_gain: float
+) -> tuple[NDArray[np.int64], float, float]:
+    """Return the lengths, tokens and seconds of the step with most tokens per second.
+
+    survival: of all drafts' tokens, draft after draft; it never rises along one, so that tokens taken by survival are
+    taken in order. sizes: `[drafts]` tokens of each. seconds: `[1 + tokens]` of the step with 0, 1, ... of them.
+    """
+    order = np.argsort(-survival, kind="mergesort")
+    tokens = best_tokens = num_requests
+    best = 0
+    best_rate = (1.0 + min_gain) * tokens / seconds[0]
+    for count in range(1, len(order) + 1):
+        tokens += survival[order[count - 1]]
+        if tokens / seconds[count] > best_rate:
+            best, best_rate, best_tokens = count, tokens / seconds[count], tokens
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    lengths = np.zeros(len(sizes), np.int64)
+    for place in order[:best]:
+        lengths[owners[place]] += 1
+    return lengths, best_tokens, seconds[best]

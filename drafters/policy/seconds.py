@@ -43,11 +43,14 @@ class StepSeconds:
 
     def plain(self, num_requests: int, num_rows: int) -> float:
         """Return the seconds of a verification pass without drafts. num_rows: its prompt rows included."""
-        return float(self._verify(num_requests, num_rows, 0)[0]) * self._ratio["plain"]
+        return self._verified(num_requests, num_rows) * self._ratio["plain"]
 
     def drafted(self, num_requests: int, num_rows: int, max_drafted: int) -> Floats:
         """Return `[1 + max_drafted]` seconds of verification passes with 0, 1, ... draft tokens beside `num_rows`."""
-        return self._verify(num_requests, num_rows, max_drafted) * self._ratio["drafted"]
+        first = min(num_rows, MAX_ROWS - max_drafted)
+        beside = self._verified(num_requests, 0)
+        seconds: Floats = (self._by_rows[first : first + max_drafted + 1] + beside) * self._ratio["drafted"]
+        return seconds
 
     def diffusion(self, rows: Ints) -> Floats:
         """Return the seconds of diffusion passes of so many `rows`; 0 for none."""
@@ -56,15 +59,15 @@ class StepSeconds:
 
     def row(self, num_requests: int, num_rows: int) -> float:
         """Return the seconds of one more row in a drafted pass: the mean over the next eight."""
-        passes = self.drafted(num_requests, num_rows, 8)
-        return float(passes[8] - passes[0]) / 8
+        first = min(num_rows, MAX_ROWS - 8)
+        return float(self._by_rows[first + 8] - self._by_rows[first]) / 8 * self._ratio["drafted"]
 
     def observe(self, step: StepRecord) -> None:
         """Learn from a step. Prompt rows need no logits and long attention, so steps with some teach nothing here."""
         num_requests, drafting = len(step.outcomes), step.drafting
         if num_requests and not step.num_prefill_rows:
             kind: StepKind = "drafted" if any(outcome.draft.tokens for outcome in step.outcomes) else "plain"
-            self._correct(kind, step.verify_seconds, float(self._verify(num_requests, step.num_rows, 0)[0]))
+            self._correct(kind, step.verify_seconds, self._verified(num_requests, step.num_rows))
         if drafting.num_diffusion_rows:
             predicted = float(self._passes[min(drafting.num_diffusion_rows, MAX_ROWS)])
             self._correct("pass", drafting.pass_seconds, predicted)
@@ -74,12 +77,10 @@ class StepSeconds:
         for each in self._age:
             self._age[each] += 1
 
-    def _verify(self, num_requests: int, num_rows: int, max_drafted: int) -> Floats:
-        """Return `[1 + max_drafted]` seconds by the start-up curves alone."""
-        first = min(num_rows, MAX_ROWS - max_drafted)
-        beside = self._by_requests[min(num_requests, MAX_ROWS)] - self._by_rows[min(num_requests, MAX_ROWS)]
-        seconds: Floats = np.maximum(self._by_rows[first : first + max_drafted + 1] + beside, 1e-9)
-        return seconds
+    def _verified(self, num_requests: int, num_rows: int) -> float:
+        """Return the seconds of a verification pass by the start-up curves alone."""
+        requests, rows = min(num_requests, MAX_ROWS), min(num_rows, MAX_ROWS)
+        return float(self._by_requests[requests] + self._by_rows[rows] - self._by_rows[requests])
 
     def _correct(self, kind: StepKind, seconds: float, predicted: float) -> None:
         """Pull a kind's ratio towards one step; the longer none was seen, the more."""

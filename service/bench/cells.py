@@ -1,4 +1,4 @@
-"""The configurations that are compared: settings of the service, and the two that no setting gives."""
+"""The configurations to compare: the service under various settings, and two that no setting gives."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One configuration; what it does not override is as the settings say."""
+    """One configuration: overrides of the service's settings."""
 
     name: str
     meaning: str
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the speculation settings
     drafter: DrafterUse = "none"
     kind: Kind = "service"
-    is_usual: bool = False  # measured if nothing else is asked for
+    is_usual: bool = False  # measured by default
 
     @property
     def role(self) -> Role:
@@ -45,18 +45,18 @@ class Cell:
 
 
 def _diffusion_cell(mode: Literal["cps", "argmax"], policy: PolicyName) -> Cell:
-    """The diffusion drafter by itself: nothing else drafts, and what the search knows only judges its candidates."""
+    """Return a cell with the diffusion drafter alone: nothing else drafts; the causal model only scores candidates."""
     path = "the searched path (CPS)" if mode == "cps" else "each position's best token"
     overrides: dict[str, Any] = {"free_drafts": False, "search": mode == "cps", "policy": policy}
     overrides["lattice_weight_decay"] = 1.0  # the paper's search
     if policy == "paper":
         overrides["max_draft_tokens"] = 32  # the paper drafts 20 to 30 tokens
-    meaning = f"diffusion alone, {path}, length policy {policy}"
+    meaning = f"diffusion alone, {path}, policy {policy}"
     return Cell(f"{mode}-{policy}", meaning, overrides, drafter="real", is_usual=policy == "goodput")
 
 
 def _free_cell(name: str, causal_model: CausalModelName, meaning: str, is_usual: bool = False) -> Cell:
-    """What is drafted without a model."""
+    """Return a cell that drafts without a diffusion model."""
     return Cell(
         name, meaning, {"policy": "goodput", "free_drafts": True, "causal_model": causal_model}, is_usual=is_usual
     )
@@ -65,17 +65,15 @@ def _free_cell(name: str, causal_model: CausalModelName, meaning: str, is_usual:
 CELLS = (
     Cell(PLAIN, "no drafts", {"max_draft_tokens": 0}, is_usual=True),
     Cell("prompt-lookup", "published prompt lookup, always the same length", kind="prompt-lookup", is_usual=True),
-    _free_cell("own-text", "text", "the request's own text, length policy goodput"),
-    _free_cell("ngram", "ngram", "the n-gram model alone, length policy goodput"),
-    _free_cell("free", "mixed", "both of them, length policy goodput: the best draft without a model", is_usual=True),
+    _free_cell("own-text", "text", "the request's own text, policy goodput"),
+    _free_cell("ngram", "ngram", "the n-gram model alone, policy goodput"),
+    _free_cell("free", "mixed", "own text and n-grams, policy goodput: the best draft without a model", is_usual=True),
     *(_diffusion_cell("argmax", policy) for policy in ("fixed", "paper", "goodput")),
     *(_diffusion_cell("cps", policy) for policy in ("fixed", "paper", "goodput")),
-    Cell(
-        "default", "the settings as they are: all sources joined, length policy goodput", drafter="real", is_usual=True
-    ),
+    Cell("default", "the settings as they are: all sources joined, policy goodput", drafter="real", is_usual=True),
     Cell(
         "garbage",
-        "a drafter as costly and as sure as the real one, and wrong; length policy goodput",
+        "a drafter as slow and as confident as the real one, but always wrong; policy goodput",
         {"free_drafts": False, "search": False, "policy": "goodput"},
         drafter="garbage",
     ),
@@ -83,13 +81,13 @@ CELLS = (
 
 
 class UnknownCellError(Exception):
-    """A name that is no cell's, or a cell that needs a drafter where there is none."""
+    """No cell has this name, or the cell needs a drafter and there is none."""
 
 
 def choose_cells(names: Sequence[str] | None, everything: bool, has_drafter: bool) -> list[Cell]:
-    """The cells to measure, `plain` always first: by name, all, or the usual ones.
+    """Return the cells to measure, `plain` always first: those named, all, or the usual ones.
 
-    A name may go on with speculation settings of its own: `cps-fixed+refinement_steps=2`. Raises UnknownCellError.
+    A name may have speculation settings appended: `cps-fixed+refinement_steps=2`. Raises UnknownCellError.
     """
     if names is None:
         return [cell for cell in CELLS if (everything or cell.is_usual) and (has_drafter or cell.drafter == "none")]
@@ -101,11 +99,11 @@ def choose_cells(names: Sequence[str] | None, everything: bool, has_drafter: boo
 
 
 def find_cell(name: str) -> Cell:
-    """The cell of that name, with the settings that are added to it. Raises UnknownCellError."""
+    """Return the cell with this name, with the appended settings. Raises UnknownCellError."""
     known = {cell.name: cell for cell in CELLS}
     base, *added = name.split("+")
     if base not in known:
-        raise UnknownCellError(f"unknown cell {base!r}; there are {', '.join(known)}")
+        raise UnknownCellError(f"unknown cell {base!r}; choose from {', '.join(known)}")
     cell = known[base]
     if not added:
         return cell
@@ -126,26 +124,26 @@ def find_cell(name: str) -> Cell:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Loaded once, shared by all cells."""
+    """The models, loaded once and shared by all cells."""
 
     target: TransformerConfig
     drafters: Mapping[DrafterUse, Transformer]
 
 
 def build(cell: Cell, settings: Settings, models: Models) -> Pipeline:
-    """The cell's own pipeline, over shared weights."""
+    """Build the cell's pipeline over the shared models."""
     speculation = settings.speculation.model_copy(update=dict(cell.overrides))
     if cell.kind == "prompt-lookup":
         return PromptLookupDrafting(speculation.fixed_draft_tokens)
     changed = settings.model_copy(update={"speculation": speculation})
-    if cell.drafter == "none":  # without a model, whatever the settings say of one: what drafts freely is measured
+    if cell.drafter == "none":  # draft without a diffusion model, whatever the settings name
         changed = changed.model_copy(update={"model": settings.model.model_copy(update={"drafter": PROMPT_LOOKUP})})
     drafter = models.drafters.get(cell.drafter) if speculation.diffusion else None
     return build_pipeline(changed, models.target, drafter)
 
 
 class ShiftedTransformer(Transformer):
-    """A drafter's weights made useless: every logit is given to the next token id."""
+    """A drafter that is always wrong: it gives every logit to the next token id."""
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
@@ -153,14 +151,14 @@ class ShiftedTransformer(Transformer):
 
 
 class PromptLookupDrafting:
-    """Published prompt lookup: the baseline that knows nothing of costs."""
+    """Published prompt lookup, the baseline that ignores costs."""
 
     description = "prompt lookup"
     drafter_up = True
     num_failures = 0
 
     def __init__(self, num_tokens: int) -> None:
-        """Always drafts `num_tokens`, where the text has something to copy."""
+        """Draft `num_tokens` whenever the text has something to copy."""
         self.max_draft_tokens = num_tokens
         self.last_cost = DraftingCost()
 

@@ -1,4 +1,4 @@
-"""`diffuspec bench`: configurations side by side, in one run."""
+"""`diffuspec bench`: compare configurations side by side, in one run."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ import torch
 
 from drafters.search.ngram import NgramError
 from service.bench import prompts as prompt_sources
-from service.bench.arguments import FEWEST_PAIRS
+from service.bench.arguments import MIN_PAIRS
 from service.bench.cells import Cell, UnknownCellError, choose_cells
 from service.bench.contestant import Contestant
 from service.bench.environment import describe_environment
@@ -45,7 +45,10 @@ EXPECTED_ERRORS = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write. 0: done; 1: something was not identical to plain decoding; 2: it could not be done."""
+    """Measure, print and write a report.
+
+    Returns 0 if all outputs are identical to plain decoding, 1 if some are not, 2 if nothing could be measured.
+    """
     try:
         return asyncio.run(_run(args))
     except EXPECTED_ERRORS as error:
@@ -66,7 +69,7 @@ async def _run(args: argparse.Namespace) -> int:
         command=shlex.join(["diffuspec", *sys.argv[1:]]),
         started=started.isoformat(timespec="seconds"),
         elapsed_seconds=time.perf_counter() - began,
-        stopped_early="" if done else f"the budget of {args.budget_seconds:g} s was used up",
+        stopped_early="" if done else f"the time budget of {args.budget_seconds:g} s is used up",
         environment=describe_environment(),
         facts=facts,
         workloads=records,
@@ -99,8 +102,7 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
     def encode(text: str) -> list[int]:
         return loaded.tokenizer.encode(text, add_special_tokens=False)
 
-    longest = loaded.verifier.context_length - args.max_tokens
-    tasks = _tasks(args, encode, longest)
+    tasks = _tasks(args, encode, loaded.verifier.context_length - args.max_tokens)
     _say(f"starting {', '.join(cell.name for cell in cells)}")
     async with embedded_contestants(loaded, cells) as embedded:
         contestants: list[Contestant] = [*embedded]
@@ -109,7 +111,7 @@ async def _measure_embedded(args: argparse.Namespace) -> tuple[dict[str, str], l
 
             dtype = getattr(torch, settings.model.dtype)
             contestants.append(TransformersContestant(settings.model.target, dtype, settings.model.device))
-        gc.freeze()  # what is loaded stays: collecting garbage between passes need not look at it
+        gc.freeze()  # loaded objects stay, so the collections between passes can skip them
         try:
             records = await _measure_all(args, contestants, tasks)
         finally:
@@ -124,7 +126,7 @@ async def _measure_vllm(args: argparse.Namespace) -> tuple[dict[str, str], list[
     settings = _settings(args)
     names = None if args.cells is None else [name.strip() for name in args.cells.split(",")]
     cells = choose_vllm_cells(names, args.all)
-    args.temperatures = [0.0]  # sampled texts of different engines cannot be compared
+    args.temperatures = [0.0]  # sampled texts of different engines can't be compared
     tokenizer = build_tokenizer(settings.model.target)
     context = TransformerConfig.from_folder(settings.model.target).max_positions
     tasks = _tasks(args, lambda text: tokenizer.encode(text, add_special_tokens=False), context - args.max_tokens)
@@ -156,15 +158,15 @@ async def _measure_server(args: argparse.Namespace) -> tuple[dict[str, str], lis
     finally:
         await client.aclose()
     facts = {
-        "server": f"{client.url}, model {client.model}; the machine below is the client's",
-        "prompts": f"{_source(args)}; the server had read each of them once before the clock started",
-        "contestants": "one server, asked with and without speculation",
+        "server": f"{client.url}, model {client.model}; the machine shown is the client's",
+        "prompts": f"{_source(args)}; the server read each prompt once before the clock started",
+        "contestants": "one server, with and without speculation",
     }
     return facts, records
 
 
 def _remote_encode(client: ServerClient, loop: asyncio.AbstractEventLoop) -> Encode:
-    """The server's tokenizer, for code that runs in another thread."""
+    """Return the server's tokenizer as a function for code in another thread."""
 
     def encode(text: str) -> list[int]:
         return asyncio.run_coroutine_threadsafe(client.tokenize(text), loop).result()
@@ -175,7 +177,7 @@ def _remote_encode(client: ServerClient, loop: asyncio.AbstractEventLoop) -> Enc
 async def _measure_all(
     args: argparse.Namespace, contestants: Sequence[Contestant], tasks: Sequence[Task]
 ) -> list[WorkloadRecord]:
-    """Every workload in turn; each gets an equal share of the time that is left."""
+    """Measure one workload after another. Each gets an equal share of the time left."""
     ends = time.perf_counter() + args.budget_seconds
     records = []
     for number, task in enumerate(tasks):
@@ -188,21 +190,21 @@ async def _measure_all(
     return records
 
 
-def _tasks(args: argparse.Namespace, encode: Encode, longest: int) -> list[Task]:
-    """One task for every concurrency and temperature; prompts are the same at every temperature."""
-    if longest < 1:
+def _tasks(args: argparse.Namespace, encode: Encode, max_prompt_tokens: int) -> list[Task]:
+    """Build a task for every concurrency and temperature. The prompts are the same at every temperature."""
+    if max_prompt_tokens < 1:
         raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in the model's context")
-    length = min(args.prompt_tokens, longest)
+    length = min(args.prompt_tokens, max_prompt_tokens)
     held_out = prompt_sources.held_out_texts()
     whole = None if args.prompts is None else prompt_sources.file_texts(args.prompts)
     texts = held_out if args.prompt_source is None else prompt_sources.folder_texts(args.prompt_source)
     tasks = []
     for concurrency in args.concurrency:
-        count = concurrency * max(-(-args.num_prompts // concurrency), FEWEST_PAIRS)
+        count = concurrency * max(-(-args.num_prompts // concurrency), MIN_PAIRS)
         if whole is None:
             measured = prompt_sources.cut_prompts(texts, count, length, encode, args.seed)
         else:
-            measured = prompt_sources.whole_prompts(whole, count, longest, encode)
+            measured = prompt_sources.whole_prompts(whole, count, max_prompt_tokens, encode)
         warm_up = prompt_sources.cut_prompts(held_out, args.warmup * concurrency, length, encode, args.seed + 1)
         tasks += [
             Task(
@@ -231,7 +233,7 @@ def _source(args: argparse.Namespace) -> str:
     if args.prompts is not None:
         return f"whole, from {args.prompts}"
     place = "the standard library's held-out files" if args.prompt_source is None else str(args.prompt_source)
-    return f"{args.prompt_tokens} tokens from seeded places (seed {args.seed}) in {place}"
+    return f"{args.prompt_tokens} tokens from random places (seed {args.seed}) in {place}"
 
 
 def _meanings(cells: Sequence[Cell]) -> str:
@@ -239,6 +241,6 @@ def _meanings(cells: Sequence[Cell]) -> str:
 
 
 def _say(text: str) -> None:
-    """Progress, on a terminal only."""
+    """Show progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What is compared: anything that continues a batch of prompts and says how long it took."""
+"""The Contestant protocol: anything that continues a batch of prompts and is timed."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,13 +16,13 @@ class Contestant(Protocol):
 
     @property
     def tolerated_margin(self) -> float | None:
-        """Where it may differ: the reference's two tokens no more than so many nats apart. None: nowhere."""
+        """Largest margin in nats, by the reference's logits, at which a differing token is excused. None: never."""
 
     def takes(self, workload: Workload) -> bool:
-        """Whether this workload makes sense for it; otherwise it is left out."""
+        """Return whether it takes part in this workload."""
 
     async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
-        """Continue all prompts at the same time; prompt `i` draws with `seed + i`."""
+        """Continue all prompts at the same time. Prompt `i` draws with `seed + i`."""
 
     async def margin(self, prompt: Prompt, mismatch: Mismatch, max_tokens: int) -> float | None:
-        """Nats between the two tokens of a greedy mismatch, by this contestant's logits; None if it cannot tell."""
+        """Return the nats between the two tokens of a greedy mismatch, by this contestant's logits; None if unknown."""

@@ -1,4 +1,4 @@
-"""Contestants inside this process: the embedded engine, as users get it, with one drafting pipeline each."""
+"""Contestants in this process: the embedded engine as users get it, each with its own drafting pipeline."""
 
 import asyncio
 import itertools
@@ -15,7 +15,7 @@ ALTERNATIVES = 20
 
 
 class StepLog:
-    """Keeps the engine's step records of one pass. Written in the engine's thread, read when the pass is over."""
+    """Collects the engine's step records of one pass. The engine's thread writes; read it after the pass."""
 
     def __init__(self) -> None:
         self._records: list[StepRecord] = []
@@ -24,13 +24,13 @@ class StepLog:
         self._records.append(record)
 
     def take(self) -> list[StepRecord]:
-        """The records since the last call."""
+        """Return the records since the last call."""
         taken, self._records = self._records, []
         return taken
 
 
 class EmbeddedContestant:
-    """One engine. `log` must be among its observers, and nobody else may use it meanwhile."""
+    """An engine as a contestant. `log` must be one of its observers, and nobody else may use it during a pass."""
 
     def __init__(self, name: str, engine: Engine, log: StepLog, role: Role, clock: Callable[[], float]) -> None:
         self.name = name
@@ -86,10 +86,10 @@ class EmbeddedContestant:
         return GenerationRequest(f"{self.name}-{next(self._numbers)}", prompt.tokens, max_tokens, rules)
 
     async def _settle(self) -> None:
-        """Wait until the log has every record of the requests that ended."""
+        """Wait until the log has all records of the finished requests."""
 
     async def _consume(self, request: GenerationRequest, started: float) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Tokens, and when each piece of them arrived."""
+        """Return the tokens, and when each piece of them arrived."""
         tokens: list[int] = []
         arrivals: list[float] = []
         async for delta in self._engine.generate(request):
@@ -100,7 +100,7 @@ class EmbeddedContestant:
 
 
 def phases_of(records: Sequence[StepRecord], seconds: float) -> Phases:
-    """Where the `seconds` of a pass went, by its steps' records."""
+    """Split the `seconds` of a pass into phases, by its step records."""
     prompt = sum(record.verify_seconds for record in records if record.num_prefill_rows)
     verify = sum(record.verify_seconds for record in records if not record.num_prefill_rows)
     draft = sum(record.drafting.draft_seconds for record in records)
@@ -111,7 +111,7 @@ def phases_of(records: Sequence[StepRecord], seconds: float) -> Phases:
 
 
 def _steps_by_request(records: Sequence[StepRecord]) -> dict[str, list[DraftedStep]]:
-    """Every request's verifications, without those that read a prompt."""
+    """Return every request's verifications, without the steps that read its prompt."""
     steps: dict[str, list[DraftedStep]] = {}
     for record in records:
         for outcome in record.outcomes:

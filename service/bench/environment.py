@@ -1,4 +1,4 @@
-"""Where a measurement was taken: figures without the machine they come from say nothing."""
+"""The machine and the software of a measurement. Without them its figures mean nothing."""
 
 import os
 import platform
@@ -13,8 +13,10 @@ PACKAGES = ("diffuspec", "torch", "numpy", "numba", "transformers", "vllm", "vll
 
 @dataclass(frozen=True, slots=True)
 class Environment:
+    """The machine and the software of a run."""
+
     processor: str
-    num_cores: int  # that this process may use
+    num_cores: int  # usable by this process
     memory_gigabytes: float | None
     system: str
     python: str
@@ -24,7 +26,7 @@ class Environment:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """The environment in words, one line per topic."""
         memory = "" if self.memory_gigabytes is None else f", {self.memory_gigabytes:.0f} GB of memory"
         return [
             f"{self.processor}, {self.num_cores} cores{memory}, {self.torch_threads} torch threads",
@@ -47,7 +49,7 @@ def describe_environment() -> Environment:
 
 
 def _processor() -> str:
-    """The processor's name; Linux alone spells it out in a file."""
+    """Return the processor's name. Only Linux spells it out, in a file."""
     information = Path("/proc/cpuinfo")
     if information.exists():
         for line in information.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Contestants take turns over the same prompts, so that whatever slows the machine down slows all of them down."""
+"""Measure contestants in turns over the same prompts, so that whatever slows the machine slows all of them."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from service.bench.contestant import Contestant
 from service.bench.prompts import Prompt
 from service.bench.records import Mismatch, Pass, Workload, WorkloadRecord, find_mismatches
 
-SEEDS_PER_PAIR = 4096  # more than a batch has prompts
+SEEDS_PER_PAIR = 4096  # more than the prompts of a batch
 Batch = tuple[Prompt, ...]
 Say = Callable[[str], None]
 
@@ -18,16 +18,16 @@ class Task:
     """One workload with its prompts."""
 
     workload: Workload
-    batches: Sequence[Batch]  # measured, one pair each
-    warm_up: Sequence[Batch]  # run before, by everyone, and not counted
+    batches: Sequence[Batch]  # measured; each gives one pair
+    warm_up: Sequence[Batch]  # run by everyone before the measurement, not counted
 
 
 async def measure(
     contestants: Sequence[Contestant], task: Task, seed: int, deadline: float, clock: Callable[[], float], say: Say
 ) -> WorkloadRecord:
-    """Run every batch by every contestant, one after the other, in an order that rotates from pair to pair.
+    """Run every batch with every contestant, one after the other, in an order that rotates from pair to pair.
 
-    Ends after a pair when another one like it would not be done by `deadline` (of `clock`); at least one pair is run.
+    Stop before a pair that would not end by `deadline` (of `clock`), judged by the slowest so far. At least one runs.
     """
     workload = task.workload
     taking_part = [contestant for contestant in contestants if contestant.takes(workload)]
@@ -47,7 +47,7 @@ async def measure(
         taken: dict[str, Pass] = {}
         for contestant in rotated(taking_part, pair):
             say(f"{workload.title}: {pair + 1} of {len(task.batches)}, {contestant.name}")
-            gc.collect()  # one contestant's garbage is not collected in another's time
+            gc.collect()  # so that no contestant pays for another's garbage
             taken[contestant.name] = await contestant.run(batch, workload, pair, _seed(seed, pair))
         for contestant in taking_part:
             passes.append(taken[contestant.name])
@@ -59,7 +59,7 @@ async def measure(
 
 
 def rotated(contestants: Sequence[Contestant], pair: int) -> list[Contestant]:
-    """Everyone is first in turn, and last."""
+    """Return the contestants in this pair's order. Each comes first, and last, equally often."""
     start = pair % len(contestants)
     return [*contestants[start:], *contestants[:start]]
 
@@ -71,7 +71,7 @@ def _seed(seed: int, pair: int) -> int:
 async def _with_margin(
     reference: Contestant, contestant: Contestant, batch: Batch, workload: Workload, mismatch: Mismatch
 ) -> Mismatch:
-    """Find out how close the two tokens were, and whether that excuses the difference."""
+    """Add how close the two tokens were, and whether that excuses the difference."""
     if workload.temperature > 0:
         return mismatch
     prompt = next(prompt for prompt in batch if prompt.name == mismatch.prompt)

@@ -1,4 +1,4 @@
-"""From settings to running engines: weights are loaded once and shared by all."""
+"""Load the models once, and start an engine per cell over them."""
 
 import functools
 import time
@@ -27,6 +27,8 @@ from verifiers.torch_lm import TorchVerifier
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """Everything that the cells share."""
+
     settings: Settings
     tokenizer: TextTokenizer
     verifier: Verifier
@@ -39,7 +41,7 @@ def has_drafter(settings: Settings) -> bool:
 
 
 def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
-    """Load what the cells need, with room for `num_slots` requests at the same time.
+    """Load what the cells need, with slots for `num_slots` concurrent requests.
 
     Raises CheckpointError or TokenizerError.
     """
@@ -67,13 +69,13 @@ def load(settings: Settings, cells: Sequence[Cell], num_slots: int) -> Loaded:
 
 @asynccontextmanager
 async def embedded_contestants(loaded: Loaded, cells: Sequence[Cell]) -> AsyncIterator[list[EmbeddedContestant]]:
-    """One started engine per cell, over the same verifier: only one of them may work at any time."""
+    """Start one engine per cell, all over the same verifier. Only one of them may work at any time."""
     scheduler = loaded.settings.scheduler
     limits = SchedulerLimits(
         max_running=scheduler.max_running,
         max_waiting=scheduler.max_waiting,
         prefill_chunk_tokens=scheduler.prefill_chunk_tokens,
-        reuse_prefixes=False,  # every cell reads its prompts itself; and the slots belong to all of them in turn
+        reuse_prefixes=False,  # every cell reads its own prompts, and all cells use the same slots in turn
     )
     engines: list[EmbeddedEngine] = []
     contestants = []

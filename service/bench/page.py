@@ -1,4 +1,4 @@
-"""The report as a page that needs nothing but itself."""
+"""The report as a self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -39,7 +39,7 @@ svg text.small { font-size: 11px; opacity: .8; }
 
 
 def to_html(report: Report) -> str:
-    """A self-contained page: the table and the plots of every workload."""
+    """Render the report: the table and the plots of every workload."""
     facts = {"command": report.command, "started": f"{report.started}, took {report.elapsed_seconds:.0f} s"}
     facts |= {"machine": "; ".join(report.environment.lines)} | dict(report.facts)
     if report.stopped_early:
@@ -85,7 +85,7 @@ def _table(summaries: Sequence[Summary]) -> str:
 
 
 def _plots(summaries: Sequence[Summary]) -> dict[str, str | None]:
-    """By title; None where nobody has such figures."""
+    """Return the plots by title; None where no contestant has such figures."""
     speed_ups = [
         Bar(s.contestant, s.speed_up.median, s.speed_up.lower, s.speed_up.upper)
         for s in summaries
@@ -106,7 +106,7 @@ def _plots(summaries: Sequence[Summary]) -> dict[str, str | None]:
     return {
         "Speed-up over plain decoding: median and quartiles": bars(speed_ups, "x", mark=1.0) if speed_ups else None,
         "Milliseconds per generated token, by phase": stacks(phases, names, " ms") if phases else None,
-        "Acceptance by position: share of the drafts that long whose token was accepted": (
+        "Acceptance by position: accepted share of the drafts that reach it": (
             lines(acceptance, "position in the draft", "accepted share", highest=1.0) if acceptance else None
         ),
         "Draft length over the output: mean tokens per step": (

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: no script, no font, no request to anywhere. Text takes the page's colour."""
+"""Small plots as inline SVG, without scripts, fonts or network requests. Text takes the page's colour."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from html import escape
 WIDTH = 720
 ROW_HEIGHT, BAR_HEIGHT = 26, 16
 LABEL_WIDTH, VALUE_WIDTH = 170, 110
-# Distinguishable with every common kind of colour blindness (Okabe and Ito), and on white and near black alike.
+# Distinguishable with every common kind of colour blindness (Okabe and Ito), on light and dark backgrounds.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c8c", "#b3a800")
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A value with the range it spread over."""
+    """A value and its range."""
 
     label: str
     value: float
@@ -32,14 +32,14 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A bar made of parts, in the order of the plot's part names."""
+    """A bar of stacked values, in the order of the plot's names."""
 
     label: str
-    parts: Sequence[float]
+    values: Sequence[float]
 
 
 def ticks(highest: float, count: int = 5) -> list[float]:
-    """Round numbers from 0 to at least `highest`, about `count` steps of 1, 2 or 5 times a power of ten."""
+    """Return round numbers from 0 to at least `highest`: about `count` steps of 1, 2 or 5 times a power of ten."""
     if highest <= 0:
         return [0.0, 1.0]
     rough = highest / count
@@ -49,7 +49,7 @@ def ticks(highest: float, count: int = 5) -> list[float]:
 
 
 def bars(bars: Sequence[Bar], unit: str, mark: float | None = None) -> str:
-    """Horizontal bars with their ranges; `mark` is a dashed line to compare them with."""
+    """Draw horizontal bars with their ranges. `mark`: where to draw a dashed line to compare them with."""
     axis = ticks(max([bar.upper for bar in bars] + [mark or 0.0], default=1.0))
     scale = _Scale(0.0, axis[-1], LABEL_WIDTH, WIDTH - VALUE_WIDTH)
     height = ROW_HEIGHT * len(bars) + 24
@@ -81,8 +81,8 @@ def bars(bars: Sequence[Bar], unit: str, mark: float | None = None) -> str:
 
 
 def stacks(rows: Sequence[Stack], names: Sequence[str], unit: str) -> str:
-    """Horizontal bars made of parts, with a legend."""
-    axis = ticks(max((sum(row.parts) for row in rows), default=1.0))
+    """Draw horizontal stacked bars, with a legend."""
+    axis = ticks(max((sum(row.values) for row in rows), default=1.0))
     scale = _Scale(0.0, axis[-1], LABEL_WIDTH, WIDTH - VALUE_WIDTH)
     height = ROW_HEIGHT * len(rows) + 24
     parts = _grid(axis, scale, height - 24, unit)
@@ -90,7 +90,7 @@ def stacks(rows: Sequence[Stack], names: Sequence[str], unit: str) -> str:
         top = ROW_HEIGHT * i + (ROW_HEIGHT - BAR_HEIGHT) / 2
         parts.append(_text(LABEL_WIDTH - 8, top + BAR_HEIGHT / 2, row.label, "end"))
         start = 0.0
-        for colour, name, value in zip(COLOURS, names, row.parts, strict=False):
+        for colour, name, value in zip(COLOURS, names, row.values, strict=False):
             width = scale(start + value) - scale(start)
             parts.append(_rectangle(scale(start), top, width, colour, f"{row.label}, {name}: {value:.3g}{unit}"))
             start += value
@@ -99,7 +99,7 @@ def stacks(rows: Sequence[Stack], names: Sequence[str], unit: str) -> str:
 
 
 def lines(series: Sequence[Series], x_label: str, y_label: str, highest: float | None = None) -> str:
-    """Lines over a common axis, with a legend; the vertical axis starts at 0 and ends at `highest` or the data."""
+    """Draw lines over a common axis, with a legend. The vertical axis ends at `highest` or the data's maximum."""
     points = [point for line in series for point in line.points]
     y_axis = ticks(highest if highest is not None else max((y for _, y in points), default=1.0))
     lowest_x, highest_x = min((x for x, _ in points), default=0.0), max((x for x, _ in points), default=1.0)
@@ -133,7 +133,7 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, highest: float |
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From values to pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float

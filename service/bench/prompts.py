@@ -1,4 +1,4 @@
-"""What the contestants continue: Python source that the bundled pair never saw, or prompts of the user's own."""
+"""Prompts to continue: Python source that the bundled pair never saw, or the user's own prompts."""
 
 import json
 import random
@@ -13,12 +13,12 @@ MAX_FILE_BYTES = 1_000_000
 
 
 class PromptError(Exception):
-    """The prompts that were asked for cannot be had; the message says why."""
+    """The requested prompts are not available; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    name: str  # for people: file and place
+    name: str  # file and place, for people
     tokens: tuple[int, ...]
 
 
@@ -29,18 +29,18 @@ class Text:
 
 
 def held_out_texts() -> list[Text]:
-    """Files of this Python's standard library that the bundled pair's training never saw.
+    """Return files of this Python's standard library that the bundled pair's training never saw.
 
     Raises PromptError on an installation without the library's source.
     """
     texts = [Text(document.name, document.text) for document in standard_library() if document.held_out]
     if not texts:
-        raise PromptError("this Python has no source of its standard library: name prompts with --prompts")
+        raise PromptError("this Python lacks the source of its standard library: give prompts with --prompts")
     return texts
 
 
 def folder_texts(folder: Path) -> list[Text]:
-    """Every Python file below `folder`, by name. Raises PromptError if there is none."""
+    """Return every Python file below `folder`, sorted by name. Raises PromptError if there is none."""
     texts = []
     for path in sorted(folder.rglob("*.py")):
         if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
@@ -51,9 +51,9 @@ def folder_texts(folder: Path) -> list[Text]:
 
 
 def file_texts(path: Path) -> list[Text]:
-    """Whole prompts: a `.jsonl` file with `{"prompt": ...}` in each line, or text blocks with blank lines between them.
+    """Read whole prompts: lines of `{"prompt": ...}` from a `.jsonl` file, else blocks between blank lines.
 
-    Raises PromptError naming the line that is wrong.
+    Raises PromptError, naming the wrong line.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def file_texts(path: Path) -> list[Text]:
 
 
 def cut_prompts(texts: Sequence[Text], count: int, length: int, encode: Encode, seed: int) -> list[Prompt]:
-    """`count` pieces of `length` tokens, each text used once before any is used again, at seeded places.
+    """Cut `count` pieces of `length` tokens at random places. Every text is used once before any is used again.
 
     Raises PromptError if no text is that long.
     """
@@ -91,9 +91,9 @@ def cut_prompts(texts: Sequence[Text], count: int, length: int, encode: Encode, 
     return prompts
 
 
-def whole_prompts(texts: Sequence[Text], count: int, longest: int, encode: Encode) -> list[Prompt]:
-    """`count` prompts, over and over again if there are fewer; of long ones the last `longest` tokens."""
-    prompts = [Prompt(text.name, tuple(encode(text.text)[-longest:])) for text in texts[:count]]
+def whole_prompts(texts: Sequence[Text], count: int, max_tokens: int, encode: Encode) -> list[Prompt]:
+    """Return `count` prompts, repeated if there are fewer. Long ones are cut to their last `max_tokens` tokens."""
+    prompts = [Prompt(text.name, tuple(encode(text.text)[-max_tokens:])) for text in texts[:count]]
     prompts = [prompt for prompt in prompts if prompt.tokens]
     if not prompts:
         raise PromptError("every prompt is empty")
@@ -101,7 +101,7 @@ def whole_prompts(texts: Sequence[Text], count: int, longest: int, encode: Encod
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> list[tuple[Prompt, ...]]:
-    """Consecutive groups of `size`; what is left over at the end is left out."""
+    """Return consecutive groups of `size` prompts. A rest that fills no group is dropped."""
     return [tuple(prompts[at : at + size]) for at in range(0, len(prompts) - size + 1, size)]
 
 
@@ -119,7 +119,7 @@ def _lines_of_json(path: Path, content: str) -> Iterable[tuple[int, str]]:
 
 
 def _blocks(content: str) -> Iterable[tuple[int, str]]:
-    """Blocks between blank lines, numbered from 1."""
+    """Yield the blocks between blank lines, numbered from 1."""
     number, lines = 0, list[str]()
     for line in [*content.splitlines(keepends=True), ""]:
         if line.strip():

@@ -1,4 +1,4 @@
-"""What one run of the benchmark writes down: passes of contestants over the same batches of prompts."""
+"""Records of one benchmark run: passes of contestants over the same batches of prompts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -12,11 +12,11 @@ Role = Literal["reference", "free", "other"]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What every contestant is asked for."""
+    """The task of every contestant."""
 
-    concurrency: int  # prompts at the same time: the size of a batch
+    concurrency: int  # concurrent prompts: the size of a batch
     temperature: float
-    max_tokens: int  # generated for every prompt; end tokens don't end it
+    max_tokens: int  # generated per prompt; end tokens don't end it
 
     @property
     def title(self) -> str:
@@ -35,21 +35,21 @@ class DraftedStep:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What became of the drafts of some requests; steps that read a prompt don't count."""
+    """Counts of drafted and accepted tokens, over steps that don't read a prompt."""
 
     num_steps: int = 0
     num_drafted_steps: int = 0
     num_drafted: int = 0  # tokens
-    num_accepted: int = 0  # tokens, without the extra one of every step
+    num_accepted: int = 0  # tokens, without the extra one per step
 
     @property
     def length(self) -> float | None:
-        """Tokens per step, the extra one included: 1 is plain decoding."""
+        """Tokens per step, including the extra one. Plain decoding has 1."""
         return 1 + self.num_accepted / self.num_steps if self.num_steps else None
 
     @property
     def length_when_drafted(self) -> float | None:
-        """The same over the steps that had a draft."""
+        """Tokens per step that had a draft, including the extra one."""
         return 1 + self.num_accepted / self.num_drafted_steps if self.num_drafted_steps else None
 
     @property
@@ -62,20 +62,20 @@ class Acceptance:
         return cls.sum(cls(1, int(step.num_drafted > 0), step.num_drafted, step.num_accepted) for step in steps)
 
     @classmethod
-    def sum(cls, parts: Iterable["Acceptance"]) -> "Acceptance":
-        parts = list(parts)
-        return cls(*(sum(getattr(part, field.name) for part in parts) for field in fields(cls)))
+    def sum(cls, counts: Iterable["Acceptance"]) -> "Acceptance":
+        counts = list(counts)
+        return cls(*(sum(getattr(each, field.name) for each in counts) for field in fields(cls)))
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One prompt's continuation by one contestant. Seconds count from when its batch was submitted."""
+    """One prompt's continuation by one contestant. Seconds count from the submission of its batch."""
 
     prompt: str  # its name
     tokens: tuple[int, ...]
     delta_seconds: tuple[float, ...]  # when each piece arrived; a piece holds one or more tokens
-    steps: tuple[DraftedStep, ...] = ()  # empty where the contestant doesn't tell
-    reported: Acceptance | None = None  # of a contestant that tells totals only
+    steps: tuple[DraftedStep, ...] = ()  # empty if the contestant doesn't report steps
+    reported: Acceptance | None = None  # by a contestant that reports totals only
 
     @property
     def acceptance(self) -> Acceptance:
@@ -88,14 +88,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """Where the seconds of a pass went."""
+    """The seconds of a pass by phase."""
 
-    prompt: float = 0.0  # verification passes that carried prompt tokens
-    draft: float = 0.0  # drafter passes, the free draft, and weighing what is worth it
+    prompt: float = 0.0  # verification passes with prompt tokens
+    draft: float = 0.0  # drafter passes, the free draft and the policy
     search: float = 0.0
     verify: float = 0.0
     commit: float = 0.0
-    other: float = 0.0  # scheduling, handing tokens over, bookkeeping
+    other: float = 0.0  # scheduling, delivering tokens, bookkeeping
 
     @property
     def total(self) -> float:
@@ -104,18 +104,18 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One contestant over one batch."""
+    """One contestant's run over one batch."""
 
     contestant: str
-    pair: int  # passes of the same pair stood next to each other in time and had the same prompts
+    pair: int  # passes of the same pair ran one after the other, over the same prompts
     seconds: float  # from submission to the last token
     generations: tuple[Generation, ...]
     phases: Phases | None = None
-    diffusion_step_seconds: float = 0.0  # in all phases of the steps that had a diffusion pass
+    diffusion_step_seconds: float = 0.0  # all phases of the steps with a diffusion pass
 
     @property
     def decode_seconds(self) -> float:
-        """From the moment every request had its first token to the last token."""
+        """Seconds from the moment when every request had its first token to the last token."""
         return self.seconds - max(generation.first_token_seconds for generation in self.generations)
 
     @property
@@ -125,25 +125,25 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """A continuation that differs from plain decoding's: a failure of the promise to be lossless."""
+    """A continuation that differs from plain decoding's, which breaks the promise to be lossless."""
 
     contestant: str
     pair: int
     prompt: str
     position: int  # of the first token that differs
-    expected: int | None  # plain decoding's token there; None: it had ended
+    expected: int | None  # plain decoding's token at the position; None: it ended before
     found: int | None
-    margin: float | None = None  # nats between the two by plain decoding's own logits; None: not known
-    is_near_tie: bool = False  # close enough for another implementation to round it the other way
+    margin: float | None = None  # nats between the two tokens by plain decoding's logits; None: unknown
+    is_near_tie: bool = False  # so close that another implementation may round it the other way
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadRecord:
-    """Everything that was measured of one workload."""
+    """All measurements of one workload."""
 
     workload: Workload
     reference: str  # the contestant that the others are compared with
-    free: tuple[str, ...]  # contestants that draft without a model: what a drafter has to beat
+    free: tuple[str, ...]  # contestants that draft without a model, which a drafter has to beat
     passes: tuple[Pass, ...]
     mismatches: tuple[Mismatch, ...]
     num_pairs_planned: int
@@ -153,12 +153,12 @@ class WorkloadRecord:
         return len({entry.pair for entry in self.passes})
 
     def of(self, contestant: str) -> list[Pass]:
-        """The passes of one contestant, by pair."""
+        """Return the passes of one contestant, in the order of pairs."""
         return [entry for entry in self.passes if entry.contestant == contestant]
 
 
 def first_difference(expected: tuple[int, ...], found: tuple[int, ...]) -> int | None:
-    """Position of the first token in which two continuations differ; None if they are equal."""
+    """Return the position of the first token at which two continuations differ; None if they are equal."""
     for position, (left, right) in enumerate(zip(expected, found, strict=False)):
         if left != right:
             return position
@@ -166,7 +166,7 @@ def first_difference(expected: tuple[int, ...], found: tuple[int, ...]) -> int |
 
 
 def find_mismatches(reference: Pass, other: Pass) -> list[Mismatch]:
-    """The continuations of `other` that are not those of `reference`, a pass over the same prompts."""
+    """Return the continuations of `other` that differ from those of `reference`, a pass over the same prompts."""
     found = []
     for ours, theirs in zip(reference.generations, other.generations, strict=True):
         position = first_difference(ours.tokens, theirs.tokens)

@@ -1,4 +1,4 @@
-"""One run of the benchmark, and its JSON."""
+"""The report of a benchmark run, and its JSON form."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,19 @@ FORMAT = 1  # of the JSON document
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything a reader needs to judge the figures."""
+    """All figures of a run, and what a reader needs to judge them."""
 
     command: str
     started: str  # ISO 8601
     elapsed_seconds: float
-    stopped_early: str  # why, in words; empty if everything was done
+    stopped_early: str  # the reason in words; empty if everything was measured
     environment: Environment
     facts: Mapping[str, str]  # what was measured: models, prompts, contestants
     workloads: Sequence[WorkloadRecord]
 
 
 def to_json(report: Report) -> str:
-    """The whole run: figures, and one line of raw numbers for every pass. Without the texts themselves."""
+    """Return the run as JSON: figures, and raw numbers of every pass, without the texts."""
     document = {
         "format": FORMAT,
         "command": report.command,

@@ -1,4 +1,4 @@
-"""Contestants behind HTTP: the same running server, with speculation switched off and on by the request."""
+"""Contestants behind HTTP: one running server, with speculation off or on by request."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ COMPLETIONS, TOKENIZE, MODELS = "/v1/completions", "/tokenize", "/v1/models"
 
 
 class ServerError(Exception):
-    """The server cannot be reached, or refused; the message says what it answered."""
+    """The server can't be reached, or it refused; the message has its answer."""
 
 
 class ServerClient:
-    """What the benchmark asks of a server. Close it with `aclose`."""
+    """An HTTP client with the calls that the benchmark needs. Close it with `aclose`."""
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -42,13 +42,13 @@ class ServerClient:
         self.model, self.context_length = cards[0]["id"], cards[0]["max_model_len"]
 
     async def tokenize(self, text: str) -> list[int]:
-        """The server's own token ids, so that prompts can be cut to length. Raises ServerError."""
+        """Tokenize with the server's tokenizer, so that prompts can be cut to length. Raises ServerError."""
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         tokens: list[int] = (await self._json("POST", TOKENIZE, body))["tokens"]
         return tokens
 
     async def complete(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Stream a completion: its chunks as they arrive. Raises ServerError, in the middle of a stream too."""
+        """Yield the chunks of a streamed completion. Raises ServerError, possibly in the middle of the stream."""
         async with self._http.stream("POST", COMPLETIONS, json={"model": self.model, "stream": True} | body) as answer:
             if answer.status_code != httpx.codes.OK:
                 raise ServerError(f"{self.url} answered {answer.status_code}: {(await answer.aread()).decode()[:300]}")
@@ -75,7 +75,7 @@ class ServerClient:
 
 
 class ServerContestant:
-    """One way of asking the server."""
+    """The server, with or without speculation."""
 
     tolerated_margin: float | None = None
 
@@ -90,7 +90,7 @@ class ServerContestant:
         return True
 
     async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
-        """The server reads every prompt before the clock starts: whoever comes second would find it cached."""
+        """Let the server read every prompt before the clock starts: the second contestant would find it cached."""
         first_token = replace(workload, max_tokens=1)
         await asyncio.gather(*(self._generate(prompt, first_token, seed, 0.0) for prompt in prompts))
         started = self._clock()
@@ -129,7 +129,7 @@ class ServerContestant:
 
 
 def _reported(num_tokens: int, counts: dict[str, int] | None) -> Acceptance | None:
-    """From vLLM's counts, which know drafted steps only: the rest follows from one extra token per step.
+    """Compute acceptance from vLLM's counts. They cover drafted steps only; every other step adds one token.
 
     The first token came from the step that read the prompt.
     """

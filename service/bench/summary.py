@@ -1,4 +1,4 @@
-"""From passes to figures: pure functions of what was recorded."""
+"""Compute figures from recorded passes. All functions are pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from service.bench.records import Acceptance, DraftedStep, Generation, Pass, Phases, WorkloadRecord
 
-LOOPING_FROM = 0.3  # share of repeated 8-grams from which a continuation counts as looping
+LOOPING_FROM = 0.3  # share of repeated 8-grams above which a continuation counts as looping
 GRAM = 8  # tokens
 POSITIONS_PER_POINT = 8  # generated tokens per point of the draft length over the output
 
@@ -25,7 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread | None":
-        """None without values."""
+        """Return the spread of `values`, or None if there are none."""
         if not values:
             return None
         lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
@@ -36,34 +36,34 @@ class Spread:
 class Summary:
     """The figures of one contestant under one workload.
 
-    A speed-up is the reference's seconds over its own, pair by pair.
+    A speed-up is the reference's seconds divided by its own, pair by pair.
     """
 
     contestant: str
     num_passes: int
     num_tokens: int
     seconds: float
-    speed_up: Spread | None  # of whole requests, prompt reading included; None for the reference itself
+    speed_up: Spread | None  # of whole requests, including prompt reading; None for the reference itself
     decode_speed_up: Spread | None  # after the first tokens
-    total_speed_up: float | None  # all seconds of the reference over all seconds of this one
+    total_speed_up: float | None  # all seconds of the reference divided by all seconds of this one
     free_speed_up: Spread | None  # over the fastest contestant that drafts without a model
-    looping_speed_up: Spread | None  # of single requests whose continuation loops; only at concurrency 1
-    other_speed_up: Spread | None  # of those that don't
+    looping_speed_up: Spread | None  # of requests whose continuation loops; only at concurrency 1
+    other_speed_up: Spread | None  # of the other requests
     first_token_seconds: float | None  # median
     token_seconds: float | None  # median over requests of the time per token after the first
     longest_gap_seconds: float | None  # median over requests of the longest wait between two pieces
     acceptance: Acceptance
     looping_acceptance: Acceptance
     other_acceptance: Acceptance
-    drafted_by_position: tuple[int, ...]  # drafts that had a token at this position
+    drafted_by_position: tuple[int, ...]  # drafts that have a token at each position
     accepted_by_position: tuple[int, ...]
-    draft_lengths: tuple[int, ...]  # steps by draft length, from 0
+    draft_lengths: tuple[int, ...]  # steps by draft length from 0
     draft_length_over_output: tuple[float, ...]  # mean draft tokens per step, by POSITIONS_PER_POINT output positions
-    sources: dict[str, float]  # shares of the steps
+    sources: dict[str, float]  # shares of the steps by draft source
     phases: Phases | None
-    search_share: float | None  # of the seconds of steps with a diffusion pass
+    search_share: float | None  # the search's share of the seconds of steps with a diffusion pass
     num_mismatches: int  # continuations that differ from the reference's
-    num_near_ties: int  # the same, but excused
+    num_near_ties: int  # continuations that differ but are excused
 
     @property
     def tokens_per_second(self) -> float:
@@ -71,7 +71,7 @@ class Summary:
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of the 8-grams that stood earlier in `tokens`; 0 if there are none."""
+    """Return the share of 8-grams that occur earlier in `tokens`; 0 if there are none."""
     grams = [tuple(tokens[at : at + GRAM]) for at in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -81,13 +81,13 @@ def is_looping(generation: Generation) -> bool:
 
 
 def looping_share(record: WorkloadRecord) -> float:
-    """Share of the reference's continuations that loop; the others' are the same."""
+    """Return the share of the reference's continuations that loop. The others' continuations are the same."""
     generations = [generation for entry in record.of(record.reference) for generation in entry.generations]
     return sum(map(is_looping, generations)) / len(generations) if generations else 0.0
 
 
 def summarize(record: WorkloadRecord) -> list[Summary]:
-    """One summary per contestant, in the order in which they first appear."""
+    """Return one summary per contestant, in order of first appearance."""
     names = dict.fromkeys(entry.contestant for entry in record.passes)
     fastest_free = min(record.free, key=lambda name: sum(entry.seconds for entry in record.of(name)), default=None)
     return [_summary(record, name, fastest_free) for name in names]
@@ -138,7 +138,7 @@ def _summary(record: WorkloadRecord, contestant: str, fastest_free: str | None) 
 
 
 def _pairs(record: WorkloadRecord, baseline: str, contestant: str) -> list[tuple[Pass, Pass]]:
-    """(baseline, contestant) of every pair; empty for the baseline itself."""
+    """Return (baseline, contestant) passes of every pair; empty for the baseline itself."""
     if contestant == baseline:
         return []
     known = {entry.pair: entry for entry in record.of(baseline)}

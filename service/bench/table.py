@@ -1,4 +1,4 @@
-"""The figures as plain text."""
+"""The figures as a plain-text table."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,32 +52,32 @@ def _lossless(summary: Summary) -> str:
 
 COLUMNS = (
     Column("contestant", "", lambda s: s.contestant),
-    Column("speed-up", "plain's seconds over its own: median over pairs, quartiles", lambda s: _spread(s.speed_up)),
-    Column("total", "all of plain's seconds over all of its own", lambda s: _number(s.total_speed_up)),
-    Column("decode", "the median speed-up after the first tokens", lambda s: _median(s.decode_speed_up)),
+    Column("speed-up", "plain's seconds / its own: median over pairs, quartiles", lambda s: _spread(s.speed_up)),
+    Column("total", "plain's seconds / its own, over all pairs together", lambda s: _number(s.total_speed_up)),
+    Column("decode", "median speed-up after the first tokens", lambda s: _median(s.decode_speed_up)),
     Column("vs free", "median speed-up over the fastest without a model", lambda s: _median(s.free_speed_up)),
-    Column("tokens/s", "all generated tokens over all seconds", lambda s: _number(s.tokens_per_second, 0)),
+    Column("tokens/s", "generated tokens per second", lambda s: _number(s.tokens_per_second, 0)),
     Column("length", "acceptance length: tokens per step, with the extra one", lambda s: _number(s.acceptance.length)),
-    Column("drafted", "the same over steps that had a draft", lambda s: _number(s.acceptance.length_when_drafted)),
+    Column("drafted", "acceptance length of drafted steps", lambda s: _number(s.acceptance.length_when_drafted)),
     Column("rate", "accepted share of the drafted tokens", lambda s: _share(s.acceptance.rate)),
-    Column("none/copy/diff", "shares of the steps by what drafted, in percent", _sources),
+    Column("none/free/diff", "percent of the steps by draft source", _sources),
     Column("search", "path search's share of the steps with a diffusion pass", lambda s: _share(s.search_share, 1)),
-    Column("loops", "speed-up where the continuation loops (single requests)", lambda s: _median(s.looping_speed_up)),
-    Column("others", "speed-up where it does not", lambda s: _median(s.other_speed_up)),
+    Column("loops", "speed-up where the continuation loops (concurrency 1)", lambda s: _median(s.looping_speed_up)),
+    Column("others", "speed-up where it does not loop", lambda s: _median(s.other_speed_up)),
     Column("ttft ms", "median time to the first token", lambda s: _milliseconds(s.first_token_seconds)),
-    Column("tpot ms", "median time per token after it", lambda s: _milliseconds(s.token_seconds)),
-    Column("gap ms", "median of requests' longest wait for a piece", lambda s: _milliseconds(s.longest_gap_seconds)),
-    Column("lossless", "whether every continuation is plain's", _lossless),
+    Column("tpot ms", "median time per token after the first", lambda s: _milliseconds(s.token_seconds)),
+    Column("gap ms", "median over requests of the longest wait", lambda s: _milliseconds(s.longest_gap_seconds)),
+    Column("lossless", "whether every continuation equals plain's", _lossless),
 )  # fmt: skip
 
 
 def used_columns(summaries: Sequence[Summary]) -> list[Column]:
-    """The columns that say something about anyone."""
+    """Return the columns that have a figure for at least one contestant."""
     return [column for column in COLUMNS if any(column.text(summary) != "-" for summary in summaries)]
 
 
 def heading(record: WorkloadRecord) -> str:
-    """One line on what was asked for and done."""
+    """Summarise the workload and the number of pairs in one line."""
     workload = record.workload
     done = (
         f"{record.num_pairs}"
@@ -92,7 +92,7 @@ def heading(record: WorkloadRecord) -> str:
 
 
 def render_table(record: WorkloadRecord) -> str:
-    """One workload: heading, figures, and whatever was not identical to plain decoding."""
+    """Render one workload: heading, figures, and every continuation that differs from plain decoding."""
     summaries = summarize(record)
     columns = used_columns(summaries)
     rows = [[column.title for column in columns]] + [
@@ -107,14 +107,14 @@ def render_table(record: WorkloadRecord) -> str:
 
 
 def mismatch_lines(mismatches: Sequence[Mismatch]) -> list[str]:
-    """The first few mismatches, one line each, under a line that cannot be overlooked; near ties apart."""
+    """List the first few mismatches under a line that can't be overlooked; near ties come separately."""
     near_ties = [entry for entry in mismatches if entry.is_near_tie]
     failures = [entry for entry in mismatches if not entry.is_near_tie]
     lines = []
     if failures:
         lines += ["", f"NOT LOSSLESS: {len(failures)} continuations differ from plain decoding's", *_listed(failures)]
     if near_ties:
-        lines += ["", f"{len(near_ties)} continuations of another implementation rounded a tie the other way"]
+        lines += ["", f"{len(near_ties)} continuations differ at a near tie, which rounding explains"]
         lines += _listed(near_ties)
     return lines
 
@@ -128,11 +128,11 @@ def _listed(mismatches: Sequence[Mismatch]) -> list[str]:
             f"{entry.found} instead of {entry.expected}{margin}"
         )
     if len(mismatches) > MISMATCHES_SHOWN:
-        lines.append(f"  and {len(mismatches) - MISMATCHES_SHOWN} more (the JSON file has all)")
+        lines.append(f"  and {len(mismatches) - MISMATCHES_SHOWN} more (all are in the JSON file)")
     return lines
 
 
 def legend() -> str:
-    """What the columns mean."""
+    """Explain the columns, one line each."""
     width = max(len(column.title) for column in COLUMNS)
     return "\n".join(f"  {column.title.ljust(width)}  {column.meaning}" for column in COLUMNS if column.meaning) + "\n"

@@ -1,4 +1,4 @@
-"""The yardstick from outside: plain decoding of transformers' `generate` on the same folder."""
+"""An independent baseline: plain decoding with transformers' `generate` on the same folder."""
 
 import asyncio
 import time
@@ -11,25 +11,25 @@ import torch
 from service.bench.prompts import Prompt
 from service.bench.records import Generation, Mismatch, Pass, Role, Workload
 
-NEAR_TIE_NATS = 1e-4  # another implementation rounds differently
+NEAR_TIE_NATS = 1e-4  # rounding of another implementation may decide such a tie differently
 
 
 class TransformersContestant:
-    """Greedy only: its random draws are its own."""
+    """transformers' `generate`. Greedy only, because its random draws differ from ours."""
 
     name = "transformers"
     role: Role = "other"
     tolerated_margin: float | None = NEAR_TIE_NATS
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter):
-        """Load the target's folder. Raises ImportError if transformers cannot load its model classes."""
+        """Load the target's folder. Raises ImportError if transformers can't load its model classes."""
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
         )
         self._model = model.to(device).eval()
-        self._model.generation_config.eos_token_id = None  # end tokens don't end a text here
+        self._model.generation_config.eos_token_id = None  # end tokens don't end a continuation
         self._device, self._clock = device, clock
 
     def takes(self, workload: Workload) -> bool:
@@ -42,7 +42,7 @@ class TransformersContestant:
         return None
 
     def _generate(self, prompts: Sequence[Prompt], workload: Workload, pair: int) -> Pass:
-        """All prompts as one batch, padded on the left."""
+        """Continue all prompts as one batch, padded on the left."""
         longest = max(len(prompt.tokens) for prompt in prompts)
         padding = [longest - len(prompt.tokens) for prompt in prompts]
         tokens = torch.tensor(
@@ -72,7 +72,7 @@ class TransformersContestant:
 
 
 class _Arrivals:
-    """Notes when the first logits were there; changes nothing."""
+    """A logits processor that notes when the first logits came, and changes nothing."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

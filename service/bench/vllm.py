@@ -1,4 +1,4 @@
-"""Contestants on vLLM: our pipeline beside vLLM's own methods, each in an engine of its own, on the same target."""
+"""Contestants on vLLM: our pipeline and vLLM's own methods, each in its own engine, on the same target."""
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from service.engine.base import GenerationRequest, SpeculationStats
 from service.engine.vllm.engine import VllmEngine
 from service.settings import Settings
 
-NEAR_TIE_NATS = 1e-4  # a step over several rows rounds differently from a step over one
+NEAR_TIE_NATS = 1e-4  # a step over several rows rounds differently from a step over one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class VllmCell:
     name: str
     meaning: str
     role: Role = "other"
-    vllm: Mapping[str, Any] = field(default_factory=dict)  # overrides of the settings of that group
+    vllm: Mapping[str, Any] = field(default_factory=dict)  # overrides of the `vllm` settings
     speculation: Mapping[str, Any] = field(default_factory=dict)
     is_usual: bool = True
 
@@ -49,7 +49,7 @@ VLLM_CELLS = (
     VllmCell("default", "our pipeline as the settings have it"),
     VllmCell(
         "garbage",
-        "our pipeline with a drafter that is always wrong",
+        "our pipeline with an always wrong drafter and no free drafts",
         vllm={"pipeline": "service.bench.vllm:garbage"},
         is_usual=False,
     ),
@@ -57,18 +57,18 @@ VLLM_CELLS = (
 
 
 def choose_vllm_cells(names: Sequence[str] | None, everything: bool) -> list[VllmCell]:
-    """The cells to measure, `plain` always first. Raises UnknownCellError."""
+    """Return the cells to measure, `plain` always first. Raises UnknownCellError."""
     known = {cell.name: cell for cell in VLLM_CELLS}
     if names is None:
         return [cell for cell in VLLM_CELLS if everything or cell.is_usual]
     for name in names:
         if name not in known:
-            raise UnknownCellError(f"unknown cell {name!r}; on vLLM there are {', '.join(known)}")
+            raise UnknownCellError(f"unknown cell {name!r}; on vLLM choose from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys([PLAIN, *names])]
 
 
 def garbage(settings: Mapping[str, Any], device: str) -> Any:
-    """The service's pipeline with every logit of its drafter given to the next token id, and nothing copied."""
+    """Build the service's pipeline with an always wrong drafter (see ShiftedTransformer) and without free drafts."""
     import torch
 
     from service.bench.cells import ShiftedTransformer
@@ -86,7 +86,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
 
 
 class VllmContestant(EmbeddedContestant):
-    """The same requests to another engine; its steps come from the worker, its counts from vLLM itself."""
+    """A vLLM engine as a contestant. Its step records come from the worker, its counts from vLLM itself."""
 
     def __init__(self, name: str, engine: VllmEngine, log: StepLog, role: Role) -> None:
         super().__init__(name, engine, log, role, time.perf_counter)
@@ -95,7 +95,7 @@ class VllmContestant(EmbeddedContestant):
         self._stats: dict[str, SpeculationStats] = {}
 
     def takes(self, workload: Workload) -> bool:
-        return workload.temperature == 0  # vLLM draws by itself: sampled texts cannot be compared
+        return workload.temperature == 0  # vLLM makes its own draws, so sampled texts can't be compared
 
     async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
         self._stats.clear()
@@ -125,7 +125,7 @@ class VllmContestant(EmbeddedContestant):
 
 
 def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
-    """From totals: every step after the prompt's added one token to those it accepted."""
+    """Compute acceptance from totals: every step after the prompt added one token to those it accepted."""
     num_steps = max(num_tokens - 1 - stats.num_accepted_draft_tokens, stats.num_spec_steps)
     return Acceptance(num_steps, stats.num_spec_steps, stats.num_draft_tokens, stats.num_accepted_draft_tokens)
 
@@ -134,7 +134,7 @@ def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
 async def vllm_contestants(
     settings: Settings, cells: Sequence[VllmCell], num_running: int
 ) -> AsyncIterator[list[VllmContestant]]:
-    """One started engine per cell: processes of their own, of which only one works at any time."""
+    """Start one engine per cell, in processes of their own. Only one of them works at any time."""
     scheduler = settings.scheduler.model_copy(update={"max_running": num_running, "prefix_cache": False})
     engines: list[VllmEngine] = []
     contestants = []
@@ -152,8 +152,8 @@ async def vllm_contestants(
             engines.append(engine)
             try:
                 await engine.start()
-            except (ValueError, ImportError) as error:  # what vLLM says to a method it cannot run here
-                raise UnknownCellError(f"the cell {cell.name!r} cannot be started: {error}") from error
+            except (ValueError, ImportError) as error:  # vLLM raises these for a method that it can't run here
+                raise UnknownCellError(f"the cell {cell.name!r} can't be started: {error}") from error
             contestants.append(VllmContestant(cell.name, engine, log, cell.role))
         yield contestants
     finally:

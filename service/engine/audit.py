@@ -1,4 +1,4 @@
-"""The runtime audit: some live requests are decoded again, plainly and in idle time, and must come out the same."""
+"""The runtime audit: decode some live requests again, plainly and in idle time, and compare the outputs."""
 
 import asyncio
 import logging
@@ -8,33 +8,33 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import cast
 
-from service.engine.base import Engine, EngineError, EngineStatus, GenerationRequest, SpeculationOptions, TokenDelta
+from service.engine.base import Engine, EngineStatus, GenerationRequest, SpeculationOptions, TokenDelta
 from verifiers.base import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
-NEAR_TIE_NATS = 1e-4  # between the two tokens: within rounding of float32
-ALTERNATIVES = 20  # reported beside each plain token: where the margin to the live token is looked up
+NEAR_TIE_NATS = 1e-4  # largest margin between the two tokens that float32 rounding explains
+ALTERNATIVES = 20  # log probabilities reported beside each plain token, to find the margin to the live token
 
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """What is audited, and when."""
+    """Which requests are audited, and when."""
 
     fraction: float = 0.01  # of the requests that use speculation
-    idle_seconds: float = 1.0  # how long nothing must have run or waited before an audit begins
-    max_pending: int = 64  # requests that wait for their audit; beyond it the oldest is dropped
+    idle_seconds: float = 1.0  # an audit begins after the engine was idle for this long
+    max_pending: int = 64  # requests that may wait for their audit; one more drops the oldest
     greedy_only: bool = False  # for engines whose draws are not keyed by position
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One request, decoded twice."""
+    """The comparison of one request's two outputs."""
 
     request_id: str
     num_tokens: int  # compared
-    differs_at: int | None  # the first output token that differs; None: all are the same
-    margin_nats: float = 0.0  # log probability of the plain token above the live one there; at least so much
+    differs_at: int | None  # position of the first output token that differs; None: all are the same
+    margin_nats: float = 0.0  # at that position, by how much the plain token is more probable; a lower bound
 
     @property
     def is_failed(self) -> bool:
@@ -42,13 +42,15 @@ class Audit:
 
 
 @dataclass(slots=True)
-class _Heard:
+class _Live:
+    """A request as it was served: what its audit is compared with."""
+
     request: GenerationRequest
     tokens: list[int]
 
 
 class AuditedEngine:
-    """An engine that is watched. Implements `Engine` over another one; live requests go first at every step."""
+    """An engine whose outputs are audited. Implements `Engine` over another engine. Live requests go first."""
 
     def __init__(
         self,
@@ -57,15 +59,20 @@ class AuditedEngine:
         report: Callable[[Audit], None],
         draw: Callable[[], float],
         poll_seconds: float = 0.1,
+        report_error: Callable[[], None] = lambda: None,
     ) -> None:
-        """report: hears of every finished audit. draw: uniform numbers in [0, 1) that choose the requests."""
+        """report: is called with every finished audit. report_error: is called when an audit is given up.
+
+        draw: returns uniform numbers in [0, 1), which choose the requests.
+        """
         self._engine = engine
         self._options = options
         self._report = report
+        self._report_error = report_error
         self._draw = draw
         self._poll_seconds = poll_seconds
-        self._pending: deque[_Heard] = deque(maxlen=options.max_pending)
-        self.num_begun = 0  # audits, those that gave way to live requests included
+        self._pending: deque[_Live] = deque(maxlen=options.max_pending)
+        self.num_begun = 0  # audits, including those that gave way to live requests
         self._has_pending = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -91,7 +98,7 @@ class AuditedEngine:
 
     @property
     def num_pending(self) -> int:
-        """Requests that wait for their audit."""
+        """The number of requests that wait for their audit."""
         return len(self._pending)
 
     async def start(self) -> None:
@@ -116,39 +123,45 @@ class AuditedEngine:
         return self._listen(request)
 
     async def _listen(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Pass on a request's deltas and remember its tokens; those of one that is closed early, too."""
-        heard: list[int] = []
+        """Pass on a request's deltas and remember its tokens, also when it is closed early."""
+        tokens: list[int] = []
         try:
             async with aclosing(_generator(self._engine.generate(request))) as deltas:
                 async for delta in deltas:
-                    heard += delta.tokens
+                    tokens += delta.tokens
                     yield delta
         finally:
-            if heard:
-                self._pending.append(_Heard(request, heard))
+            if tokens:
+                self._pending.append(_Live(request, tokens))
                 self._has_pending.set()
 
     async def _audit_forever(self) -> None:
+        """Audit one request after another until cancelled. An audit that fails for any reason is given up."""
         while True:
             await self._has_pending.wait()
-            await self._wait_idle()
-            heard = self._pending.popleft()
+            live = self._pending[0]
             try:
-                audit = await self._decode_again(heard)
-            except EngineError:
-                log.warning("the audit of request %s was given up", heard.request.request_id, exc_info=True)
-                audit = None
-                continue
-            finally:
-                if not self._pending:
-                    self._has_pending.clear()
-            if audit is None:  # a live request came
-                self._pending.appendleft(heard)
-                self._has_pending.set()
-                continue
-            self._tell(heard, audit)
+                is_done = await self._audit(live)
+            except Exception:
+                log.exception("the audit of request %s was given up", live.request.request_id)
+                self._report_error()
+                is_done = True
+            if is_done and self._pending[0] is live:  # else newer ones have pushed it out
+                self._pending.popleft()
+            if not self._pending:
+                self._has_pending.clear()
+
+    async def _audit(self, live: _Live) -> bool:
+        """Audit one request as soon as the engine is idle. Returns False if a live request comes in between."""
+        await self._wait_idle()
+        audit = await self._decode_again(live)
+        if audit is None:
+            return False
+        self._tell(live, audit)
+        return True
 
     async def _wait_idle(self) -> None:
+        """Return once the engine was idle for `idle_seconds`."""
         seconds = 0.0
         while seconds < self._options.idle_seconds:
             await asyncio.sleep(self._poll_seconds)
@@ -156,14 +169,14 @@ class AuditedEngine:
             is_idle = status.phase == "ready" and status.num_running == status.num_waiting == 0
             seconds = seconds + self._poll_seconds if is_idle else 0.0
 
-    async def _decode_again(self, heard: _Heard) -> Audit | None:
-        """Compare; None if a live request came in between."""
+    async def _decode_again(self, live: _Live) -> Audit | None:
+        """Decode a request again, plainly, and compare. Returns None if a live request comes in between."""
         self.num_begun += 1
         request = replace(
-            heard.request,
-            request_id=f"audit-{self.num_begun}",  # a new one for every try: the last may not have left yet
-            max_tokens=len(heard.tokens),
-            rules=replace(heard.request.rules, logprobs=ALTERNATIVES),
+            live.request,
+            request_id=f"audit-{self.num_begun}",  # new for every try: the engine may not have let go of the last one
+            max_tokens=len(live.tokens),
+            rules=replace(live.request.rules, logprobs=ALTERNATIVES),
             prompt_logprobs=None,
             speculation=SpeculationOptions(enabled=False),
             timeout_seconds=None,
@@ -173,39 +186,40 @@ class AuditedEngine:
         async with aclosing(_generator(self._engine.generate(request))) as deltas:
             async for delta in deltas:
                 plain += delta.logprobs
-                if any(entry.token != live for entry, live in zip(plain, heard.tokens, strict=False)):
+                if any(entry.token != token for entry, token in zip(plain, live.tokens, strict=False)):
                     break
                 status = self.status()
                 if delta.finish_reason is None and (status.num_running > 1 or status.num_waiting):
                     return None
-        return _compare(heard, plain)
+        return _compare(live, plain)
 
-    def _tell(self, heard: _Heard, audit: Audit) -> None:
+    def _tell(self, live: _Live, audit: Audit) -> None:
+        """Log and report a finished audit."""
         if audit.differs_at is not None:
             log.log(
                 logging.ERROR if audit.is_failed else logging.WARNING,
-                "audit of request %s: output token %d of %d is not that of plain decoding, margin %.2e nats%s",
+                "audit of request %s: output token %d of %d differs from plain decoding, margin %.2e nats%s",
                 audit.request_id,
                 audit.differs_at,
-                len(heard.tokens),
+                len(live.tokens),
                 audit.margin_nats,
                 "" if audit.is_failed else ", a near-tie",
             )
         self._report(audit)
 
 
-def _compare(heard: _Heard, plain: list[TokenLogprobs]) -> Audit:
-    request_id, live = heard.request.request_id, heard.tokens
-    for position, (entry, token) in enumerate(zip(plain, live, strict=False)):
+def _compare(live: _Live, plain: list[TokenLogprobs]) -> Audit:
+    request_id = live.request.request_id
+    for position, (entry, token) in enumerate(zip(plain, live.tokens, strict=False)):
         if entry.token != token:
             known = dict(entry.top)
-            least = min(known.values(), default=entry.logprob)
-            return Audit(request_id, position, position, entry.logprob - known.get(token, least))
-    if len(plain) < len(live):  # plain decoding had ended
+            lowest = min(known.values(), default=entry.logprob)
+            return Audit(request_id, position, position, entry.logprob - known.get(token, lowest))
+    if len(plain) < len(live.tokens):  # plain decoding ended earlier
         return Audit(request_id, len(plain), len(plain), float("inf"))
-    return Audit(request_id, len(live), None)
+    return Audit(request_id, len(live.tokens), None)
 
 
 def _generator(deltas: AsyncIterator[TokenDelta]) -> AsyncGenerator[TokenDelta, None]:
-    """The protocol promises `aclose`; AsyncIterator does not have it."""
+    """Add `aclose` to the type: the protocol promises it, but AsyncIterator does not have it."""
     return cast(AsyncGenerator[TokenDelta, None], deltas)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, Outcome, Pipeline, StepRecord, draft_limit
 from service.engine.base import NoTokenLeftError, RequestFailedError, TokenDelta
-from service.engine.scheduler import Part as Scheduled
+from service.engine.scheduler import Scheduled
 from service.engine.sequence import Decoding
 from verifiers.base import Verifier, VerifyRequest, VerifyResult
 

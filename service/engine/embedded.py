@@ -1,4 +1,4 @@
-"""The engine of this repository: an async face over one engine thread."""
+"""The engine of this repository: an async interface to one engine thread."""
 
 import asyncio
 import logging
@@ -23,17 +23,17 @@ from verifiers.base import Verifier
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
-"""What is being loaded, and how much of all the loading is done, 0 to 1."""
+"""Takes what is being loaded, and the share of all loading that is done, 0 to 1."""
 Load = Callable[[Progress], tuple[Verifier, Pipeline]]
 
-_LAST_STEP_SECONDS = 5.0  # how long `stop` waits for the step in progress before it gives the thread up
+_LAST_STEP_SECONDS = 5.0  # how long `stop` waits for the step in progress before it abandons the thread
 
 
 class EmbeddedEngine:
     """Implements `Engine` with a verifier and a drafting pipeline in this process.
 
-    Everything is loaded and run in one thread of its own. A step's deltas, of all requests, reach the event loop in
-    one call. Of the event loop in which `start` was awaited, and not to be started twice.
+    Everything is loaded and run in one thread of its own. One call hands all deltas of a step to the event loop.
+    Bound to the event loop that awaited `start`. Start it once.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class EmbeddedEngine:
         clock: Callable[[], float] = time.perf_counter,
         hung_after_seconds: float = 60.0,
     ) -> None:
-        """load: returns the parts, in the engine thread; what it raises, `start` raises.
+        """load: returns verifier and pipeline. It runs in the engine thread; `start` raises what it raises.
 
-        observers: get every step's record, in the engine thread. hung_after_seconds: a step that takes longer means
-        that the engine hangs.
+        observers: are called with every step's record, in the engine thread. hung_after_seconds: the engine counts as
+        hung if a step takes longer.
         """
         self._load = load
         self._limits = limits
@@ -61,7 +61,7 @@ class EmbeddedEngine:
         self._failure = ""
         self._is_stopping = False
         self._events: asyncio.AbstractEventLoop | None = None
-        self._ended = asyncio.Event()  # the thread is through
+        self._ended = asyncio.Event()  # the thread has ended
 
     @property
     def vocabulary_size(self) -> int:
@@ -86,7 +86,7 @@ class EmbeddedEngine:
         return self._loaded[1].description
 
     async def start(self) -> None:
-        """Load everything in the engine thread; returns when ready, raises what `load` raised.
+        """Load everything in the engine thread. Returns when ready, raises what `load` raised.
 
         Raises CancelledError if `stop` comes first.
         """
@@ -97,17 +97,17 @@ class EmbeddedEngine:
         await ready
 
     async def stop(self, drain_seconds: float) -> None:
-        """Refuse new requests, let the others end for at most `drain_seconds`, then end them with `abort`."""
+        """Refuse new requests, let the others finish for at most `drain_seconds`, then end them with `abort`."""
         self._is_stopping = True
-        if self._core is None:  # still loading, which ends at the next sign of progress, or never begun
+        if self._core is None:  # never started, or still loading, which ends at the next call of `_note_progress`
             if self._events is not None and not await self._wait_ended(_LAST_STEP_SECONDS):
-                log.warning("loading does not stop; its thread is left behind")
+                log.warning("loading does not stop; its thread is abandoned")
             return
         self._core.drain()
         if not await self._wait_ended(drain_seconds):
             self._core.abort()
             if not await self._wait_ended(_LAST_STEP_SECONDS):
-                log.error("the engine thread hangs in a step and is left behind")
+                log.error("the engine thread hangs in a step and is abandoned")
 
     def status(self) -> EngineStatus:
         core = self._core
@@ -126,7 +126,7 @@ class EmbeddedEngine:
         return EngineStatus("ready", "", *counts)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
+        """Yield the request's deltas. Closing the generator cancels the request (see `Engine.generate`)."""
         core, status = self._core, self.status()
         if core is None or status.phase != "ready":
             raise EngineUnavailableError(f"the engine is {status.phase}")
@@ -144,7 +144,7 @@ class EmbeddedEngine:
                     return
         finally:
             del self._streams[request.request_id]
-            core.cancel(request.request_id)  # nothing, if it has ended
+            core.cancel(request.request_id)  # does nothing if it has ended
 
     @property
     def _loaded(self) -> tuple[Verifier, Pipeline]:
@@ -160,7 +160,7 @@ class EmbeddedEngine:
         return True
 
     def _main(self, ready: "asyncio.Future[None]") -> None:
-        """The engine thread."""
+        """Run the engine thread: load, then serve."""
         try:
             self._core = core = self._prepare()
             self._tell(_settle, ready, None)
@@ -199,17 +199,17 @@ class EmbeddedEngine:
     def _deliver(self, events: list[Event]) -> None:
         if not self._tell(self._dispatch, events):
             assert self._core is not None
-            self._core.abort()  # the event loop is gone, and with it everyone who would listen
+            self._core.abort()  # the event loop is closed, so nobody listens any more
 
     def _dispatch(self, events: list[Event]) -> None:
-        """In the event loop: hand a step's deltas to whoever waits for them."""
+        """Hand a step's deltas to their requests. Runs in the event loop."""
         for request_id, item in events:
             stream = self._streams.get(request_id)
             if stream is not None:
                 stream.put_nowait(item)
 
     def _tell(self, callback: Callable[..., object], *arguments: object) -> bool:
-        """Run a callback in the event loop; False if that is closed."""
+        """Run a callback in the event loop. Returns False if the loop is closed."""
         assert self._events is not None
         try:
             self._events.call_soon_threadsafe(callback, *arguments)
@@ -219,7 +219,7 @@ class EmbeddedEngine:
 
 
 class _LoadingStoppedError(Exception):
-    """`stop` was called while loading: no failure."""
+    """`stop` was called while loading, which is not a failure."""
 
 
 def _settle(future: "asyncio.Future[None]", error: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""The engine thread: requests join and leave the batch at every step."""
+"""The loop of the engine thread: requests join and leave the batch at every step."""
 
 import logging
 import threading
@@ -14,24 +14,24 @@ from service.engine.base import (
 )
 from service.engine.decoder import Decoder, StepObserver
 from service.engine.prefix_cache import PrefixCache
-from service.engine.scheduler import Part, Scheduler, SchedulerLimits
+from service.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from service.engine.sequence import Decoding
 from verifiers.base import Verifier
 
 log = logging.getLogger(__name__)
 
 Event = tuple[str, TokenDelta | Exception]
-"""A request's id, and its next delta or what ended it."""
+"""A request's id, and either its next delta or the error that ended it."""
 
-_FAILED = "the engine has failed; the log says why"  # for clients: the reason may name files
-_FATAL_FAILURES = 3  # steps in a row: a model that fails so often won't recover by itself
+_FAILED = "the engine has failed; the log says why"  # clients don't see the reason, which may name files
+_FATAL_FAILURES = 3  # failed steps in a row; a model that fails this often won't recover
 
 
 class EngineLoop:
     """Continuous batching over a verifier and a drafting pipeline.
 
-    `run` belongs to one thread, which blocks while there is nothing to do. `submit`, `cancel`, `drain`, `abort` and
-    the read-only properties may be used from any other; they never wait for a step to end.
+    One thread calls `run` and blocks in it while there is nothing to do. Any other thread may use `submit`, `cancel`,
+    `drain`, `abort` and the properties; they never wait for a step to end.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EngineLoop:
         clock: Callable[[], float],
         deliver: Callable[[list[Event]], None],
     ) -> None:
-        """`deliver` is called in the engine thread, at most once a step, with everything the step has to say."""
+        """`deliver` is called in the engine thread, at most once per step, with all events of the step."""
         slots = PrefixCache(verifier.num_slots, verifier.copy_slot, limits.reuse_prefixes)
         self._scheduler = Scheduler(limits, slots, verifier.context_length, clock)
         self._decoder = Decoder(verifier, pipeline, observers, clock)
@@ -51,7 +51,7 @@ class EngineLoop:
         self._service_draft_tokens = pipeline.max_draft_tokens
         self._clock = clock
         self._deliver = deliver
-        self._outbox: list[Event] = []  # of the step in progress
+        self._outbox: list[Event] = []  # events of the step in progress
         self._num_failures = 0  # in a row
         self._step_started: float | None = None  # None: idle
         self._changed = threading.Condition()  # guards what follows
@@ -65,7 +65,7 @@ class EngineLoop:
 
     @property
     def failure(self) -> str:
-        """Why the loop has ended for good; empty while it is alive."""
+        """The reason why the loop ended for good; empty while it is alive."""
         return self._failure
 
     @property
@@ -83,17 +83,17 @@ class EngineLoop:
 
     @property
     def drafter_up(self) -> bool:
-        """False from a failure of the drafter until it has drafted again."""
+        """False from a failure of the drafter until it drafts again."""
         return self._decoder.drafter_up
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the current step has taken so far; 0 when idle."""
+        """Seconds since the current step began; 0 when idle."""
         started = self._step_started
         return 0.0 if started is None else self._clock() - started
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises QueueFullError, EngineUnavailableError, RequestFailedError."""
+        """Queue a request. Raises QueueFullError, EngineUnavailableError or RequestFailedError."""
         num_tokens = len(request.prompt) + request.max_tokens
         if not request.prompt or num_tokens > self._context_length:
             raise RequestFailedError(
@@ -108,14 +108,14 @@ class EngineLoop:
             if request.request_id in self._live:
                 raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
             decoding = Decoding(request, self._num_submitted, self._clock(), self._service_draft_tokens)
-            self._scheduler.check_room(decoding, self._arrived)
+            self._scheduler.check_capacity(decoding, self._arrived)
             self._num_submitted += 1
             self._live[request.request_id] = decoding
             self._arrived.append(decoding)
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step, without a last delta; unknown and ended ones are fine."""
+        """End a request before the next step, without a last delta. Do nothing if it has ended or is unknown."""
         with self._changed:
             decoding = self._live.get(request_id)
             if decoding is not None:
@@ -123,19 +123,19 @@ class EngineLoop:
                 self._changed.notify()
 
     def drain(self) -> None:
-        """Take no more requests; `run` returns when those that are here have ended."""
+        """Refuse new requests. `run` returns once the present ones have ended."""
         with self._changed:
             self._is_draining = True
             self._changed.notify()
 
     def abort(self) -> None:
-        """End every request with `abort` before the next step; `run` returns then."""
+        """End every request with `abort` before the next step; then `run` returns."""
         with self._changed:
             self._is_draining = self._is_aborting = True
             self._changed.notify()
 
     def run(self) -> None:
-        """Serve until drained, aborted or dead. Never raises: a dead loop says why in `failure`."""
+        """Serve until drained, aborted or dead. Never raises: `failure` says why a loop died."""
         try:
             while self._await_work():
                 self.turn()
@@ -146,7 +146,7 @@ class EngineLoop:
             self._step_started = None
 
     def turn(self) -> None:
-        """One round of `run`: let go whoever is to leave, let in whoever fits, advance the batch by one step."""
+        """One round of `run`: remove whoever leaves, admit whoever fits, and advance the batch by one step."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, []
@@ -160,27 +160,27 @@ class EngineLoop:
                 self._end(decoding, decoding.abort())
         self._end_expired()
         self._scheduler.admit()
-        parts = self._scheduler.plan()
-        if parts:
-            self._advance(parts)
+        step = self._scheduler.schedule()
+        if step:
+            self._advance(step)
         self._flush()
 
     def _await_work(self) -> bool:
-        """Block while there is nothing to do; False: time to return."""
+        """Block while there is nothing to do. False means that `run` should return."""
         with self._changed:
             self._step_started = None
             self._changed.wait_for(lambda: self._live or self._is_draining)
             self._step_started = self._clock()
             return bool(self._live)
 
-    def _advance(self, parts: Sequence[Part]) -> None:
+    def _advance(self, step: Sequence[Scheduled]) -> None:
         try:
-            results = self._decoder.step(parts)
+            results = self._decoder.step(step)
         except Exception as error:
-            log.exception("a step over %d requests failed", len(parts))
-            for part in parts:
+            log.exception("a step over %d requests failed", len(step))
+            for scheduled in step:
                 failure = RequestFailedError(f"the model failed while this request was running: {error!r}")
-                self._end(part.decoding, failure, is_intact=False)
+                self._end(scheduled.decoding, failure, is_intact=False)
             self._num_failures += 1
             if self._num_failures >= _FATAL_FAILURES:
                 raise EngineUnavailableError(f"the model failed {_FATAL_FAILURES} times in a row: {error!r}") from error
@@ -196,9 +196,9 @@ class EngineLoop:
                 self._outbox.append((result.decoding.request.request_id, outcome))
 
     def _end(self, decoding: Decoding, last: TokenDelta | Exception | None = None, is_intact: bool = True) -> None:
-        """The one way out: finished, failed, cancelled, timed out or aborted. Nothing happens the second time.
+        """End a request that finished, failed, was cancelled, timed out or was aborted. A second call does nothing.
 
-        `is_intact`: its keys and values may be reused by others.
+        `is_intact`: others may reuse its keys and values.
         """
         request_id = decoding.request.request_id
         if self._live.get(request_id) is not decoding:

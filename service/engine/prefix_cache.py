@@ -1,4 +1,4 @@
-"""The slots of the verifier's key-value cache: who runs in which, and what finished requests left to be reused."""
+"""The slots of the verifier's key-value cache: which request runs in which, and what finished requests left behind."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,29 +7,29 @@ import numpy as np
 from drafters.base import Tokens
 from service.engine.sequence import Decoding
 
-MINIMUM_COPY = 16  # tokens; reading fewer costs no more than the copy
+MIN_COPY = 16  # tokens; reading fewer is as cheap as copying them
 
 
 class PrefixCache:
-    """Places requests in slots, so that a prompt's known beginning is not computed again.
+    """Places requests in slots, so that a known beginning of a prompt is not computed again.
 
-    A finished request's keys and values stay in its slot until the slot is taken. A new prompt takes the longest
-    prefix it shares with any slot of the same tenant, a running request's included: in place if that slot is free and
-    well placed, else by a copy. At most all but the prompt's last token is reused: the first output token is drawn
-    from its row. Tenants share nothing, for the time a prompt takes would tell what others have sent.
+    A finished request's keys and values stay in its slot until the slot is taken. A new prompt reuses the longest
+    prefix that it shares with any slot of the same tenant, including running requests: in place if that slot is free
+    and well placed, else by a copy. The prompt's last token is never reused, because the first output token is drawn
+    from its row. Tenants share nothing: otherwise the time a prompt takes would reveal what others have sent.
 
-    Slots of running requests are kept close together, since a verifier reads neighbouring slots as one view: of the
-    free slots, those that widen the occupied range least are candidates, and of these the least recently used is
-    taken. Nothing is moved when a request ends: the hole is the first to be filled.
+    Running requests stay in slots close together, because a verifier reads neighbouring slots as one view. Of the free
+    slots, those that widen the occupied range least are candidates; the least recently used of them is taken. Nothing
+    is moved when a request ends: its slot is the first to be filled.
     """
 
     def __init__(self, num_slots: int, copy_slot: Callable[[int, int, int], None], reuses: bool = True) -> None:
-        """`copy_slot(source, target, length)` copies keys and values between slots. Without `reuses` it only places."""
+        """`copy_slot(source, target, length)` copies keys and values between slots. reuses: False turns reuse off."""
         self._copy_slot = copy_slot
         self._reuses = reuses
         self._owners: list[Decoding | None] = [None] * num_slots
-        self._kept: list[Tokens] = [np.empty(0, dtype=np.int32)] * num_slots  # what a free slot holds
-        self._tenants = [""] * num_slots  # whose tokens a slot holds
+        self._kept: list[Tokens] = [np.empty(0, dtype=np.int32)] * num_slots  # cached tokens of free slots
+        self._tenants = [""] * num_slots  # whose tokens each slot holds
         self._last_used = [0] * num_slots
         self._uses = 0
 
@@ -44,8 +44,8 @@ class PrefixCache:
     def place(self, decoding: Decoding) -> bool:
         """Give the request a slot and the longest known prefix of its prompt.
 
-        False, and no slot, if no slot is free or if a running request is about to have read more of the same prompt:
-        waiting for it is cheaper than reading the same tokens beside it.
+        Returns False, and gives no slot, if none is free, or if a running request is about to have read more of the
+        same prompt: waiting for it is cheaper than reading the same tokens twice.
         """
         candidates = self._well_placed()
         if not candidates:
@@ -57,7 +57,7 @@ class PrefixCache:
             for slot in range(self.num_slots)
         ]
         source = max(range(self.num_slots), key=lambda slot: (lengths[slot], slot in candidates))
-        if self._is_being_read(wanted, lengths[source] + MINIMUM_COPY, tenant):
+        if self._is_being_read(wanted, lengths[source] + MIN_COPY, tenant):
             return False
         if source in candidates and lengths[source] > 0:
             target = source
@@ -65,7 +65,7 @@ class PrefixCache:
             target = min(candidates, key=lambda slot: self._last_used[slot])
         num_reused = lengths[source]
         if source != target:
-            if num_reused < MINIMUM_COPY:
+            if num_reused < MIN_COPY:
                 num_reused = 0
             else:
                 self._copy_slot(source, target, num_reused)
@@ -78,7 +78,7 @@ class PrefixCache:
         return True
 
     def vacate(self, decoding: Decoding, is_intact: bool = True) -> None:
-        """Take the request out of its slot; unless it failed, what it computed stays there for others."""
+        """Take the request out of its slot. If it is intact, its keys and values stay there for others."""
         slot = decoding.slot
         assert self._owners[slot] is decoding
         self._kept[slot] = decoding.cached_tokens.copy() if is_intact else np.empty(0, dtype=np.int32)
@@ -95,7 +95,7 @@ class PrefixCache:
         self._last_used[slot] = self._uses
 
     def _is_being_read(self, wanted: Tokens, length: int, tenant: str) -> bool:
-        """Whether a running request is still reading a prompt that shares at least `length` tokens with `wanted`."""
+        """Return whether a running request still reads a prompt that shares `length` or more tokens with `wanted`."""
         if len(wanted) < length:
             return False
         return any(
@@ -107,7 +107,7 @@ class PrefixCache:
         )
 
     def _well_placed(self) -> Sequence[int]:
-        """The free slots that widen the range of occupied slots least."""
+        """Return the free slots that widen the range of occupied slots least."""
         free = [slot for slot, owner in enumerate(self._owners) if owner is None]
         if not free or len(free) == self.num_slots:
             return free
@@ -119,7 +119,7 @@ class PrefixCache:
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:
-    """How many tokens two sequences share from their beginning."""
+    """Return the number of tokens that two sequences share at their beginning."""
     size = min(len(left), len(right))
     if size == 0 or left[0] != right[0]:
         return 0

@@ -1,4 +1,4 @@
-"""Who waits, who runs, and how much of which prompt is read in the next step."""
+"""The scheduler: decides who waits, who runs, and how much of each prompt the next step reads."""
 
 from bisect import insort
 from collections import Counter
@@ -13,14 +13,14 @@ from service.engine.sequence import Decoding
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """How much the engine takes on."""
+    """Limits on the work that the engine takes on."""
 
     max_running: int = 32  # requests decoded at once
     max_waiting: int = 256  # requests in the queue, beyond those that can run at once
-    max_waiting_tokens: int | None = None  # prompt and output tokens in the queue; None: no bound of their own
+    max_waiting_tokens: int | None = None  # prompt and output tokens in the queue; None: unbounded
     prefill_chunk_tokens: int = 256  # prompt tokens read in one step, over all requests
-    kv_cache_tokens: int | None = None  # cache positions promised to running requests; None: all slots, filled
-    reuse_prefixes: bool = True  # off: every prompt is read in full
+    kv_cache_tokens: int | None = None  # cache positions promised to running requests; None: all slots in full
+    reuse_prefixes: bool = True  # False: every prompt is read in full
 
     def __post_init__(self) -> None:
         if self.max_running < 1 or self.prefill_chunk_tokens < 1 or self.max_waiting < 0:
@@ -31,20 +31,20 @@ class SchedulerLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One request's share of a step: `num_new` of its pending tokens."""
+class Scheduled:
+    """One request's share of the next step: `num_new` of its pending tokens."""
 
     decoding: Decoding
     num_new: int
 
 
 class Scheduler:
-    """The queue and the batch, of the engine thread alone (`check_room` may be called from any thread).
+    """The queue and the batch. Only the engine thread uses it, except that any thread may call `check_capacity`.
 
-    A request is admitted when a slot is free and the cache positions it may come to need (prompt plus `max_tokens`)
-    fit the budget, so that nothing is ever evicted while running. The queue is served by priority, then by tenants in
-    turn (the one with the fewest running requests first), then by arrival, and nobody overtakes a request that waits
-    for memory: large requests do not starve. A named tenant fills at most half of the queue, so that others find room.
+    A request is admitted when a slot is free and the budget covers every cache position it may ever need (prompt plus
+    `max_tokens`). A running request is therefore never evicted. The queue is ordered by priority, then by tenant (the
+    one with the fewest running requests goes first), then by arrival. Nobody overtakes a request that waits for memory,
+    so large requests don't starve. A named tenant may fill at most half of the queue and leaves the rest to others.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Scheduler:
         """Promised share of the cache budget, 0 to 1."""
         return self._num_reserved / self._budget
 
-    def check_room(self, decoding: Decoding, arriving: Sequence[Decoding]) -> None:
-        """Raise QueueFullError if the queue is full, counting the requests on their way into it.
+    def check_capacity(self, decoding: Decoding, arriving: Sequence[Decoding]) -> None:
+        """Raise QueueFullError if the queue is full, and RequestFailedError if the request could never run.
 
-        RequestFailedError if the request could never run.
+        `arriving`: requests on their way into the queue; they count as if they were in it.
         """
         if decoding.num_reserved > self._budget:
             raise RequestFailedError(
@@ -86,15 +86,15 @@ class Scheduler:
                 f"cache budget of {self._budget} tokens: shorten one of them"
             )
         queue = [*self.waiting, *arriving]
-        room = self._max_waiting + self._max_running - len(self.running)  # those that can start at once don't wait
-        if len(queue) >= room:
+        num_places = self._max_waiting + self._max_running - len(self.running)  # whoever starts at once doesn't wait
+        if len(queue) >= num_places:
             full = f"{len(queue)} requests are waiting already"
             if not queue:
                 full = f"{len(self.running)} requests are running already, and none may wait"
             raise QueueFullError(f"{full}: try again later", self._admissions.seconds_until(len(queue)))
         tenant = decoding.request.tenant
         num_own = sum(other.request.tenant == tenant for other in queue) if tenant else 0
-        if num_own >= max(room // 2, 1):
+        if num_own >= max(num_places // 2, 1):
             raise QueueFullError(
                 f"{num_own} requests of this key are waiting already: try again later",
                 self._admissions.seconds_until(num_own),
@@ -110,7 +110,7 @@ class Scheduler:
         insort(self._waiting, ((decoding.request.priority, decoding.arrival), decoding), key=lambda entry: entry[0])
 
     def admit(self) -> None:
-        """Move requests from the queue into the batch while there is room."""
+        """Move requests from the queue into the batch until no more fit."""
         while len(self.running) < self._max_running and self._admit_one():
             pass
 
@@ -130,21 +130,21 @@ class Scheduler:
         return False
 
     def _in_turn(self) -> list[tuple[tuple[int, int], Decoding]]:
-        """The queue in the order in which it is served next."""
+        """The queue, in the order in which requests are admitted next."""
         running = Counter(decoding.request.tenant for decoding in self.running)
         return sorted(self._waiting, key=lambda entry: (entry[0][0], running[entry[1].request.tenant], entry[0][1]))
 
-    def plan(self) -> list[Part]:
-        """The next step, by slot: one pending token of everyone who decodes, and the next chunks of prompts."""
+    def schedule(self) -> list[Scheduled]:
+        """Choose the next step, ordered by slot: one token of every decoding request, and the next prompt chunks."""
         reading = [decoding for decoding in self.running if decoding.is_reading]
-        parts = [Part(decoding, decoding.num_pending) for decoding in self.running if not decoding.is_reading]
+        step = [Scheduled(decoding, decoding.num_pending) for decoding in self.running if not decoding.is_reading]
         shares = fair_shares(self._chunk_tokens, [decoding.num_pending for decoding in reading])
-        parts += [Part(decoding, share) for decoding, share in zip(reading, shares, strict=True) if share]
-        parts.sort(key=lambda part: part.decoding.slot)
-        return parts
+        step += [Scheduled(decoding, share) for decoding, share in zip(reading, shares, strict=True) if share]
+        step.sort(key=lambda scheduled: scheduled.decoding.slot)
+        return step
 
     def remove(self, decoding: Decoding, is_intact: bool = True) -> None:
-        """Take a request out of the batch or the queue; `is_intact`: its keys and values may be reused."""
+        """Take a request out of the batch or the queue. `is_intact`: its keys and values may be reused."""
         if decoding.slot < 0:
             self._waiting = [entry for entry in self._waiting if entry[1] is not decoding]
         else:
@@ -156,9 +156,9 @@ class Scheduler:
 
 
 def fair_shares(total: int, wants: Sequence[int]) -> list[int]:
-    """Divide `total` as evenly as `wants` allow: small wants are met in full, and what they leave goes to the others.
+    """Divide `total` as evenly as `wants` allow. Small wants are met in full; the others share what is left.
 
-    Units that cannot be divided go to those who come first, so that a total of 1 serves them one after another.
+    Units that can't be divided go to whoever comes first, so a total of 1 serves one request after another.
     """
     level, left = 0, total
     for rank, want in enumerate(sorted(wants)):

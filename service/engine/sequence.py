@@ -11,11 +11,11 @@ from verifiers.base import TokenLogprobs, VerifyResult
 
 
 class Decoding:
-    """One request from its submission to its last delta; after submission only the engine thread touches it.
+    """One request from its submission to its last delta. After submission, only the engine thread touches it.
 
     The slot of the key-value cache holds the first `num_cached` of `tokens`. While the prompt is being read,
-    `num_cached < num_prompt`; from then on all tokens but the newest are cached. Rows of rejected drafts lie beyond
-    `num_cached` and are overwritten by the next step.
+    `num_cached < num_prompt`; after that, all tokens but the newest are cached. Rows of rejected drafts are beyond
+    `num_cached`, and the next step overwrites them.
     """
 
     __slots__ = (
@@ -53,7 +53,7 @@ class Decoding:
         )
         self.num_prompt = len(request.prompt)
         self.num_cached = 0
-        self.num_accepted_kept = 0  # in the latest step: accepted draft tokens that are part of the output
+        self.num_accepted_kept = 0  # accepted draft tokens of the latest step that are part of the output
         self.num_reused = 0  # prompt tokens whose keys and values came from another request
         self.constraint = None if request.structure is None else request.structure.start()
         self.slot = -1  # none yet
@@ -70,17 +70,17 @@ class Decoding:
 
     @property
     def tokens(self) -> Tokens:
-        """`[length]` all committed tokens: prompt, then output; a view."""
+        """`[length]`, a view: all committed tokens, prompt then output."""
         return self._buffer[: self._length]
 
     @property
     def prompt(self) -> Tokens:
-        """`[num_prompt]`; a view."""
+        """`[num_prompt]`, a view: the prompt."""
         return self._buffer[: self.num_prompt]
 
     @property
     def cached_tokens(self) -> Tokens:
-        """`[num_cached]` tokens whose keys and values stand in the slot; a view."""
+        """`[num_cached]`, a view: the tokens whose keys and values are in the slot."""
         return self._buffer[: self.num_cached]
 
     @property
@@ -94,26 +94,26 @@ class Decoding:
 
     @property
     def num_pending(self) -> int:
-        """Committed tokens that are not cached: what is left of the prompt, later the newest token alone."""
+        """Committed tokens that are not cached: the unread rest of the prompt, later only the newest token."""
         return self._length - self.num_cached
 
     @property
     def is_reading(self) -> bool:
-        """Whether prompt tokens are still to be run through the model."""
+        """Whether some prompt tokens have not run through the model yet."""
         return self.num_cached < self.num_prompt
 
     @property
     def num_reserved(self) -> int:
-        """Cache positions this request may come to need."""
+        """Cache positions that this request may need at most."""
         return len(self._buffer)
 
     @property
     def may_reuse_prefix(self) -> bool:
-        """Log probabilities of the prompt need the rows that reuse would save."""
+        """Whether a cached prefix may be reused. Log probabilities of the prompt need the rows that reuse skips."""
         return self.request.prompt_logprobs is None and self.request.reuse_prefix
 
     def commit(self, num_new: int, draft: Draft, result: VerifyResult) -> TokenDelta | None:
-        """Take in one step that ran `num_new` pending tokens and `draft`; None while the prompt is being read."""
+        """Commit one step, which ran `num_new` pending tokens and `draft`. Returns None while the prompt is read."""
         self.num_cached += num_new
         self._prompt_logprobs.extend(result.prompt_logprobs)
         verification = result.verification
@@ -143,13 +143,13 @@ class Decoding:
         return self._delta(kept, verification.logprobs[: len(kept)], reason, stop_token, trace)
 
     def abort(self) -> TokenDelta:
-        """The last delta of a request that the engine ends early."""
+        """Return the last delta of a request that the engine ends early."""
         return self._delta((), (), "abort", None, None)
 
     def _count_kept(self, drawn: tuple[int, ...]) -> tuple[int, FinishReason | None]:
-        """How many of the drawn tokens belong to the output, and whether they end it.
+        """Return how many of the drawn tokens belong to the output, and whether they end it.
 
-        The tokens after the first stop token or beyond `max_tokens` are what plain decoding would never have drawn.
+        Plain decoding never draws the tokens after the first stop token or beyond `max_tokens`.
         """
         num_left = self.num_left
         for count, token in enumerate(drawn[:num_left], start=1):

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 180  # a bound, not a claim: numba may have to compile first, on a busy machine
+START_SECONDS = 180  # generous, because numba may have to compile first on a busy machine
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> None:
-    """Return when the server accepts requests; fail the test if it ends or takes too long."""
+    """Return when the server accepts requests. Fails the test if it ends or takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended before it was ready"
@@ -43,7 +43,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def bundled_server(server: Server) -> str:
-    """Address of `diffuspec serve` without arguments but the port."""
+    """The address of `diffuspec serve`, started with no argument but the port."""
     return server.url
 
 
@@ -69,7 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def unused_port() -> int:
-    """Another one for each test: the session's own server keeps its port."""
+    """A new port for each test; the session's server keeps its own."""
     return find_unused_port()
 
 

@@ -1,4 +1,4 @@
-"""A real Prometheus on the repository's own configuration, scraping a server of the test's."""
+"""Run a real Prometheus with the repository's configuration, scraping a test's server."""
 
 import shutil
 import socket
@@ -20,7 +20,7 @@ START_SECONDS = 60
 
 
 def missing_binary() -> str:
-    """Which of Prometheus' programs is not installed; empty if both are."""
+    """Return which of Prometheus' programs are not installed; empty if both are."""
     return " and ".join(name for name in ("prometheus", "promtool") if shutil.which(name) is None)
 
 
@@ -29,20 +29,20 @@ class Prometheus:
     url: str
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The `data` of one API call."""
+        """Return the `data` of one API call."""
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30)
         content = answer.json()
         assert content["status"] == "success", (parameters, content)
         return content["data"]
 
     def samples(self, query: str) -> list[float]:
-        """The values of an instant query, one a series."""
+        """Return the values of an instant query, one per series."""
         return [float(series["value"][1]) for series in self.get("query", query=query)["result"]]
 
 
 @contextmanager
 def run_prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Scrape `target` (host:port) each second, by deploy/prometheus with only addresses and intervals changed."""
+    """Scrape `target` (host:port) every second, with deploy/prometheus except for addresses and intervals."""
     config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / pattern) for pattern in config["rule_files"]]

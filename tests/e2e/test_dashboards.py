@@ -1,4 +1,4 @@
-"""Every query of every dashboard and rule has an answer in a real Prometheus that scrapes the real, loaded service."""
+"""Every query of every dashboard and rule returns data from a real Prometheus that scrapes the real, loaded service."""
 
 import json
 import math
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
-WINDOW = "20s"  # what Grafana would put for $__rate_interval
-MAX_SECONDS = 300  # a bound, not a claim
+WINDOW = "20s"  # what Grafana would insert for $__rate_interval
+MAX_SECONDS = 300  # generous
 PROMPTS = ["def main():\n", "import os\n\n", "class Reader:\n    def __init__(self, path):\n", "for line in lines:\n"]
 SPECULATION: list[dict[str, Any]] = [
     {"policy": "goodput"},
@@ -38,7 +38,7 @@ def panels(path: Any) -> Iterator[dict[str, Any]]:
 
 
 def queries() -> dict[str, str]:
-    """Every query by `dashboard / panel / letter`, with Grafana's variables filled in."""
+    """Return every query by `dashboard / panel / letter`, with Grafana's variables filled in."""
     found = {}
     for path in DASHBOARDS:
         for panel in panels(path):
@@ -51,7 +51,7 @@ def queries() -> dict[str, str]:
 
 
 def complete(url: str, index: int) -> None:
-    """One streamed request; they go through all policies, alone and in batches, greedy and sampled."""
+    """Stream request `index`. Together the indices cover all policies, greedy and sampled."""
     body = {
         "prompt": PROMPTS[index % len(PROMPTS)] * (1 + index % 3),
         "max_tokens": 48,
@@ -72,7 +72,7 @@ def unanswered(asked: dict[str, str], ask: Callable[[str], list[float]]) -> set[
 
 @pytest.fixture(scope="module")
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """One that has scraped the server under load until the end of the tests."""
+    """A Prometheus that scrapes the server, which is under load until the end of the tests."""
     done = threading.Event()
     failures: list[BaseException] = []
 
@@ -132,11 +132,11 @@ def test_every_rule_is_evaluated_and_records_something(prometheus: Prometheus) -
     alerts = {rule["name"]: rule for rule in rules if rule["type"] == "alerting"}
     assert len(alerts) > 8
     paging = {name for name, rule in alerts.items() if rule["labels"]["severity"] == "page" and rule["alerts"]}
-    assert not paging, "a healthy service would call somebody"
+    assert not paging, "a healthy service would page somebody"
 
 
 def test_every_metric_that_a_rule_or_dashboard_names_exists(prometheus: Prometheus) -> None:
-    """Alerts are silent on a healthy service, so a misspelt metric would not show in the tests above."""
+    """Alerts are silent on a healthy service, so the tests above would miss a misspelt metric."""
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     texts = [*queries().values(), *(rule["query"] for rule in rules)]
     known = set(prometheus.get("label/__name__/values"))

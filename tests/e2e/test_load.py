@@ -1,4 +1,4 @@
-"""Many requests, half of them cancelled midway: everything comes back, and the others' text is unchanged."""
+"""Many requests, half of them cancelled midway: all memory is freed, and the others' text is unchanged."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from tests.e2e.conftest import Server
 
 PROMPTS = ["def main():\n", "import os\n\n", "class Reader:\n    def __init__(self, path):\n", "for line in lines:\n"]
 CONCURRENCY = 16
-GROWTH_BYTES = 32 << 20  # the allocator's own slack; a leak of one slot a request would be hundreds of MB
+MAX_GROWTH_BYTES = 32 << 20  # the allocator's slack; a leak of one slot per request would be hundreds of MB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -28,7 +28,7 @@ def body(index: int) -> dict[str, object]:
 
 
 async def complete(client: httpx.AsyncClient, index: int, cancel: bool) -> str | None:
-    """The request's text; None if it was cancelled after the first piece."""
+    """Return the request's text, or None if it was cancelled after the first piece."""
     pieces = []
     async with client.stream("POST", "/v1/completions", json=body(index)) as response:
         assert response.status_code == 200, await response.aread()
@@ -43,7 +43,7 @@ async def complete(client: httpx.AsyncClient, index: int, cancel: bool) -> str |
 
 
 async def run(url: str, count: int, cancelling: bool, concurrency: int = CONCURRENCY) -> dict[int, str]:
-    """Texts of the requests that were not cancelled, checked to depend on the request alone."""
+    """Return the texts of the requests that were not cancelled. Asserts that they depend on the request alone."""
     texts: dict[int, str] = {}
     limit = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -59,7 +59,7 @@ async def run(url: str, count: int, cancelling: bool, concurrency: int = CONCURR
 
 
 async def idle(url: str) -> dict[str, float]:
-    """The gauges once nothing runs any more."""
+    """Return the gauges once nothing runs any more."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     async with httpx.AsyncClient(base_url=url) as client:
         for _ in range(100):
@@ -72,11 +72,11 @@ async def idle(url: str) -> dict[str, float]:
 
 
 async def test_memory_returns_after_a_thousand_requests_half_of_them_cancelled(server: Server) -> None:
-    # First every slot of the caches is used: their pages are touched only then.
+    # First use every slot of the caches, because their memory pages are allocated on first use.
     expected = await run(server.url, 480, cancelling=False, concurrency=48)
     await run(server.url, 480, cancelling=True)
     before = server.resident_bytes
     texts = await run(server.url, 1000, cancelling=True)
     assert texts == expected
     assert set((await idle(server.url)).values()) == {0.0}
-    assert server.resident_bytes - before < GROWTH_BYTES
+    assert server.resident_bytes - before < MAX_GROWTH_BYTES

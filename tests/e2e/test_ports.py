@@ -1,4 +1,4 @@
-"""What a server process opens to the network."""
+"""A server process opens one port to the network."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,6 @@ def test_the_server_listens_on_its_one_port_alone(server: Server) -> None:
             fields = line.split()
             if fields[3] == LISTENING and fields[9] in inodes:
                 listening.append(fields[1])
-    address, port = "0100007F", urlsplit(server.url).port  # 127.0.0.1, in the kernel's words
+    address, port = "0100007F", urlsplit(server.url).port  # 127.0.0.1 as /proc writes it
     assert port is not None
     assert listening == [f"{address}:{port:04X}"]

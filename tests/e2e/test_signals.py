@@ -1,4 +1,4 @@
-"""What a supervisor does to the process: SIGTERM at any moment, SIGSTOP and SIGCONT, a log that cannot be written."""
+"""The server survives a supervisor: SIGTERM at any moment, SIGSTOP and SIGCONT, a log that can't be written."""
 
 import os
 import signal
@@ -19,8 +19,8 @@ from tests.e2e.conftest import ROOT, wait_until_ready
 from tests.integration.api_server import wait_for
 
 LONG: dict[str, Any] = {"prompt": "x", "temperature": 0, "ignore_eos": True, "max_tokens": 400}
-ENDLESS_STREAMS = 16  # of LONG requests: more work than the tests wait for
-LAST_STEP_SECONDS = 10  # beyond the drain's limit: a step, the last answers, and a busy machine
+ENDLESS_STREAMS = 16  # of LONG requests; they take longer than the tests wait
+LAST_STEP_SECONDS = 10  # beyond the drain's limit: for a step and the last answers, on a busy machine
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Process:
     url: str
     process: "subprocess.Popen[bytes]"
     log: Path
-    http: httpx.Client  # shared: one client a request would be slow to start
-    streams: list[str] = field(default_factory=list)  # what ended streams had to say
+    http: httpx.Client  # shared, because a client per request would be slow to start
+    streams: list[str] = field(default_factory=list)  # the texts of ended streams
 
     def stream(self, body: dict[str, Any]) -> str:
         with self.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
@@ -87,7 +87,7 @@ def serve(
 
 @contextmanager
 def under_load(server: Process) -> Iterator[ThreadPoolExecutor]:
-    """Streams of LONG requests that have all begun; they have ended afterwards."""
+    """Begin streams of LONG requests, and wait for their end on exit."""
     with ThreadPoolExecutor(ENDLESS_STREAMS) as clients:
         streams = [clients.submit(server.stream, LONG | {"prompt": f"x{i}"}) for i in range(ENDLESS_STREAMS)]
         wait_for(lambda: server.num_running() == ENDLESS_STREAMS)

@@ -1,4 +1,4 @@
-"""The server speaks TLS when it is told to, and says so when it cannot."""
+"""The server speaks TLS when configured, and says why if it can't."""
 
 import socket
 import ssl
@@ -14,12 +14,12 @@ from service.serve import _tls_problem
 from service.setting_groups import ServerSettings
 from service.settings import SettingsError, load_settings
 
-DATA = Path(__file__).parent / "data"  # a certificate for localhost that nobody trusts, with its key
+DATA = Path(__file__).parent / "data"  # a self-signed certificate for localhost, with its key
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_https_is_served_and_http_is_not(tiny_target: Path, tmp_path: Path) -> None:
-    with socket.socket() as probe:  # another port than the session's server has
+    with socket.socket() as probe:  # a port other than the session server's
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--target", str(tiny_target)]

@@ -1,4 +1,4 @@
-"""Text that comes token by token is the decoding of all tokens, in any deltas, with stop strings or without."""
+"""Text pushed token by token equals the decoding of all tokens, in any deltas, with and without stop strings."""
 
 import functools
 import tempfile
@@ -23,7 +23,7 @@ SEEDS = [
 
 @functools.cache
 def tokenizers() -> tuple[TextTokenizer, ...]:
-    """One token a byte; byte-level with merges across characters; sentencepiece's with byte fallback."""
+    """Return three tokenizers: one token per byte, byte-level BPE with merges across characters, byte fallback."""
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         plain = TextTokenizer.from_folder(Path(folder), (256,))
@@ -65,7 +65,7 @@ def check(data: bytes) -> None:
 
 
 def show(tokenizer: TextTokenizer, rules: TextRules, tokens: list[int], sizes: list[int]) -> Piece:
-    """What a client sees if the tokens come in deltas of these sizes, and the rest in one."""
+    """Return what a client sees if the tokens come in deltas of these sizes, and the rest in one."""
     choice, pieces, left = Choice(tokenizer, rules), [], tuple(tokens)
     for size in [*sizes, len(tokens)]:
         delta, left = left[:size], left[size:]

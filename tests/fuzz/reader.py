@@ -1,4 +1,4 @@
-"""Values out of a fuzzer's bytes, the same ones every time, so that an input can be replayed without the fuzzer."""
+"""Turn a fuzzer's bytes into values, deterministically, so that an input can be replayed without the fuzzer."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 class ByteReader:
-    """Takes from the front; zeros once nothing is left."""
+    """Reads bytes from the front; zeros once nothing is left."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -35,15 +35,15 @@ class ByteReader:
         self._position += len(taken)
         return taken
 
-    def text(self, most_bytes: int) -> str:
-        return self.take(self.byte() % (most_bytes + 1)).decode("utf-8", "replace")
+    def text(self, max_bytes: int) -> str:
+        return self.take(self.byte() % (max_bytes + 1)).decode("utf-8", "replace")
 
     def rest(self) -> bytes:
         return self.take(len(self._data))
 
 
-def cut(text: str, reader: ByteReader, most_pieces: int = 12) -> list[str]:
-    """`text` in pieces, where the bytes say."""
-    places = sorted(reader.byte() % (len(text) + 1) for _ in range(reader.byte() % most_pieces))
+def cut(text: str, reader: ByteReader, max_pieces: int = 12) -> list[str]:
+    """Cut `text` into pieces at the places that the bytes name."""
+    places = sorted(reader.byte() % (len(text) + 1) for _ in range(reader.byte() % max_pieces))
     bounds = [0, *places, len(text)]
     return [text[begin:end] for begin, end in itertools.pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Whatever bytes a body is made of, the server answers or refuses: never a 5xx, never an error inside a stream."""
+"""Whatever the body, the server answers or refuses it: never a 5xx, never an error inside a stream."""
 
 import asyncio
 import copy
@@ -50,7 +50,7 @@ SEEDS += [bytes([2 * path + 1, index, 1, 2, 3, 4, 5, 6]) for index, (path, _) in
 
 @functools.cache
 def running() -> tuple[asyncio.AbstractEventLoop, FastAPI]:
-    """A server over an engine that writes a tool call, and the loop it lives in."""
+    """Return a server over an engine that writes a tool call, and its event loop."""
 
     def play(request: GenerationRequest) -> list[TokenDelta]:
         return deltas(TEXT, sizes=[3, 9, 1, 30], finish_reason="stop")
@@ -67,7 +67,7 @@ def running() -> tuple[asyncio.AbstractEventLoop, FastAPI]:
 
 
 def close() -> None:
-    """End the server."""
+    """Stop the server."""
     loop, app = running()
     loop.run_until_complete(app.state.serving.stop())
     loop.close()
@@ -100,7 +100,7 @@ def check(data: bytes) -> None:
 
 
 def mutated(reader: ByteReader) -> bytes:
-    """One of the bodies, with values changed, added or dropped where the bytes say."""
+    """Return one of the bodies, with values changed, added or dropped as the bytes say."""
     content = copy.deepcopy(reader.pick(BODIES)[1])
     names = sorted({name for _, body in BODIES for name in body})
     for _ in range(8):
@@ -110,7 +110,7 @@ def mutated(reader: ByteReader) -> bytes:
         while True:
             keys = sorted(place) if isinstance(place, dict) else range(len(place))
             number = reader.byte()
-            if not keys or number >= 200:  # something new, here
+            if not keys or number >= 200:  # add something here
                 key: Any = reader.pick(names) if isinstance(place, dict) else len(place)
                 break
             key = keys[number % len(keys)]
@@ -130,7 +130,7 @@ def mutated(reader: ByteReader) -> bytes:
 
 
 async def post(app: FastAPI, path: str, body: bytes) -> tuple[int, bytes]:
-    """Status and body of the answer, by ASGI, without a socket."""
+    """Send a request by ASGI, without a socket. Returns status and body of the answer."""
     scope = {
         **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path},
         **{"raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http"},

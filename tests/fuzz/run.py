@@ -1,7 +1,7 @@
-"""Fuzzing with atheris: `make fuzz MINUTES=10`, or `python -m tests.fuzz.run TARGET SECONDS`.
+"""Fuzz with atheris: `make fuzz MINUTES=10`, or `python -m tests.fuzz.run TARGET SECONDS`.
 
-Starts from the kept corpus, writes new inputs to reports/fuzz/TARGET, and ends with status 1 at a finding, whose input
-it names. `python -m tests.fuzz.run TARGET keep` adds to the kept corpus what reaches more than what is kept does.
+Starts from the kept corpus and writes new inputs to reports/fuzz/TARGET. A finding ends it with status 1 and prints the
+input's name. `python -m tests.fuzz.run TARGET keep` adds inputs that reach new code to the kept corpus.
 """
 
 import importlib
@@ -27,13 +27,13 @@ def main(name: str, action: str, *given: str) -> None:
     if not any(found.iterdir()):
         for number, seed in enumerate(target.SEEDS):
             (found / f"seed-{number}").write_bytes(seed)
-    target.check(b"")  # loads what is loaded once, outside of what is measured
+    target.check(b"")  # loads everything that is loaded once, before the measurement
     options = [f"-artifact_prefix={found.parent}/{name}-", "-timeout=20", "-rss_limit_mb=4096", "-verbosity=1"]
-    command = f"{sys.executable} -m tests.fuzz.run {name} given"  # by which libFuzzer calls itself for a merge
+    command = f"{sys.executable} -m tests.fuzz.run {name} given"  # libFuzzer calls itself with it for a merge
     if action == "given":
         options = list(given)
     elif action == "keep":
-        # edges alone: counting how often each is taken would keep ten times as many
+        # Only edges: counting how often each is taken would keep ten times as many inputs.
         options += ["-merge=1", "-use_counters=0", "-max_len=512", str(kept), str(found)]
     else:
         options += [f"-max_total_time={action}", "-max_len=4096", "-print_final_stats=1", str(found), str(kept)]

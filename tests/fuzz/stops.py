@@ -1,4 +1,4 @@
-"""Stop strings are found where they first end, however the text is cut."""
+"""Stop strings are found where the first of them ends, however the text is cut."""
 
 from service.text.detokenizer import StopMatcher
 from tests.fuzz.reader import ByteReader, cut
@@ -10,7 +10,7 @@ SEEDS = [
 
 
 def expected(stops: list[str], text: str, *, include: bool) -> tuple[str, str | None]:
-    """Character by character: the first end of any stop string, the longest of those that end there."""
+    """Search character by character for the first end of any stop string; of several, the longest counts."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -30,7 +30,7 @@ def check(data: bytes) -> None:
     for piece in cut(text, ByteReader(places)):
         matched = matcher.push(piece)
         shown, found = shown + matched.text, matched.stop
-        assert final.startswith(shown), "something was shown that had to be taken back"
+        assert final.startswith(shown), "text was shown that is not part of the answer"
         if found is not None:
             break
     else:

@@ -1,4 +1,4 @@
-"""What the fuzzer has found interesting is tried at every run of the tests; no fuzzer is needed for it."""
+"""Replay the fuzzer's kept corpus at every test run, without the fuzzer."""
 
 import importlib
 from pathlib import Path

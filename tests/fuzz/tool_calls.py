@@ -1,4 +1,4 @@
-"""Tool calls are the same however the text is cut; those told as a whole are JSON; what is no call is content."""
+"""Tool calls are the same however the text is cut. Whole ones are JSON; everything else is content."""
 
 import json
 from collections.abc import Iterable
@@ -38,12 +38,12 @@ SEEDS = [
 def read(
     style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
 ) -> tuple[str, list[tuple[str, str]], int]:
-    """Content, calls, and how many of them are complete."""
+    """Return the content, the calls, and how many of them are complete."""
     parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
     content, calls = "", list[tuple[str, str]]()
-    for part in [*map(parser.push, pieces), parser.finish()]:
-        content += part.content
-        for call in part.calls:
+    for parsed in [*map(parser.push, pieces), parser.finish()]:
+        content += parsed.content
+        for call in parsed.calls:
             if call.name is not None:
                 assert call.index == len(calls)
                 calls.append((call.name, ""))
@@ -54,12 +54,12 @@ def read(
 
 
 def refuse(constant: str) -> Any:
-    """Infinity and NaN, which Python takes for JSON."""
-    raise AssertionError(f"{constant} is no JSON")
+    """Refuse Infinity and NaN, which Python's parser accepts."""
+    raise AssertionError(f"{constant} is not JSON")
 
 
 def check_told(style: ToolCallStyle, text: str, most: int | None = None) -> None:
-    """Calls that are told as a whole are JSON, texts without calls are content, and a stream says the same."""
+    """Assert that whole calls are JSON, that texts without calls are content, and that a stream gives the same."""
     content, calls, num_complete = read(style, [text], most=most)
     assert num_complete == len(calls)
     for name, arguments in calls:
@@ -68,7 +68,7 @@ def check_told(style: ToolCallStyle, text: str, most: int | None = None) -> None
     if not calls:
         assert content == text
     eager = read(style, [text], eager=True, most=most)
-    if eager[2] == len(eager[1]):  # none of them broken
+    if eager[2] == len(eager[1]):  # no call is broken
         assert eager == (content, calls, num_complete)
 
 

@@ -1,8 +1,8 @@
-"""The audit catches what a defect in acceptance does to live requests, stays out of their way, and else is calm."""
+"""The audit catches wrong tokens in live requests, stays out of their way, and reports nothing else."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.engine.audit import Audit, AuditedEngine, AuditOptions
-from service.engine.base import GenerationRequest, SpeculationOptions
+from service.engine.base import GenerationRequest, SpeculationOptions, TokenDelta
 from service.engine.embedded import EmbeddedEngine
 from service.engine.scheduler import SchedulerLimits
 from service.metrics import ServiceMetrics
@@ -26,7 +26,7 @@ NUM_REQUESTS = 200
 
 
 class Lenient(TorchVerifier):
-    """The planted defect: now and then a draft token is accepted that the target did not draw."""
+    """A planted defect: now and then, accept a draft token that the target did not draw."""
 
     num_wrong = 0
     _num_rejections = 0
@@ -122,7 +122,7 @@ async def test_live_requests_go_first_and_the_audit_comes_later(model: Transform
     assert audits[0] == Audit("long", 400, None)
 
 
-async def test_what_a_client_cut_off_is_audited_as_far_as_it_went(model: Transformer) -> None:
+async def test_a_request_that_its_client_cut_off_is_audited_as_far_as_it_went(model: Transformer) -> None:
     audits: list[Audit] = []
     async with audited(TorchVerifier(model, 8, CONTEXT_LENGTH), AuditOptions(1.0, 0.0), audits) as (engine, _):
         one = GenerationRequest("cut", [1, 2, 3], 400, SamplingRules(seed=0, temperature=0))
@@ -154,12 +154,54 @@ async def test_those_that_wait_are_bounded(model: Transformer) -> None:
     assert not audits
 
 
+class Faulty(EmbeddedEngine):
+    """A planted defect: the first audit raises what no engine promises to raise."""
+
+    is_broken = False
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        if self.is_broken and request.request_id == "audit-1":
+            raise ZeroDivisionError("planted")
+        return super().generate(request)
+
+
+def count(metrics: ServiceMetrics, name: str) -> float | None:
+    return metrics.registry.get_sample_value(f"diffuspec_{name}_total", {"model_name": "tiny"})
+
+
+@pytest.mark.parametrize("breaks", ["engine", "report"])
+async def test_audits_go_on_after_an_error_that_is_logged_and_counted(
+    model: Transformer, breaks: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = ServiceMetrics(CollectorRegistry(), "tiny")
+    reports = iter([breaks == "report"])
+
+    def report(audit: Audit) -> None:
+        if next(reports, False):
+            raise ZeroDivisionError("planted")
+        metrics.observe_audit(audit.is_failed)
+
+    drafting = RuleDrafter(garbage(VOCABULARY_SIZE), 4)
+    inner = Faulty(loading(TorchVerifier(model, 8, CONTEXT_LENGTH), drafting), SchedulerLimits())
+    inner.is_broken = breaks == "engine"
+    options = AuditOptions(1.0, idle_seconds=0.0)
+    engine = AuditedEngine(inner, options, report, lambda: 0.0, 0.002, metrics.observe_audit_error)
+    await engine.start()
+    try:
+        for one in requests()[:3]:
+            await collect(engine, one)  # type: ignore[arg-type]
+        await until(lambda: count(metrics, "audits_run") == 2)
+        assert engine.num_pending == 0
+    finally:
+        await engine.stop(5)
+    assert count(metrics, "audit_errors") == 1
+    assert count(metrics, "audits_failed") == 0
+    assert "the audit of request r0 was given up" in caplog.text
+    assert "planted" in caplog.text
+
+
 def test_audits_are_counted() -> None:
     metrics = ServiceMetrics(CollectorRegistry(), "tiny")
     metrics.observe_audit(is_failed=False)
     metrics.observe_audit(is_failed=True)
-    counts = [
-        metrics.registry.get_sample_value(f"diffuspec_audits_{what}_total", {"model_name": "tiny"})
-        for what in ("run", "failed")
-    ]
-    assert counts == [2, 1]
+    assert [count(metrics, "audits_run"), count(metrics, "audits_failed")] == [2, 1]

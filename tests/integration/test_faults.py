@@ -1,4 +1,4 @@
-"""Faults at every place stay where they are: neighbours get plain decoding's output, and nothing is left behind."""
+"""Faults stay contained: other requests get plain decoding's output, and nothing leaks."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ NEIGHBOURS = [
     SAMPLED | {"prompt": "another"},
     GREEDY | {"prompt": "x" * 120, "max_tokens": 20},
 ]
-LONG = 300  # tokens: surely still running when its client leaves
+LONG = 300  # tokens; such a request still runs when its client leaves
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def assert_plain(faulty: FaultyServer, bodies: list[dict[str, Any]] = NEIGHBOURS
 
 
 def wait_until_up(faulty: FaultyServer) -> None:
-    """Decode until the drafter has been tried again."""
+    """Decode until the drafter has been tried again and works."""
     faulty.drafter.plant("none")
     faulty.drafter.num_faults = 0
     if faulty.pipeline._paused_steps:
-        faulty.pipeline._paused_steps = 1  # the pause is over
+        faulty.pipeline._paused_steps = 1  # end the pause
     assert tokens_of(faulty.post(NEIGHBOURS[0])) == faulty.plain(NEIGHBOURS[0])
     assert faulty.metric("diffuspec_drafter_up") == 1
 
@@ -96,7 +96,7 @@ def test_a_drafter_that_fails_in_mid_stream_is_not_seen_by_the_reader(faulty: Fa
 
 
 def test_a_drafter_that_stalls_makes_the_probes_fail_until_it_goes_on(faulty: FaultyServer) -> None:
-    """Who left meanwhile is let go; who waited gets plain decoding's output."""
+    """Clients that leave meanwhile are released; those that wait get plain decoding's output."""
     with faulty.ending(length=3, abort=2):
         faulty.drafter.plant("stalls")
         answers = [(body, faulty.start(body)) for body in NEIGHBOURS]
@@ -176,7 +176,7 @@ def test_a_reader_that_leaves_between_frames_takes_nothing_along(faulty: FaultyS
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A day to and fro with every look at it; what takes time is measured by a clock that only goes forward."""
+    """The wall clock jumps a day at every reading. Durations must come from a monotonic clock."""
     true_time, looks = time.time, iter(range(1 << 60))
     queued = faulty.metric("vllm:request_queue_time_seconds_sum")
     spent = faulty.metric("vllm:e2e_request_latency_seconds_sum")
@@ -199,7 +199,7 @@ def test_a_full_disk_under_the_log_hurts_nobody(
 ) -> None:
     wait_until_up(faulty)
     with Path("/dev/full").open("w", buffering=1) as full:
-        monkeypatch.setattr("sys.stderr", full)  # where logging complains of itself, too
+        monkeypatch.setattr("sys.stderr", full)  # logging reports its own errors there
         handler = logging.StreamHandler(full)
         handler.setFormatter(formatter)
         logger = logging.getLogger()
@@ -214,7 +214,7 @@ def test_a_full_disk_under_the_log_hurts_nobody(
                 )
                 read_frames(client, 2)
                 hang_up(client, politely=False)
-                faulty.drafter.plant("raises")  # from the engine's thread comes a traceback
+                faulty.drafter.plant("raises")  # the engine's thread logs a traceback
                 assert_plain(faulty, NEIGHBOURS[:1])
         finally:
             logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""API keys open every route but the probes', are bounded by their limits and expiry, and are never shown."""
+"""Every route but the probes needs an API key. Keys have limits and an expiry, and are never shown."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ PLAIN, HASHED, SMALL, OLD = "sk-plain-key", "sk-hashed-key", "sk-small-key", "sk
 
 
 class Clock:
-    """Stands still until it is told."""
+    """A clock that stands still until it is set."""
 
     now = 1000.0
 
@@ -130,7 +130,7 @@ def test_a_key_has_so_many_requests_a_minute_and_is_told_when_to_come_again(url:
     assert statuses == [200] * 6
     refused = complete(url, SMALL)
     assert (refused.status_code, error_of(refused)["code"]) == (429, "key_limit")
-    assert complete(url, PLAIN).status_code == 200  # others do not notice
+    assert complete(url, PLAIN).status_code == 200  # other keys are not affected
     wait = int(refused.headers["retry-after"])
     clock.now += wait - 1.01 if wait > 1 else 0.0
     if wait > 1:
@@ -140,7 +140,7 @@ def test_a_key_has_so_many_requests_a_minute_and_is_told_when_to_come_again(url:
 
 
 def test_a_key_has_so_many_tokens_a_minute(url: str, clock: Clock) -> None:
-    assert complete(url, SMALL, prompt="x" * 140).status_code == 200  # 50 more than it has: paid by waiting
+    assert complete(url, SMALL, prompt="x" * 140).status_code == 200  # overdraws by 50, which a wait repays
     refused = complete(url, SMALL)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) == pytest.approx(30, abs=1)

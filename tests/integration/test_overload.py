@@ -1,4 +1,4 @@
-"""Ten times more requests than can be served, arriving whatever becomes of those before: time is counted in steps."""
+"""Ten times more requests than can be served, arriving at a fixed rate. Time is counted in steps."""
 
 from collections import deque
 from pathlib import Path
@@ -15,7 +15,7 @@ from verifiers.base import SamplingRules
 from verifiers.torch_lm import TorchVerifier
 
 MAX_RUNNING, TOKENS, STEPS = 8, 10, 300
-CAPACITY = MAX_RUNNING / TOKENS  # requests a step
+CAPACITY = MAX_RUNNING / TOKENS  # requests per step
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def model(tiny_target: Path) -> Transformer:
 
 
 class OpenLoop:
-    """Sends requests at a rate, one second a step, and notes what becomes of them."""
+    """Sends requests at a rate and records what becomes of them. A step takes one second."""
 
     def __init__(self, model: Transformer, max_waiting: int, timeout_seconds: float | None = None) -> None:
         self.now = 0.0
@@ -33,8 +33,8 @@ class OpenLoop:
         self.driver = Driver(verifier, no_drafts(), limits, lambda: self.now)
         self.began: dict[str, float] = {}
         self.latencies: list[float] = []
-        self.refusals: list[tuple[float, float]] = []  # when, and what Retry-After said
-        self.most_live = 0
+        self.refusals: list[tuple[float, float]] = []  # time and Retry-After
+        self.max_live = 0
         self._timeout_seconds = timeout_seconds
         self._num_sent = 0
 
@@ -43,7 +43,7 @@ class OpenLoop:
         request = GenerationRequest(
             name,
             [1, len(name), 3],
-            TOKENS - 4 + self._num_sent % 9,  # so that they do not all end at the same step
+            TOKENS - 4 + self._num_sent % 9,  # varied, so that they don't all end at the same step
             SamplingRules(seed=0, temperature=0),
             timeout_seconds=self._timeout_seconds,
             tenant=tenant,
@@ -59,10 +59,10 @@ class OpenLoop:
         self.now += 1.0
         for name in [name for name in self.began if self.driver.received[name].is_finished]:
             self.latencies.append(self.now - self.began.pop(name))
-        self.most_live = max(self.most_live, self.driver.loop.num_running + self.driver.loop.num_waiting)
+        self.max_live = max(self.max_live, self.driver.loop.num_running + self.driver.loop.num_waiting)
 
     def run(self, rate: float) -> None:
-        """Send at `rate` for a while, then let all that were accepted end."""
+        """Send at `rate` for a while, then let all accepted requests end."""
         due = 0.0
         for step in range(STEPS):
             due += rate
@@ -81,23 +81,23 @@ class OpenLoop:
 
 
 def test_accepted_requests_keep_their_latency_and_the_others_are_told(model: Transformer) -> None:
-    """With a queue of a quarter of a batch. A longer one takes longer: its length is the operator's choice."""
+    """The queue holds a quarter of a batch. A longer one means longer latencies, which is the operator's choice."""
     at_capacity, overloaded = (OpenLoop(model, max_waiting=MAX_RUNNING // 4) for _ in range(2))
     at_capacity.run(CAPACITY)
     overloaded.run(10 * CAPACITY)
     assert len(at_capacity.latencies) > 0.8 * CAPACITY * STEPS
-    assert len(overloaded.latencies) >= 0.95 * len(at_capacity.latencies)  # goodput does not fall
+    assert len(overloaded.latencies) >= 0.95 * len(at_capacity.latencies)  # throughput does not fall
     assert len(overloaded.refusals) > 8 * CAPACITY * STEPS
     for share in (0.5, 0.95):
         assert overloaded.latency(share) <= 1.5 * at_capacity.latency(share)
-    assert overloaded.most_live <= MAX_RUNNING + MAX_RUNNING // 4
+    assert overloaded.max_live <= MAX_RUNNING + MAX_RUNNING // 4
     assert overloaded.driver.loop.cache_usage == 0
 
 
 def test_retry_after_is_when_the_queue_will_have_drained(model: Transformer) -> None:
     load = OpenLoop(model, max_waiting=24)
     load.run(10 * CAPACITY)
-    expected = 24 / CAPACITY  # seconds until all who wait now have been admitted
+    expected = 24 / CAPACITY  # seconds until all waiting requests are admitted
     later = [seconds for when, seconds in load.refusals if when > 100 and when < STEPS]
     assert all(expected / 1.5 <= seconds <= expected * 1.5 for seconds in later)
 

@@ -1,4 +1,4 @@
-"""`diffuspec pull` against a stand-in of the hub: pinned, checked, going on where it stopped, and plain words."""
+"""`diffuspec pull` against a stand-in for the hub: it pins, checks, resumes, and reports in plain words."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def test_a_pulled_pair_is_pinned_checked_and_used_by_its_names(tmp_path: Path, s
     result = run(["pull", TARGET, f"{DRAFTER}@{COMMIT}"], home, address)
     assert result.returncode == 0, result.stderr
     assert f"{TARGET} at {COMMIT}" in result.stderr
-    assert "files agree with the hub's checksums" in result.stderr
+    assert "files match the hub's checksums" in result.stderr
     assert "100%" in result.stderr  # progress
     fetched = {path.name for path in home.rglob("*") if path.is_symlink()}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= fetched
@@ -62,7 +62,7 @@ def test_a_pulled_pair_is_pinned_checked_and_used_by_its_names(tmp_path: Path, s
     checked = run(["check", TARGET, f"{DRAFTER}@{COMMIT}", "--bandwidth", "10"], home, address, HF_HUB_OFFLINE="1")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "SDAR" in checked.stdout
-    assert len(state.requests) == num_requests  # nothing is fetched unless one asks for it
+    assert len(state.requests) == num_requests  # only `pull` fetches
 
 
 def test_a_download_that_breaks_off_goes_on_from_there(tmp_path: Path, state: HubState, address: str) -> None:
@@ -87,7 +87,7 @@ def test_a_second_run_fetches_only_what_is_missing(tmp_path: Path, state: HubSta
     assert last_line(failed).startswith(f"diffuspec: cannot fetch {TARGET} from {address}")
     unusable = run(["check", TARGET, "--bandwidth", "10"], home, address)
     assert unusable.returncode == 1
-    assert f"`diffuspec pull {TARGET}` goes on" in unusable.stderr
+    assert f"`diffuspec pull {TARGET}` fetches the rest" in unusable.stderr
     state.broken.clear()
     state.requests.clear()
     assert run(["pull", TARGET], home, address).returncode == 0
@@ -100,18 +100,18 @@ def test_a_wrong_checksum_is_found_and_the_file_deleted(tmp_path: Path, state: H
     home = tmp_path / "home"
     result = run(["pull", DRAFTER], home, address)
     assert result.returncode == 1
-    assert "model.safetensors differs from the hub's checksum and was deleted" in last_line(result)
+    assert "model.safetensors did not match the hub's checksum and was deleted" in last_line(result)
     assert not list(home.rglob("model.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("name", "variables", "sentence"),
     [
-        ("tiny-org/nothing", {}, "the hub has no tiny-org/nothing, or it is private: then set HF_TOKEN."),
+        ("tiny-org/nothing", {}, "the hub has no tiny-org/nothing; if it is private, set HF_TOKEN."),
         (f"{DRAFTER}@v9", {}, f"{DRAFTER} has no revision 'v9'."),
         (DRAFTER, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         (DRAFTER, {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"cannot fetch {DRAFTER} from http://127.0.0.1:9"),
-        ("no name at all", {}, "'no name at all' is no name on the hub"),
+        ("no name at all", {}, "'no name at all' is not a hub name"),
     ],
 )
 def test_what_cannot_be_fetched_is_said_in_one_sentence(

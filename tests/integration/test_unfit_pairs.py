@@ -1,6 +1,6 @@
-"""Every pair that cannot work is refused in one sentence, with exit status 1, before the port opens.
+"""Every pair that can't work is refused in one sentence, with exit status 1, before the port opens.
 
-The port is taken by the test: a server that got as far as listening would complain of that instead.
+The test holds the port, so a server that gets as far as listening complains about that instead.
 """
 
 import io
@@ -41,7 +41,7 @@ def edit_weight(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 def condition(drafter: Path, target_hidden_size: int) -> None:
-    """Make it a drafter of a target whose hidden states have that many numbers."""
+    """Make it a drafter for a target with hidden states of this size."""
     edit(drafter / "config.json", target_hidden_size=target_hidden_size)
     path = drafter / "model.safetensors"
     weights = load_file(path)
@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a broken tokenizer": (lambda _, drafter: (drafter / "tokenizer.json").write_text("{}"), "read as a tokenizer"),
     "a causal drafter": (
         lambda _, drafter: write_checkpoint(drafter, "qwen3") and None,
-        "names no mask token in config.json",
+        "its config.json names no mask token",
     ),
     "a mask beyond the vocabulary": (
         lambda _, drafter: edit(drafter / "config.json", mask_token_id=9999),
@@ -92,7 +92,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "DiffuGPT": (lambda _, drafter: edit(drafter / "config.json", model_type="gpt2"), "DiffuGPT"),
     "fewer ids than tokens": (
         lambda _, drafter: edit_vocabulary_size(drafter, 200),
-        "has 200 token ids in config.json, but its tokenizer goes up to 258",
+        "has 200 token ids in config.json, but its tokenizer has ids up to 258",
     ),
 }
 
@@ -140,18 +140,18 @@ def test_a_broken_folder_is_refused_before_the_port_opens(
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, port: int) -> None:
     target, drafter = pair(tmp_path)
     assert "`diffuspec pull NAME` fetches one" in refusal(settings_of(target, Path("org/nothing-here"), port))
-    assert "is no folder" in refusal(settings_of(tmp_path / "nowhere", drafter, port))
+    assert "is neither a folder nor" in refusal(settings_of(tmp_path / "nowhere", drafter, port))
 
 
 def test_a_diffusion_model_is_no_target(tmp_path: Path, port: int) -> None:
     _, drafter = pair(tmp_path)
-    assert "a target is a causal one" in refusal(settings_of(drafter, drafter, port))
+    assert "name a causal model as the target" in refusal(settings_of(drafter, drafter, port))
 
 
 def test_a_context_beyond_the_targets_is_refused(tmp_path: Path, port: int) -> None:
     target, drafter = pair(tmp_path)
     overrides = {"model.context_length": 4096}
-    assert "made for 512 tokens" in refusal(settings_of(target, drafter, port, **overrides))
+    assert "supports at most 512 tokens" in refusal(settings_of(target, drafter, port, **overrides))
 
 
 def test_a_foreign_vocabulary_without_a_tokenizer_file_is_refused(tmp_path: Path, port: int) -> None:

@@ -1,8 +1,8 @@
-"""Clients that we did not write, unchanged, against servers on the bundled pair: `python serve_and_run.py [NAME ...]`.
+"""Run third-party clients, unchanged, against servers on the bundled pair: `python serve_and_run.py [NAME ...]`.
 
-Each NAME is a script `try_NAME.py` that runs in its own environment, `.venv-clients-NAME`, because the clients' pins
-clash with the service's and with each other's; `make test-clients` makes them. A script gets the URL of a server, and
-some the URL of a second one. Ends with status 1 if a script failed or did not end in time, or a server ended badly.
+Each NAME is a script `try_NAME.py`. It runs in its own environment, `.venv-clients-NAME`, because the clients' pins
+conflict with the service's and with each other's; `make test-clients` creates them. A script gets the URL of a server,
+and some also get the URL of a second one. Exits with status 1 if a script fails or takes too long, or a server fails.
 """
 
 import os
@@ -25,17 +25,17 @@ END_SECONDS = 60
 
 
 class ServerError(Exception):
-    """A server did not end as it should."""
+    """A server exited with an error."""
 
 
 @dataclass(frozen=True)
 class Client:
-    """How long a script may take, and the second server it gets, if any."""
+    """The time limit of a script, and its second server, if any."""
 
     limit_seconds: int
     second_server: Sequence[str] | None = None  # arguments of `diffuspec serve`
     second_settings: dict[str, str] = field(default_factory=dict)  # its environment
-    waits_for_second: bool = True  # False: the script is to see it loading
+    waits_for_second: bool = True  # False: the script needs to see it loading
 
 
 CLIENTS = {
@@ -59,7 +59,7 @@ CLIENTS = {
 def main(names: Sequence[str]) -> int:
     unknown = sorted(set(names) - set(CLIENTS))
     if unknown:
-        print(f"no such client: {', '.join(unknown)}; there are {', '.join(CLIENTS)}")
+        print(f"no such client: {', '.join(unknown)}; choose from {', '.join(CLIENTS)}")
         return 2
     failed = []
     try:
@@ -90,7 +90,7 @@ def _try(name: str, client: Client, url: str) -> bool:
 
 
 def run(command: Sequence[str], limit_seconds: float) -> bool:
-    """Whether the script ended well and in time; what it started ends with it, in every case."""
+    """Run a script and return whether it succeeded in time. Its child processes always end with it."""
     script = subprocess.Popen(command, start_new_session=True)
     try:
         return script.wait(timeout=limit_seconds) == 0
@@ -98,14 +98,14 @@ def run(command: Sequence[str], limit_seconds: float) -> bool:
         print(f"it did not end within {limit_seconds:g} s", flush=True)
         return False
     finally:
-        with suppress(ProcessLookupError):  # nothing is left of its group
+        with suppress(ProcessLookupError):  # its process group is already gone
             os.killpg(script.pid, signal.SIGKILL)
         script.wait()
 
 
 @contextmanager
 def server(arguments: Sequence[str], settings: dict[str, str]) -> Iterator[str]:
-    """A server on a free port of 127.0.0.1, not ready yet. Raises ServerError if its exit status is not 0."""
+    """Start a server on a free port of 127.0.0.1, not ready yet. Raises ServerError if its exit status is not 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""aiperf against completions and chats, streamed: `python try_aiperf.py URL`.
+"""Run aiperf against streamed completions and chats: `python try_aiperf.py URL`.
 
-Its speculative-decoding table must be filled: it reads `metrics.speculative_decoding` of each response, which a stream
-has on its chunk with the usage.
+Its speculative-decoding table must be filled. It reads `metrics.speculative_decoding` of each response, which a stream
+has in its usage chunk.
 """
 
 import json
@@ -24,7 +24,7 @@ SPECULATION = (
 
 
 def profile(url: str, endpoint: str) -> None:
-    """One run; raises AssertionError unless all requests succeeded and the table says how much was accepted."""
+    """Run it once. Raises AssertionError unless all requests succeed and the table shows how much was accepted."""
     with tempfile.TemporaryDirectory(prefix="aiperf-") as folder:
         command = [
             Path(sys.executable).with_name("aiperf"),

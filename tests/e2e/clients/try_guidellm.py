@@ -1,6 +1,6 @@
-"""guidellm against completions and chats, streamed and whole: `python try_guidellm.py URL`.
+"""Run guidellm against completions and chats, streamed and whole: `python try_guidellm.py URL`.
 
-Every request must succeed with the number of tokens that was asked for, by the server's own count.
+Every request must succeed with the requested number of tokens, by the server's count.
 """
 
 import json
@@ -17,7 +17,7 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 
 
 def benchmark(url: str, endpoint: str, is_streamed: bool) -> None:
-    """One run; raises AssertionError unless all requests succeeded."""
+    """Run it once. Raises AssertionError unless all requests succeed."""
     with tempfile.TemporaryDirectory(prefix="guidellm-") as folder:
         report_path = Path(folder) / "report.json"
         stream = str(is_streamed).lower()

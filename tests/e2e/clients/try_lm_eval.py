@@ -1,7 +1,7 @@
-"""lm_eval's `local-completions` on local tasks: `python try_lm_eval.py URL PLAIN_URL`.
+"""Run lm_eval's `local-completions` on local tasks: `python try_lm_eval.py URL PLAIN_URL`.
 
-Log-likelihoods and greedy texts are the same with speculation (URL), without (PLAIN_URL), and from lm_eval's own
-transformers backend; with the tokenizer's files and with the tokenizer that the server answers for.
+Log-likelihoods and greedy texts must be the same with speculation (URL), without it (PLAIN_URL), and from lm_eval's own
+transformers backend; both with the tokenizer's files and with the server's tokenizer endpoints.
 """
 
 import os
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # all is here
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="lm-eval-"))
 
@@ -30,7 +30,7 @@ Scores = dict[str, list[Any]]
 
 
 def evaluate(backend: str, **arguments: Any) -> Scores:
-    """For each task what the model answered for each document: log-likelihoods, or a text."""
+    """Return, by task, the model's answer for each document: log-likelihoods or a text."""
     tasks = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False)
     results = lm_eval.simple_evaluate(
         model=backend,
@@ -63,7 +63,7 @@ def num_drafted(url: str) -> float:
 
 
 def compare(what: str, scores: Scores, reference: Scores) -> None:
-    """Texts are equal, log-likelihoods nearly, and whether a continuation is greedy is the same."""
+    """Assert that texts and greedy flags are equal, and log-likelihoods nearly so."""
     assert scores["write_lines"] == reference["write_lines"], (what, scores["write_lines"], reference["write_lines"])
     largest = 0.0
     for (score, is_greedy), (expected, expected_greedy) in zip(

@@ -1,9 +1,8 @@
-"""schemathesis over /openapi.json: `python try_schemathesis.py URL SMALL_URL`.
+"""Run schemathesis over /openapi.json: `python try_schemathesis.py URL SMALL_URL`.
 
-Requests made from the API's own description, right ones and wrong ones: no 5xx, no answer and no event of a stream that
-the description does not know, and nothing accepted that it calls wrong. The server at SMALL_URL has a short context and
-allows few choices: a chat without `max_tokens` goes on to the end of the context, as it does elsewhere, and a request
-for 16 such choices takes a laptop a minute.
+It makes valid and invalid requests from the API's own description. There must be no 5xx, no answer or stream event that
+the description lacks, and no invalid request accepted. The server at SMALL_URL has a short context and allows few
+choices, because a chat without `max_tokens` runs to the end of the context, and 16 such choices take a laptop a minute.
 """
 
 import subprocess
@@ -32,7 +31,7 @@ def main(small_url: str) -> int:
         *("run", f"{small_url}/openapi.json", "--seed", "7", "--max-examples", "50", "--continue-on-failure"),
         *("--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS), "--request-timeout", "60"),
     ]
-    with tempfile.TemporaryDirectory(prefix="schemathesis-") as folder:  # it keeps a cache where it runs
+    with tempfile.TemporaryDirectory(prefix="schemathesis-") as folder:  # it writes a cache where it runs
         status = subprocess.run([str(part) for part in command], cwd=folder).returncode
     print(f"{'FAILED ' if status else 'passed '} schemathesis {version('schemathesis')}", flush=True)
     return status

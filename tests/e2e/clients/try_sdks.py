@@ -1,7 +1,7 @@
-"""openai, litellm and langchain-openai: `python try_sdks.py URL STARTING_URL`.
+"""Run openai, litellm and langchain-openai: `python try_sdks.py URL STARTING_URL`.
 
-The server at STARTING_URL has just been started and answers 503 while it loads; afterwards it runs one sequence and
-lets one wait, so that a few requests at once are answered with 429.
+The server at STARTING_URL has just been started and answers 503 while it loads. Afterwards it runs one sequence and
+lets one wait, so a few requests at once get 429.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import openai
 PROMPT = "def read_lines(path):\n"
 MODEL = "diffuspec-python"
 SEEDED = {"max_tokens": 24, "temperature": 0.7, "seed": 11}
-STRUCTURED = {"max_tokens": 200, "seed": 11}  # the bundled model likes white space between the parts of JSON
+STRUCTURED = {"max_tokens": 200, "seed": 11}  # the bundled model writes much white space into JSON
 MESSAGES = [{"role": "user", "content": "read a file"}]
 LOADING_SECONDS = 120
 COLOURS = ["red", "green"]
@@ -33,7 +33,7 @@ SCHEMA = {
 
 
 class Seen:
-    """An HTTP client for openai's, with the statuses and the Retry-After headers it was answered."""
+    """An HTTP client for openai's SDK that records statuses and Retry-After headers."""
 
     def __init__(self) -> None:
         self.statuses: list[int] = []
@@ -49,7 +49,7 @@ class Seen:
 
 
 def failure_of(client: openai.OpenAI, **body: object) -> openai.OpenAIError:
-    """The error that a completion ends with."""
+    """Return the error that a completion ends with."""
     try:
         answer = client.completions.create(**{"model": MODEL, "prompt": PROMPT, **body})
     except openai.OpenAIError as error:
@@ -58,7 +58,7 @@ def failure_of(client: openai.OpenAI, **body: object) -> openai.OpenAIError:
 
 
 def check_retries_while_loading(url: str, starting_url: str) -> None:
-    """A client with retries gets its answer from a server that is still loading: 503 tells it when to come again."""
+    """A client with retries gets its answer from a loading server, since 503 tells it when to retry."""
     deadline = time.monotonic() + LOADING_SECONDS
     while True:
         try:
@@ -78,7 +78,7 @@ def check_retries_while_loading(url: str, starting_url: str) -> None:
 
 
 def check_retries_while_full(url: str, starting_url: str) -> None:
-    """Six at once, of which two fit: the others are told 429 and when to come again, and all get their answer."""
+    """Of six requests at once, two fit. The others get 429 with a time to retry, and all get their answer."""
     seen = Seen()
 
     async def many(max_retries: int) -> list[object]:
@@ -104,7 +104,7 @@ def check_retries_while_full(url: str, starting_url: str) -> None:
 
 
 def check_openai(url: str, starting_url: str) -> None:
-    """Whole and streamed; speculation changes no text and no score; errors are of openai's own classes."""
+    """Whole and streamed: speculation changes no text and no score, and errors have openai's own classes."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -140,7 +140,7 @@ def check_openai(url: str, starting_url: str) -> None:
 
 
 def check_openai_async(url: str, starting_url: str) -> None:
-    """Six seeded chats at once, whole and streamed, say the same."""
+    """Six seeded chats at once give the same text, whole and streamed."""
 
     async def many() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -159,7 +159,7 @@ def check_openai_async(url: str, starting_url: str) -> None:
 
 
 def check_timeouts(url: str, starting_url: str) -> None:
-    """The client's own limit, and the server's `timeout` field, which openai knows as status 504."""
+    """The client's own time limit works, and so does the server's `timeout` field, which gives status 504."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     failure = failure_of(client.with_options(timeout=0.001))
     assert isinstance(failure, openai.APITimeoutError), failure
@@ -169,8 +169,8 @@ def check_timeouts(url: str, starting_url: str) -> None:
 
 
 def check_litellm(url: str, starting_url: str) -> None:
-    """Text and chat, whole and streamed, JSON by schema, a tool, and its own error for a context that is too long."""
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it fetches prices
+    """Text and chat, whole and streamed, JSON by schema, a tool, and litellm's error for a context that is too long."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it fetches prices
     import litellm
 
     litellm.telemetry = False
@@ -223,7 +223,7 @@ def check_langchain(url: str, starting_url: str) -> None:
 
 
 CHECKS: list[tuple[str, Callable[[str, str], None]]] = [
-    ("openai", check_retries_while_loading),  # first: the second server is not loading for long
+    ("openai", check_retries_while_loading),  # first, because the second server soon has loaded
     ("openai", check_retries_while_full),
     ("openai", check_openai),
     ("openai", check_openai_async),

@@ -1,1 +1,1 @@
-"""A soak: mixed traffic for minutes, faults in the end, and a comparison of all that clients saw with what was so."""
+"""A soak test: minutes of mixed traffic with faults near the end, then a check of everything that clients saw."""

@@ -1,7 +1,7 @@
-"""`make soak`: mixed traffic for minutes, faults in the last part, then everything is compared; writes a report.
+"""`make soak`: send mixed traffic for minutes, with faults near the end, then check everything and write a report.
 
-Fails if an output is not plain decoding's, a client saw what it should not, a counter does not add up, memory or open
-files grew, or the server did not end with status 0.
+Fails if an output differs from plain decoding's, a client saw a wrong answer, a counter does not add up, memory or open
+files grew, or the server did not exit with status 0.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from tests.e2e.soak.checks import references, unreconciled, wrong_outputs
 from tests.e2e.soak.clients import Traffic
 from tests.e2e.soak.server import Server, server
 
-WARM_SHARE, FAULTS_FROM, FAULTS_TO = 0.25, 0.7, 0.93  # of the time
+WARM_SHARE, FAULTS_FROM, FAULTS_TO = 0.25, 0.7, 0.93  # shares of the run time
 FAULT_INTERVAL_SECONDS = 8.0
-MAX_GROWTH = 1.05  # of memory, from after warming up to the end
+MAX_GROWTH = 1.05  # of memory, from the end of the warm-up to the end
 SLACK_MEBIBYTES = 16
 SLACK_FILES = 4
 MAX_SHOWN = 12
-SETTLE_SECONDS = 25  # readers that never read are cut off, and audits run
+SETTLE_SECONDS = 25  # for clients that never read to be cut off, and for audits to run
 SETTINGS = {
     "DIFFUSPEC_SCHEDULER__MAX_RUNNING": "8",
     "DIFFUSPEC_SCHEDULER__MAX_WAITING": "64",
@@ -44,8 +44,8 @@ SETTINGS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--clients", type=int, default=10, help="requests at the same time (default: %(default)s)")
-    parser.add_argument("--bodies", type=int, default=60, help="different requests (default: %(default)s)")
+    parser.add_argument("--clients", type=int, default=10, help="concurrent requests (default: %(default)s)")
+    parser.add_argument("--bodies", type=int, default=60, help="distinct requests (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "soak.json")
@@ -61,7 +61,7 @@ def main() -> int:
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bodies = pool(options.bodies, options.seed)
-    if options.engine == "vllm":  # its draws depend on what was drafted, and it has no `min_p` beside drafts
+    if options.engine == "vllm":  # its draws depend on the drafts, and it refuses `min_p` with drafts
         bodies = [body for body in bodies if body.is_greedy]
     module = "tests.e2e.soak.serve" if options.engine == "embedded" else "service.cli"
     command = ("serve",) if options.engine == "vllm" else ()
@@ -76,13 +76,13 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         try:
             violations += _reconcile(report, running, traffic, options.engine == "embedded")
         except httpx.TransportError as error:
-            violations.append(f"the server cannot be asked for its metrics any more: {error!r}")
+            violations.append(f"the server no longer answers for its metrics: {error!r}")
         try:
             status = running.stop()
             if status != 0:
                 violations.append(f"the server ended with status {status}")
         except subprocess.TimeoutExpired:
-            violations.append("the server did not end when it was told to")
+            violations.append("the server did not end on SIGTERM")
         report["tracebacks in the log"] = running.log.read_text(errors="replace").count("Traceback (most recent")
     plain = ("serve", "--threads", "1", "--engine", options.engine)
     plain += ("--method", "none") if options.engine == "vllm" else ("--drafter", "none")
@@ -95,7 +95,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[str, Any]:
-    """The traffic, for as long as the server lives; what came of it, seen from outside."""
+    """Run the traffic for as long as the server lives. Returns what was seen from outside."""
     noise = random.Random(options.seed)
     begin, total = time.monotonic(), 60 * options.minutes
     memory: list[tuple[float, float]] = [(0.0, running.resident_mebibytes)]
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[
         time.sleep(1.0)
     traffic.finish()
     if running.has_ended:
-        traffic.complaints.insert(0, f"the server ended by itself, with status {running.process.returncode}")
+        traffic.complaints.insert(0, f"the server ended by itself with status {running.process.returncode}")
     else:
         time.sleep(SETTLE_SECONDS)
     statuses = Counter("left" if one.status is None else str(one.status) for one in traffic.seen)
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[
         "mebibytes": {
             "start": round(sizes[0], 1),
             "warm": round(next((size for at, size in memory if at >= WARM_SHARE * total), sizes[-1]), 1),
-            "most": round(max(sizes), 1),
+            "max": round(max(sizes), 1),
             "end": round(sizes[-1] if running.has_ended else running.resident_mebibytes, 1),
         },
         "files": {"start": files, "end": files if running.has_ended else running.num_files},
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace, running: Server, traffic: Traffic) -> dict[
 
 
 def _reconcile(report: dict[str, Any], running: Server, traffic: Traffic, counts_by_service: bool) -> Iterator[str]:
-    """What the server's own counters and log say, into the report; yields what does not add up."""
+    """Add the server's counters to the report, and yield what doesn't add up."""
     report["generated tokens"] = running.metric("vllm:generation_tokens_total")
     yield from unreconciled(traffic.seen, running, counts_by_service)
     report["audits"] = {
@@ -149,7 +149,7 @@ def _reconcile(report: dict[str, Any], running: Server, traffic: Traffic, counts
 
 
 def _plant(running: Server, engine: str, noise: random.Random) -> str:
-    """One fault; what kind it was."""
+    """Plant one fault, and return its kind."""
     if engine == "embedded" and noise.random() < 0.6:
         running.process.send_signal(signal.SIGUSR1)
         return "drafter"

@@ -1,4 +1,4 @@
-"""What is asked for: a fixed pool of requests, each with one right answer."""
+"""The request bodies: a fixed pool, each with one right answer."""
 
 import random
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Body:
 
 
 def pool(size: int, seed: int) -> list[Body]:
-    """`size` requests that exercise what the API offers; the same for the same seed."""
+    """Return `size` requests that exercise the API. The same seed gives the same requests."""
     random_number = random.Random(seed)
     return [_body(index, random_number) for index in range(size)]
 
@@ -88,7 +88,7 @@ def _body(index: int, noise: random.Random) -> Body:
     if kind == "chat":
         messages = [{"role": "user", "content": prompt}]
         return Body(kind, CHAT, fields | {"messages": messages, "logprobs": True, "top_logprobs": 2})
-    if kind == "tools":  # enough tokens for one call: a cut one is content as a whole, and stays a call in a stream
+    if kind == "tools":  # enough tokens for a whole call: a cut one is content in one piece, but a call in a stream
         fields |= {"messages": [{"role": "user", "content": prompt}], "tools": TOOLS, "tool_choice": "required"}
         return Body(kind, CHAT, fields | {"parallel_tool_calls": False, "max_tokens": 160})
     fields["prompt"] = prompt

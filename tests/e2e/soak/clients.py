@@ -1,4 +1,4 @@
-"""Clients of all manners, and what each of them saw."""
+"""Clients that behave in many ways, and a record of what each of them saw."""
 
 import json
 import random
@@ -14,13 +14,13 @@ from tests.e2e.soak.bodies import INVALID, Body
 from tests.integration.raw_client import begin, hang_up
 
 MANNERS = {"whole": 8, "stream": 8, "slow": 2, "leave": 4, "abort": 2, "unread": 1, "invalid": 4}
-REFUSALS = (429, 503)  # shed load, or an engine that hangs: to be tried again
+REFUSALS = (429, 503)  # the server sheds load or hangs; the client pauses before its next request
 TIMEOUT_SECONDS = 180
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The choices of an answer by their index: text, token ids, why it ended."""
+    """The choices of an answer by index: text, token ids, finish reason."""
 
     choices: tuple[tuple[str, tuple[int, ...], str], ...]
     num_tokens: int  # by `usage`
@@ -28,18 +28,18 @@ class Answer:
 
 @dataclass
 class Seen:
-    """What one request looked like from outside."""
+    """One request as its client saw it."""
 
     request_id: str
     path: str
     body: Body | None
-    status: int | None = None  # None: the client left before it could know
-    answer: Answer | None = None  # None: refused, or left
+    status: int | None = None  # None: the client left before it saw one
+    answer: Answer | None = None  # None: the request was refused, or its client left
 
 
 @dataclass
 class Traffic:
-    """Threads that send requests until they are told to stop. `complaints` is what no client should ever see."""
+    """Threads that send requests until they are told to stop. `complaints`: what no client should ever see."""
 
     url: str
     bodies: list[Body]
@@ -123,10 +123,10 @@ class Traffic:
             self._complain(f"{seen.request_id} (invalid): status {seen.status} instead of {status}: {fields!r}")
 
     def _misbehave(self, seen: Seen, body: Body, manner: str, noise: random.Random) -> None:
-        room = 16384 if manner in ("slow", "unread") else None
+        buffer_bytes = 16384 if manner in ("slow", "unread") else None
         fields = body.fields if manner == "abort" and noise.random() < 0.5 else streamed(body)
         with begin(
-            self.url, fields, body.path, room, {"x-request-id": seen.request_id, "connection": "close"}
+            self.url, fields, body.path, buffer_bytes, {"x-request-id": seen.request_id, "connection": "close"}
         ) as client:
             client.settimeout(TIMEOUT_SECONDS)
             if manner == "abort":
@@ -155,7 +155,7 @@ def streamed(body: Body) -> dict[str, Any]:
 
 
 def unchunked(content: bytes) -> bytes:
-    """A body in HTTP's chunked coding, as it was."""
+    """Decode a body from HTTP's chunked coding."""
     whole = b""
     while content:
         size, _, content = content.partition(b"\r\n")
@@ -173,10 +173,10 @@ def parse_whole(content: dict[str, Any]) -> Answer:
 
 
 def parse_stream(content: bytes) -> Answer:
-    """The same from frames. Raises ValueError if the stream is not whole."""
+    """Parse a streamed answer. Raises ValueError if the stream is cut short."""
     lines = [line.removeprefix("data: ") for line in content.decode().split("\n\n") if line]
     if not lines or lines[-1] != "[DONE]":
-        raise ValueError(f"a stream that ends with {lines[-1:]}")
+        raise ValueError(f"the stream ends with {lines[-1:]}")
     texts: dict[int, str] = {}
     tokens: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
@@ -194,7 +194,7 @@ def parse_stream(content: bytes) -> Answer:
 
 
 def _text(choice: dict[str, Any]) -> str:
-    """With the names and arguments of calls, which are the same joined, in whatever pieces they come."""
+    """Return the text with the names and arguments of calls, which join to the same however they are cut."""
     message = choice.get("message") or choice.get("delta") or {}
     text: str = choice.get("text", message.get("content")) or ""
     calls = [call["function"] for call in message.get("tool_calls") or ()]

@@ -1,4 +1,4 @@
-"""`diffuspec serve` with a drafter that can be made to fail: SIGUSR1 plants the next fault, for a while."""
+"""Run `diffuspec serve` with a drafter that can be made to fail: SIGUSR1 plants the next fault for a while."""
 
 import itertools
 import signal

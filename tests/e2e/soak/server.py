@@ -1,4 +1,4 @@
-"""The server process of a soak, seen from outside: memory, metrics, log."""
+"""The server process of a soak as seen from outside: memory, metrics, log."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Server:
 
     @property
     def resident_mebibytes(self) -> float:
-        """0 of a process that has ended and is not waited for yet."""
+        """Resident memory; 0 if the process has ended but was not waited for yet."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return (
             int(next((line for line in status.splitlines() if line.startswith("VmRSS")), "VmRSS: 0").split()[1]) / 1024
@@ -61,7 +61,7 @@ class Server:
 
 @contextmanager
 def server(module: str, log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """`python -m module arguments --port P`, on a free port of 127.0.0.1; ready."""
+    """Run `python -m module arguments --port P` on a free port of 127.0.0.1, and wait until it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])

@@ -19,7 +19,7 @@ Start = Callable[..., AbstractAsyncContextManager[list[EmbeddedContestant]]]
 
 @pytest.fixture(scope="session")
 def other_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target with other weights: what it says differs."""
+    """A target with other weights, so its output differs."""
     folder = tmp_path_factory.mktemp("other-target")
     write_checkpoint(folder, "llama", seed=5)
     return folder
@@ -32,7 +32,7 @@ def settings(tiny_target: Path, tiny_drafter: Path) -> Settings:
 
 @pytest.fixture
 def start(settings: Settings) -> Start:
-    """Start the engines of some cells, by name; `target` is a folder that is not the settings' own."""
+    """Start the engines of the named cells; `target` replaces the settings' target."""
 
     @asynccontextmanager
     async def started(*names: str, target: Path | None = None) -> AsyncIterator[list[EmbeddedContestant]]:
@@ -49,7 +49,7 @@ def start(settings: Settings) -> Start:
 
 @pytest.fixture
 def prompts() -> list[Prompt]:
-    """Prompts of different lengths; the first repeats itself, so that there is something to copy."""
+    """Prompts of different lengths. The first repeats itself, so that there is something to copy."""
     return [
         Prompt("repeating", tuple(range(60, 72)) * 4),
         Prompt("short", (10, 20, 30)),

@@ -1,4 +1,4 @@
-"""A small record, written by hand so that its figures can be worked out on paper."""
+"""A small hand-written record, whose figures can be worked out on paper."""
 
 from service.bench.records import DraftedStep, Generation, Mismatch, Pass, Phases, Workload, WorkloadRecord
 
@@ -11,7 +11,7 @@ def plain_steps(tokens: tuple[int, ...]) -> tuple[DraftedStep, ...]:
 
 
 def drafted_steps(tokens: tuple[int, ...]) -> tuple[DraftedStep, ...]:
-    """Draft 4 and keep 3, draft 2 and keep none, ... until all tokens after the first are made."""
+    """Draft 4 and keep 3, draft 2 and keep none, and so on, until all tokens after the first are made."""
     steps: list[DraftedStep] = []
     made = 1
     while made < len(tokens):
@@ -29,7 +29,7 @@ def one_pass(name: str, pair: int, tokens: tuple[int, ...], seconds: float, step
 
 
 def record(mismatches: tuple[Mismatch, ...] = ()) -> WorkloadRecord:
-    """Four pairs: plain takes 2, 4, 6, 8 seconds, `copy` half of that, `fast` a quarter or half; 2 are loops."""
+    """Four pairs: plain takes 2, 4, 6, 8 seconds, `free` half of that, `fast` a quarter or half. Two pairs loop."""
     passes = []
     for pair, tokens in enumerate((LOOP, VARIED, LOOP, VARIED)):
         seconds = 2.0 * (pair + 1)

@@ -55,7 +55,7 @@ def test_an_empty_budget_still_reports_what_was_done(
     assert run(_parse(*arguments)) == 0
     (workload,) = json.loads((tmp_path / "out" / "b.json").read_text())["workloads"]
     assert (workload["num_pairs"], workload["num_pairs_planned"]) == (1, 4)
-    assert "Stopped early: the budget of 0 s was used up." in capsys.readouterr().out
+    assert "Stopped early: the time budget of 0 s is used up." in capsys.readouterr().out
 
 
 def test_own_prompts_are_taken_whole(tmp_path: Path, tiny_target: Path) -> None:

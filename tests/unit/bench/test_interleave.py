@@ -120,7 +120,7 @@ def test_plain_is_always_among_the_cells() -> None:
 
 
 def test_cells_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UnknownCellError, match="unknown cell 'fast'; there are plain, "):
+    with pytest.raises(UnknownCellError, match="unknown cell 'fast'; choose from plain, "):
         choose_cells(["fast"], False, True)
     with pytest.raises(UnknownCellError, match="needs a diffusion drafter"):
         choose_cells(["default"], False, False)

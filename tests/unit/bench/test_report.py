@@ -58,7 +58,7 @@ def test_the_json_document_has_figures_and_raw_seconds(report: Report) -> None:
 
 
 class _Balance(HTMLParser):
-    """Checks that every tag is closed by its own end."""
+    """Checks that every tag is closed by its own end tag."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Balance(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert not {"src", "href"} & {name for name, _ in attrs}, "the page must need nothing but itself"
+        assert not {"src", "href"} & {name for name, _ in attrs}, "the page must be self-contained"
         if tag not in ("meta", "br"):
             self.open.append(tag)
 

@@ -1,4 +1,4 @@
-"""The client side against the real application on a real socket."""
+"""The benchmark's HTTP client against the real application on a real socket."""
 
 import asyncio
 import socket

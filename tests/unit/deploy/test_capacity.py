@@ -1,4 +1,4 @@
-"""The capacity plan agrees with queueing theory where that has a formula, and reads what a replica says."""
+"""The capacity plan agrees with queueing theory where a formula exists, and reads a replica's metrics."""
 
 from pathlib import Path
 from random import Random
@@ -18,7 +18,7 @@ BATCHED = plan.StepCosts([(1.0, 0.010, 2.0), (3.0, 0.014, 6.0), (9.0, 0.020, 9.0
 
 
 def test_one_at_a_time_waits_as_the_pollaczek_khinchine_formula_says() -> None:
-    """M/D/1: requests of 10 steps of 10 ms, so that the mean wait is rho * S / (2 * (1 - rho))."""
+    """M/D/1 with requests of 10 steps of 10 ms: the mean wait is rho * S / (2 * (1 - rho))."""
     workload = plan.Workload(0, 10, 10, max_running=1)
     for load_factor in (0.3, 0.7):
         found = plan.simulate(ALONE, workload, load_factor / 0.1, Random(1), 8000)
@@ -41,10 +41,10 @@ def test_costs_are_interpolated_and_grow_in_proportion_beyond_what_was_measured(
     assert BATCHED.at(18) == pytest.approx((0.040, 18.0))
 
 
-def test_beyond_the_most_rate_the_queue_grows_and_below_it_does_not() -> None:
+def test_beyond_the_highest_rate_the_queue_grows_and_below_it_does_not() -> None:
     workload = plan.Workload(0, 30, 60, max_running=9)
-    most = plan.most_rate(BATCHED, workload)
-    early, late = (plan.simulate(BATCHED, workload, factor * most, Random(3), 1000) for factor in (0.8, 1.3))
+    highest = plan.max_rate(BATCHED, workload)
+    early, late = (plan.simulate(BATCHED, workload, factor * highest, Random(3), 1000) for factor in (0.8, 1.3))
     assert late.percentile(late.total, 50) > 10 * early.percentile(early.total, 50)
     assert late.busy > 0.99
 
@@ -65,7 +65,7 @@ def test_it_reads_what_a_replica_measured(tmp_path: Path, capsys: pytest.Capture
     arguments = ["--metrics", str(tmp_path / "metrics"), "--output-tokens", "30-30", "--prompt-tokens", "50"]
     assert plan.main([*arguments, "--rate", "20", "--p99-seconds", "1"]) == 0
     assert "replicas keep the 99th percentile under 1 s" in capsys.readouterr().out
-    assert plan.main([*arguments, "--rate", "20", "--p99-seconds", "0.1"]) == 1  # one alone takes 0.3 s
+    assert plan.main([*arguments, "--rate", "20", "--p99-seconds", "0.1"]) == 1  # one request alone takes 0.3 s
     assert "No number of replicas" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The Helm chart: what it renders is valid Kubernetes, and keeps what the service promises."""
+"""The Helm chart renders valid Kubernetes objects that keep the service's promises."""
 
 import json
 import shutil
@@ -11,14 +11,14 @@ import yaml
 
 KUBERNETES = Path(__file__).parents[3] / "deploy" / "kubernetes"
 CHART, EXAMPLES = KUBERNETES / "diffuspec", KUBERNETES / "examples"
-VERSION = "1.33"  # of Kubernetes' schemas
+VERSION = "1.33"  # of the Kubernetes schemas
 VARIANTS: dict[str, list[str]] = {
     "defaults": [],
     "gpu": ["--values", str(EXAMPLES / "gpu.yaml")],
     "keda": ["--set", "autoscaling.enabled=true,autoscaling.kind=keda"],
     "own volume": ["--set", "weights.drafter=a/b,weights.tokenSecret=hub,gpus=2,sharedMemory=1Gi"],
 }
-CUSTOM_KINDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet"}  # no schemas with Kubernetes
+CUSTOM_KINDS = {"ServiceMonitor", "PrometheusRule", "ScaledObject", "LeaderWorkerSet"}  # Kubernetes has no schemas
 
 needs_helm = pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
 
@@ -28,14 +28,14 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def render(*arguments: str) -> dict[str, dict[str, Any]]:
-    """The objects by kind."""
+    """Render the chart and return its objects by kind."""
     done = helm("template", "test", str(CHART), "--namespace", "ai", *arguments)
     assert done.returncode == 0, done.stderr
     return {found["kind"]: found for found in yaml.safe_load_all(done.stdout) if found}
 
 
 def pods_of(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The pod templates of deployments and leader-worker sets."""
+    """Return the pod templates of deployments and leader-worker sets."""
     pods = []
     for found in objects:
         if found["kind"] == "Deployment":
@@ -47,7 +47,7 @@ def pods_of(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def everything() -> list[dict[str, Any]]:
-    """What all variants and the multi-node example come to."""
+    """Return the objects of all variants and of the multi-node example."""
     objects = [found for arguments in VARIANTS.values() for found in render(*arguments).values()]
     return objects + list(yaml.safe_load_all((EXAMPLES / "multi-node.yaml").read_text()))
 
@@ -71,7 +71,7 @@ def test_everything_is_valid_by_kubernetes_schemas() -> None:
     for pod in pods_of(everything()):
         validate({"apiVersion": "v1", "kind": "Pod", **pod}, VERSION, strict=True)
     assert len(checked) == 6
-    with pytest.raises(Exception, match="replica"):  # the check itself can fail
+    with pytest.raises(Exception, match="replica"):  # proves that the check can fail
         validate({**render()["Deployment"], "spec": {"replica": 1}}, VERSION, strict=True)
 
 
@@ -96,7 +96,7 @@ def test_every_container_is_nobody_and_can_do_little() -> None:
         spec = pod["spec"]
         assert spec["securityContext"]["runAsNonRoot"]
         assert spec["automountServiceAccountToken"] is False
-        assert spec["enableServiceLinks"] is False  # DIFFUSPEC_PORT of a Service would be refused as no setting
+        assert spec["enableServiceLinks"] is False  # a Service's DIFFUSPEC_PORT would be refused as an unknown setting
         for container in spec["containers"] + spec.get("initContainers", []):
             context = container["securityContext"]
             assert context["readOnlyRootFilesystem"]
@@ -124,7 +124,7 @@ def test_replicas_follow_the_queue() -> None:
     objects = render(*VARIANTS["gpu"])
     metric = objects["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
     assert metric == "vllm_num_requests_waiting"
-    assert "replicas" not in objects["Deployment"]["spec"]  # else every upgrade would reset them
+    assert "replicas" not in objects["Deployment"]["spec"]  # otherwise every upgrade would reset them
     trigger = render(*VARIANTS["keda"])["ScaledObject"]["spec"]["triggers"][0]["metadata"]
     assert "vllm:num_requests_waiting" in trigger["query"]
 

@@ -1,4 +1,4 @@
-"""`.env.example` shows every setting, and uncommented it is what the settings are without it."""
+"""`.env.example` shows every setting with its default, and changes nothing until a line is uncommented."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_every_variable_of_the_compose_file_is_shown_with_its_default() -> None:
     assert len(re.findall(r"(?<!\$)\$\{?[A-Z]", compose)) == len(re.findall(r"\$\{([A-Z_]+):-", compose))
     shown = {name: value for name, value in VARIABLES.items() if not name.startswith(PREFIX)}
     placeholders = {"API_KEYS_FILE", "GRAFANA_PASSWORD_FILE", "HF_TOKEN_FILE", "PIP_CONF_FILE", "CA_BUNDLE_FILE"}
-    placeholders |= {"GRAFANA_LOGIN_DISABLED"}  # shown as one would set them
+    placeholders |= {"GRAFANA_LOGIN_DISABLED"}  # these show an example, not their default
     assert set(shown) == {name for name in used if not name.startswith(PREFIX)}
     assert {name: value for name, value in shown.items() if name not in placeholders} == {
         name: value for name, value in used.items() if name in shown and name not in placeholders

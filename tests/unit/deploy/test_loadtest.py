@@ -1,4 +1,4 @@
-"""The load test measures what it says, and its workloads are what the API takes."""
+"""The load test measures what it claims, and its mix draws the right workloads."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,10 @@ streaming, workloads = load("loadtest/streaming"), load("loadtest/workloads")
 
 
 class Answer:
-    """A response whose parts come at given times, on a clock of its own."""
+    """A response whose pieces come at given times, on a clock of its own."""
 
-    def __init__(self, parts: Iterable[tuple[float, str]], status_code: int = 200, text: str = "") -> None:
-        self.parts, self.status_code, self.text = list(parts), status_code, text
+    def __init__(self, pieces: Iterable[tuple[float, str]], status_code: int = 200, text: str = "") -> None:
+        self.pieces, self.status_code, self.text = list(pieces), status_code, text
         self.now = 0.0
         self.is_closed = False
 
@@ -26,9 +26,9 @@ class Answer:
         return self.now
 
     def iter_content(self, chunk_size: int | None = None) -> Iterator[bytes]:
-        for moment, part in self.parts:
+        for moment, piece in self.pieces:
             self.now = moment
-            yield part.encode()
+            yield piece.encode()
 
     def close(self) -> None:
         self.is_closed = True
@@ -50,7 +50,7 @@ def test_tokens_of_one_chunk_share_the_wait_for_it() -> None:
         Answer([(0.5, chunk(1)), (0.6, chunk(0)), (0.9, chunk(4)), (1.0, chunk(1)), (1.1, "data: [DONE]\n\n")])
     )
     assert timing.first_token == 0.5
-    assert timing.between_tokens == pytest.approx([0.1, 0.1])  # the chunk without a token is none
+    assert timing.between_tokens == pytest.approx([0.1, 0.1])  # the chunk without tokens does not count
     assert (timing.total, timing.num_tokens) == (1.1, 6)
 
 
@@ -75,8 +75,8 @@ def test_refusals_and_broken_streams_are_failures() -> None:
 def test_events_do_not_depend_on_how_the_bytes_are_cut(texts: list[str], data: st.DataObject) -> None:
     stream = "".join(f": a comment\ndata: x{text}y\n\n" for text in texts).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
-    parts = [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert list(streaming.events(parts)) == [f"x{text}y" for text in texts]
+    pieces = [stream[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    assert list(streaming.events(pieces)) == [f"x{text}y" for text in texts]
 
 
 def test_a_seed_draws_the_same_requests_and_all_workloads_come_as_often_as_they_should() -> None:
@@ -98,5 +98,5 @@ def test_a_mix_can_be_chosen() -> None:
     mix = workloads.Mix.parse("chat=1,long=3", 10)
     assert (mix.chat, mix.long, mix.completion, mix.max_tokens) == (1, 3, 0, 10)
     assert workloads.Mix.parse("", 10) == workloads.Mix(max_tokens=10)
-    with pytest.raises(ValueError, match="no workload 'chats'"):
+    with pytest.raises(ValueError, match="unknown workload 'chats'"):
         workloads.Mix.parse("chats=1", 10)

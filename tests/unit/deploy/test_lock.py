@@ -1,4 +1,4 @@
-"""The images' packages: each at one version with hashes, and all that pyproject.toml asks for, within its bounds."""
+"""The images' lock files pin every package with hashes, and satisfy pyproject.toml."""
 
 import re
 import tomllib
@@ -17,7 +17,7 @@ HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
 def entries(path: Path) -> list[str]:
-    """One for each package: the requirement and its hashes on one line."""
+    """Return one line per package, with the requirement and its hashes."""
     lines = path.read_text().replace("\\\n", " ").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -46,9 +46,9 @@ def test_what_pyproject_asks_for_is_locked_within_its_bounds(image: str) -> None
 
 
 def test_what_torch_asks_for_is_locked() -> None:
-    """lock.toml repeats the requirements of torch's CPU build, which `make lock` cannot read from PyPI's."""
+    """lock.toml repeats the requirements of torch's CPU build, because `make lock` can't read them from PyPI."""
     if not version("torch").endswith("+cpu"):
-        pytest.skip("torch's build for CPUs is not the one installed here")
+        pytest.skip("the installed torch is not the CPU build")
     locked = pinned(IMAGE / "service.lock")
     for wanted in map(Requirement, requires("torch") or ()):
         if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):

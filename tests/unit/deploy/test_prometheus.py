@@ -1,4 +1,4 @@
-"""promtool's own judgement: the configuration and the rules are valid, and the rules' unit tests pass."""
+"""promtool accepts the configuration and the rules, and the rules' unit tests pass."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Drafters for the engine's tests: each is all a real one is to the engine, with a rule of its own for its drafts."""
+"""Drafters for the engine's tests. Each implements `Drafting` in full, and drafts by a rule of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,11 +7,11 @@ import numpy as np
 from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
 
 Rule = Callable[[DraftRequest], Sequence[int]]
-"""What to draft for a request; cut to what it may have."""
+"""Returns the draft for a request. It is cut to the request's limit."""
 
 
 class RuleDrafter:
-    """Drafts by a rule, and keeps what the engine told it for the tests to look at."""
+    """Drafts by a rule, and records what the engine told it."""
 
     def __init__(self, rule: Rule, max_draft_tokens: int) -> None:
         self._rule = rule
@@ -20,7 +20,7 @@ class RuleDrafter:
         self.drafter_up = True
         self.num_failures = 0
         self.last_cost = DraftingCost()
-        self.remembered: set[str] = set()  # requests that were drafted for and not released
+        self.remembered: set[str] = set()  # requests that were proposed for and not released
         self.steps: list[StepRecord] = []
         self.costs: dict[int, float] = {}
 
@@ -45,7 +45,7 @@ class RuleDrafter:
 
 
 class Oracle:
-    """Knows how requests go on, by their prompt: from full sequences (prompt and output) given beforehand."""
+    """A rule that knows the right continuation, from full sequences (prompt and output) given beforehand."""
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
         self._sequences = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
@@ -59,22 +59,22 @@ class Oracle:
 
 
 def no_drafts() -> RuleDrafter:
-    """Plain decoding."""
+    """Return a drafter that never drafts: plain decoding."""
     return RuleDrafter(lambda _: (), 0)
 
 
 def _noise(request: DraftRequest, salt: int) -> np.random.Generator:
-    """Random, and the same for the same tokens: what is drafted must not hang on who else is in the batch."""
+    """Return random numbers that depend on the request's tokens only, not on who else is in the batch."""
     return np.random.default_rng([salt, len(request.tokens), int(request.tokens[-1])])
 
 
 def garbage(vocabulary_size: int) -> Rule:
-    """As many random tokens as may be drafted."""
+    """Return a rule that drafts as many random tokens as allowed."""
     return lambda request: _noise(request, 1).integers(vocabulary_size, size=request.max_draft_tokens).tolist()
 
 
 def right_for_a_while(oracle: Rule, vocabulary_size: int) -> Rule:
-    """Of random length; right up to a random place, garbage from there on."""
+    """Return a rule whose drafts have a random length, are right up to a random place, and garbage after it."""
 
     def draft(request: DraftRequest) -> list[int]:
         noise = _noise(request, 2)
@@ -86,12 +86,12 @@ def right_for_a_while(oracle: Rule, vocabulary_size: int) -> Rule:
 
 
 def never_right(oracle: Rule, vocabulary_size: int) -> Rule:
-    """One beside the right token, everywhere."""
+    """Return a rule that always drafts the id after the right token's."""
     return lambda request: [(token + 1) % vocabulary_size for token in oracle(request)]
 
 
 def all_but_the_last(oracle: Rule, vocabulary_size: int) -> Rule:
-    """Eight tokens of which only the last is wrong: the place where a replaced token could be taken for a bonus."""
+    """Return a rule whose drafts of 8 tokens are wrong in the last: a recovered token could pass for a bonus there."""
 
     def draft(request: DraftRequest) -> list[int]:
         tokens = list(oracle(request))[: min(8, request.max_draft_tokens)]

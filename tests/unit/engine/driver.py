@@ -1,4 +1,4 @@
-"""Runs an engine loop turn by turn, so that who joins and leaves when is the test's to say."""
+"""Run an engine loop turn by turn, so that a test decides when requests join and leave."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from verifiers.base import Verifier
 
 @dataclass
 class Received:
-    """What one request was given."""
+    """The deltas and the error of one request."""
 
     deltas: list[TokenDelta] = field(default_factory=list)
     error: Exception | None = None
@@ -52,13 +52,13 @@ class Driver:
         self.received[request.request_id] = Received()
 
     def finish(self) -> None:
-        """Turn until nothing runs or waits."""
+        """Run turns until nothing runs or waits."""
         self.loop.turn()
         while self.loop.num_running or self.loop.num_waiting:
             self.loop.turn()
 
     def outputs(self, requests: Sequence[GenerationRequest]) -> list[list[int]]:
-        """Submit all at once, finish, and return their tokens."""
+        """Submit all requests at once, finish them, and return their tokens."""
         for request in requests:
             self.submit(request)
         self.finish()

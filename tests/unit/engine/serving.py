@@ -1,4 +1,4 @@
-"""What the tests of a running engine share."""
+"""Helpers for the tests of a running engine."""
 
 import asyncio
 import threading
@@ -53,7 +53,7 @@ def tokens_of(deltas: Sequence[TokenDelta]) -> list[int]:
 
 
 class Gate:
-    """A rule that drafts nothing and lets no step pass while it is shut."""
+    """A rule that drafts nothing and blocks every step while it is shut."""
 
     def __init__(self) -> None:
         self._open = threading.Event()
@@ -69,12 +69,12 @@ class Gate:
 
 
 def slow(_: DraftRequest) -> tuple[int, ...]:
-    """Drafts nothing, and takes its time."""
+    """Draft nothing, slowly."""
     time.sleep(0.01)
     return ()
 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 (the engine thread has no event for each of these)
+        while not condition():  # noqa: ASYNC110 (the engine thread has no event for these)
             await asyncio.sleep(0.002)

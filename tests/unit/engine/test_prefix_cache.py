@@ -1,4 +1,4 @@
-"""Where requests are placed and what they find there; the copies are real ones, between rows of token ids."""
+"""Placement of requests, and what they reuse. The copies are real ones, between rows of token ids."""
 
 import numpy as np
 from hypothesis import given
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from drafters.base import Draft
 from service.engine.base import GenerationRequest
-from service.engine.prefix_cache import MINIMUM_COPY, PrefixCache, common_prefix
+from service.engine.prefix_cache import MIN_COPY, PrefixCache, common_prefix
 from service.engine.sequence import Decoding
 from verifiers.base import SamplingRules, VerifyResult
 
@@ -37,7 +37,7 @@ class Slots:
         return one
 
     def read(self, one: Decoding, num_tokens: int | None = None) -> None:
-        """Run prompt tokens 'through the model': all but the last, if no number is given."""
+        """Run `num_tokens` prompt tokens 'through the model'; None: all but the last."""
         count = one.num_pending - 1 if num_tokens is None else num_tokens
         at = one.num_cached
         self.entries[one.slot, at : at + count] = one.tokens[at : at + count]
@@ -54,7 +54,7 @@ def test_a_finished_request_is_reused_in_place() -> None:
     slots.read(first)
     slots.cache.vacate(first)
     again = slots.place([*prompt(1), 7, 8])
-    assert again.num_reused == 39  # what was read of the first prompt
+    assert again.num_reused == 39  # the first request read this many
     assert slots.num_copies == 0
 
 
@@ -92,21 +92,21 @@ def test_reuse_can_be_off() -> None:
     slots = Slots(2, reuses=False)
     first = slots.place(prompt(1))
     slots.read(first)
-    assert slots.place(prompt(1)).num_reused == 0  # and it doesn't wait for its twin either
+    assert slots.place(prompt(1)).num_reused == 0  # nor does it wait for its twin
 
 
 def test_few_shared_tokens_are_not_worth_a_copy() -> None:
     slots = Slots(4)
     first = slots.place(prompt(1))
     slots.read(first)
-    assert slots.place([*prompt(1)[: MINIMUM_COPY - 1], 7, 8]).num_reused == 0
+    assert slots.place([*prompt(1)[: MIN_COPY - 1], 7, 8]).num_reused == 0
 
 
 def test_a_twin_waits_until_its_prompt_has_been_read_once() -> None:
     slots = Slots(4)
     first = slots.place(prompt(1))
     slots.read(first, 5)
-    assert slots.place(prompt(1)).slot == -1  # 39 tokens will be there soon
+    assert slots.place(prompt(1)).slot == -1  # waits, because 39 tokens will be cached soon
     assert slots.place(prompt(2)).slot >= 0  # strangers don't wait
     slots.read(first, 30)
     assert slots.place(prompt(1)).num_reused == 35
@@ -118,7 +118,7 @@ def test_finished_requests_outlive_each_other_until_their_slots_are_needed() -> 
         one = slots.place(prompt(seed))
         slots.read(one)
         slots.cache.vacate(one)
-    assert slots.place(prompt(4)).slot == 0  # the least recently used: prompt 1's
+    assert slots.place(prompt(4)).slot == 0  # the least recently used slot, which held prompt 1
     again = slots.place(prompt(3))
     assert again.num_reused == 39
     assert slots.place(prompt(1)).num_reused == 0

@@ -1,4 +1,4 @@
-"""Queue, admission and prefill shares, over a real cache of slots (no model is needed to decide who runs)."""
+"""Queue, admission and prefill shares, over a real cache of slots. Deciding who runs needs no model."""
 
 from dataclasses import dataclass
 
@@ -79,17 +79,17 @@ def test_memory_is_promised_before_admission_and_nobody_overtakes_who_waits_for_
 def test_a_request_that_could_never_fit_is_refused_at_once() -> None:
     queue = scheduler(SchedulerLimits(kv_cache_tokens=50))
     with pytest.raises(RequestFailedError, match="50 tokens"):
-        queue.check_room(decoding(0, max_tokens=41), [])
+        queue.check_capacity(decoding(0, max_tokens=41), [])
 
 
 def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> None:
     clock = Clock()
     queue = scheduler(SchedulerLimits(max_running=1, max_waiting=4), clock=clock)
     for arrival in range(5):
-        queue.check_room(decoding(arrival), [])
+        queue.check_capacity(decoding(arrival), [])
         queue.enqueue(decoding(arrival))
     with pytest.raises(QueueFullError) as unknown:
-        queue.check_room(decoding(9), [])
+        queue.check_capacity(decoding(9), [])
     for arrival in range(5, 9):  # one request leaves every two seconds, and another comes
         queue.admit()
         clock.now += 2.0
@@ -97,10 +97,10 @@ def test_a_full_queue_says_when_to_come_back_from_the_pace_of_admissions() -> No
         queue.enqueue(decoding(arrival))
     queue.admit()
     with pytest.raises(QueueFullError) as paced:
-        queue.check_room(decoding(9), [])
-    clock.now += 20.0  # nobody has left since: slower than it was
+        queue.check_capacity(decoding(9), [])
+    clock.now += 20.0  # nobody has left since, so the pace has slowed
     with pytest.raises(QueueFullError) as stalled:
-        queue.check_room(decoding(9), [])
+        queue.check_capacity(decoding(9), [])
     assert unknown.value.retry_after_seconds == 1
     assert paced.value.retry_after_seconds == pytest.approx(4 * 2.0, rel=0.25)
     assert stalled.value.retry_after_seconds > 2 * paced.value.retry_after_seconds
@@ -111,7 +111,7 @@ def test_a_refusal_without_a_queue_says_that_none_may_wait() -> None:
     queue.enqueue(decoding(0))
     queue.admit()
     with pytest.raises(QueueFullError, match="1 requests are running already, and none may wait"):
-        queue.check_room(decoding(1), [])
+        queue.check_capacity(decoding(1), [])
 
 
 def test_a_quiet_hour_says_nothing_about_the_pace() -> None:
@@ -127,15 +127,15 @@ def test_a_quiet_hour_says_nothing_about_the_pace() -> None:
         queue.enqueue(decoding(arrival))
     queue.admit()
     with pytest.raises(QueueFullError) as burst:
-        queue.check_room(decoding(20), [])
+        queue.check_capacity(decoding(20), [])
     assert burst.value.retry_after_seconds == 1
 
 
 def test_requests_on_their_way_count_and_free_places_do_not() -> None:
     queue = scheduler(SchedulerLimits(max_running=2, max_waiting=1))
-    queue.check_room(decoding(0), [decoding(8)] * 2)
+    queue.check_capacity(decoding(0), [decoding(8)] * 2)
     with pytest.raises(QueueFullError):
-        queue.check_room(decoding(0), [decoding(8)] * 3)
+        queue.check_capacity(decoding(0), [decoding(8)] * 3)
 
 
 def test_a_step_has_a_token_of_everyone_who_decodes_and_bounded_chunks_of_prompts() -> None:
@@ -144,9 +144,9 @@ def test_a_step_has_a_token_of_everyone_who_decodes_and_bounded_chunks_of_prompt
         queue.enqueue(decoding(arrival, num_prompt=num_prompt))
     queue.admit()
     finish_prompt(queue.running[0])
-    planned = {part.decoding.arrival: part.num_new for part in queue.plan()}
-    assert planned == {0: 1, 1: 7, 2: 6, 3: 3}
-    assert [part.decoding.slot for part in queue.plan()] == sorted(part.decoding.slot for part in queue.plan())
+    scheduled = {one.decoding.arrival: one.num_new for one in queue.schedule()}
+    assert scheduled == {0: 1, 1: 7, 2: 6, 3: 3}
+    assert [one.decoding.slot for one in queue.schedule()] == sorted(one.decoding.slot for one in queue.schedule())
 
 
 def test_prompts_are_all_read_even_one_token_at_a_time() -> None:
@@ -155,8 +155,8 @@ def test_prompts_are_all_read_even_one_token_at_a_time() -> None:
         queue.enqueue(decoding(arrival, num_prompt=4))
     queue.admit()
     for _ in range(12):
-        reading = [part for part in queue.plan() if part.decoding.is_reading]
-        assert [part.num_new for part in reading] == [1]
+        reading = [one for one in queue.schedule() if one.decoding.is_reading]
+        assert [one.num_new for one in reading] == [1]
         done = reading[0].decoding.num_pending == 1
         verification = Verification(0, 1) if done else None
         reading[0].decoding.commit(1, Draft(), VerifyResult(verification))
@@ -198,19 +198,19 @@ def test_a_tenant_leaves_half_of_the_queue_to_others() -> None:
     queue.enqueue(decoding(0))
     queue.admit()
     for arrival in (1, 2):
-        queue.check_room(decoding(arrival, tenant="many"), [])
+        queue.check_capacity(decoding(arrival, tenant="many"), [])
         queue.enqueue(decoding(arrival, tenant="many"))
     with pytest.raises(QueueFullError, match="of this key"):
-        queue.check_room(decoding(3, tenant="many"), [])
-    queue.check_room(decoding(3, tenant="few"), [])
+        queue.check_capacity(decoding(3, tenant="many"), [])
+    queue.check_capacity(decoding(3, tenant="few"), [])
 
 
 def test_the_queue_is_bounded_in_tokens_and_one_request_always_fits() -> None:
     queue = scheduler(SchedulerLimits(max_running=1, max_waiting_tokens=30))
     queue.enqueue(decoding(0))
     queue.admit()
-    queue.check_room(decoding(1, max_tokens=60), [])
+    queue.check_capacity(decoding(1, max_tokens=60), [])
     queue.enqueue(decoding(1))
-    queue.check_room(decoding(2), [])
+    queue.check_capacity(decoding(2), [])
     with pytest.raises(QueueFullError, match="of 40 tokens"):
-        queue.check_room(decoding(3), [decoding(2)])
+        queue.check_capacity(decoding(3), [decoding(2)])

@@ -1,4 +1,4 @@
-"""What a step commits: the tokens that plain decoding would have given, and not one more."""
+"""A step commits exactly the tokens that plain decoding would have given."""
 
 from collections.abc import Sequence
 

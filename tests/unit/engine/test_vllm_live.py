@@ -1,4 +1,4 @@
-"""What is known of the requests that vLLM has."""
+"""The record of vLLM's live requests: progress, queue and pace."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Tokenizers for tests of text: one token per byte, and one whose tokens cut characters anywhere."""
+"""A tokenizer for tests of text, with one token per byte."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The command line: help that names everything, mistakes in one sentence, and `complete` against a server."""
+"""The command line: help names everything, mistakes get one sentence, and `complete` works against a server."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Looking into model folders: facts, mismatches, and the table of `diffuspec check`."""
+"""Model folders: facts, mismatches, and the table of `diffuspec check`."""
 
 import io
 import json
@@ -51,13 +51,13 @@ def test_another_tokenizer_is_found_out(tiny_target: Path, tmp_path: Path) -> No
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content))
     target, drafter = read_folder(tiny_target), read_folder(tmp_path)
-    assert find_mismatch(target, drafter) is None  # it can draft, if not as cheaply
+    assert find_mismatch(target, drafter) is None  # it can draft, but not as cheaply
     vocabularies = relate(target, drafter)
     assert (vocabularies.relation, vocabularies.num_shared, vocabularies.num_same_id) == ("overlapping", 257, 255)
 
 
 def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no folder"):
+    with pytest.raises(CheckpointError, match="neither a folder"):
         read_folder(tmp_path / "none")
     write_checkpoint(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -79,7 +79,7 @@ def test_check_prints_a_table(tiny_target: Path, tiny_drafter: Path) -> None:
     text = output.getvalue()
     assert "257 tokens" in text
     assert "block of 32" in text
-    assert "The vocabularies are identical: 257 of the target's 257 tokens (100.0%)" in text
+    assert "The vocabularies are identical: the drafter has 257 of the target's 257 tokens (100.0%)" in text
     assert "fits into the" in text
 
 
@@ -91,15 +91,15 @@ def test_check_says_what_a_step_costs_at_least(tiny_target: Path, tmp_path: Path
     text = output.getvalue()
     target, drafter = read_folder(tiny_target), read_folder(tmp_path)
     per_token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, width, bytes
-    step = 2 * target.num_parameters + 300 * per_token  # bytes: its embedding is tied, so all of it is read
+    step = 2 * target.num_parameters + 300 * per_token  # bytes; the embedding is tied, so all of it is read
     draft = 2 * (drafter.num_parameters - VOCABULARY_SIZE * 32) + 300 * per_token
-    assert f"{step / 2e9 * 1e6:.1f} us a step" in text
-    assert f"{draft / 2e9 * 1e6:.1f} us a draft" in text
+    assert f"{step / 2e9 * 1e6:.1f} us per step" in text
+    assert f"{draft / 2e9 * 1e6:.1f} us per draft" in text
     assert f"{1 + draft / step:.2f} tokens per step" in text
     assert "of the next position (shifted)" in text
     assert "Dream" in text
-    assert "sees in both directions" in text
-    assert "a smaller drafter, or a larger target, would pay sooner" in text
+    assert "attends in both directions" in text
+    assert "A smaller drafter or a larger target would pay sooner" in text
 
 
 @pytest.mark.parametrize(("kind", "relation"), [("rotated", "overlapping"), ("byte-names", "disjoint")])
@@ -111,7 +111,7 @@ def test_check_names_the_way_between_two_vocabularies(
     output = io.StringIO()
     assert check(pair_settings(tiny_target, tmp_path), output, CheckOptions(bandwidth=10)) == 0
     assert f"The vocabularies are {relation}: " in output.getvalue()
-    assert "It drafts at most 4 tokens in a pass." in output.getvalue()
+    assert "The drafter drafts at most 4 tokens in a pass." in output.getvalue()
 
 
 def test_a_pair_larger_than_the_memory_does_not_pass(tiny_target: Path, tiny_drafter: Path) -> None:

@@ -1,4 +1,4 @@
-"""Keys are read strictly, and what is wrong with them is said without repeating them."""
+"""Keys are read strictly, and error messages never repeat a key."""
 
 from pathlib import Path
 
@@ -77,4 +77,4 @@ def test_an_allowance_fills_up_to_a_minutes_worth_and_debts_are_paid_by_waiting(
     assert one.seconds_until_free(30.5) == 0
     assert one.seconds_until_free(10_000.0) == 0
     assert one.left == 60
-    assert one.seconds_until_free(0.0) == 0  # a clock that went back
+    assert one.seconds_until_free(0.0) == 0  # the clock went back

@@ -1,4 +1,4 @@
-"""Metrics say what the step's record says."""
+"""Metrics agree with the step records."""
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -74,7 +74,7 @@ def test_failures_of_the_drafter_are_counted(metrics: ServiceMetrics) -> None:
 def test_draft_lengths_are_kept_apart_by_the_policy_that_chose_them(metrics: ServiceMetrics) -> None:
     drafts = (Outcome("a", DRAFTED, 0, "paper"), Outcome("b", DRAFTED, 0, "fixed"), Outcome("c", DRAFTED, 0))
     metrics.observe(StepRecord(drafts, 12, 0))
-    for policy in ("paper", "fixed", "goodput"):  # the last one is the service's
+    for policy in ("paper", "fixed", "goodput"):  # goodput is the service's default
         assert value(metrics, "diffuspec_draft_length_count", source="diffusion", policy=policy) == 1
 
 
@@ -82,7 +82,7 @@ def test_steps_without_prompt_tokens_are_timed_apart_by_batch_and_drafting(metri
     seconds = DraftingCost(draft_seconds=0.01, search_seconds=0.01), 0.02, 0.01
     metrics.observe(StepRecord(STEP.outcomes[:2], 6, 0, *seconds))
     metrics.observe(StepRecord(STEP.outcomes[2:3], 1, 0, *seconds))
-    metrics.observe(StepRecord(STEP.outcomes, 16, 12, *seconds))  # reads a prompt too: no measure of decoding
+    metrics.observe(StepRecord(STEP.outcomes, 16, 12, *seconds))  # also reads a prompt, so it does not count
     metrics.observe(StepRecord((), 12, 0, *seconds))
     metrics.observe(StepRecord(STEP.outcomes[2:] * 20, 40, 0, *seconds))
     assert value(metrics, "diffuspec_decode_steps_total", drafted="yes", batch="2") == 1

@@ -1,4 +1,4 @@
-"""Settings: what wins, and what is refused."""
+"""Settings: which source wins, and what is refused."""
 
 import json
 import tomllib

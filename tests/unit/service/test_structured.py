@@ -1,4 +1,4 @@
-"""Structures are compiled within bounds, kept within bounds, and say exactly what may come next."""
+"""Structures compile within bounds, stay within bounds, and allow exactly the right tokens."""
 
 import json
 import threading
@@ -44,7 +44,7 @@ def test_rows_behind_a_refused_token_are_left_open(tokenizer: TextTokenizer) -> 
     masks = state.masks(b"axc")
     assert allowed(masks[1]) == b"b"
     assert masks[2:].all()
-    assert allowed(state.masks(())[0]) == b"a"  # nothing of the draft is left in the state
+    assert allowed(state.masks(())[0]) == b"a"  # the draft has left no trace in the state
 
 
 def test_rows_behind_the_end_are_left_open_and_the_state_goes_on(tokenizer: TextTokenizer) -> None:
@@ -110,7 +110,7 @@ def test_what_cannot_be_compiled_is_refused_in_one_line(
     ],
 )
 def test_hostile_structures_end_within_bounds(kind: StructureKind, definition: str, tokenizer: TextTokenizer) -> None:
-    """The bound is one on work; that it also ends is what this test can see without a clock."""
+    """The bound limits work. Without a clock, this test only sees that it ends."""
     try:
         state = compiler(tokenizer).compile(StructureSpec(kind, definition)).start()
     except StructureError:
@@ -129,7 +129,7 @@ def test_the_cache_is_bounded_and_used(tokenizer: TextTokenizer) -> None:
     first = one.compile(specs[0])
     assert one.compile(specs[0]) is first
     one.compile(specs[1])
-    one.compile(specs[0])  # used again: the other is the oldest
+    one.compile(specs[0])  # used again, so the other is now the oldest
     one.compile(specs[2])
     assert one.find(specs[1]) is None
     assert one.find(specs[0]) is first

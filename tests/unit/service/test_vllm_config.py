@@ -1,4 +1,4 @@
-"""What vLLM is started with follows from the settings; nothing here needs vLLM."""
+"""vLLM's configuration follows from the settings. These tests don't need vLLM."""
 
 from pathlib import Path
 
