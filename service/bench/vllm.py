@@ -1,4 +1,4 @@
-"""Contestants on vLLM: our pipeline beside vLLM's own methods, each in an engine of its own, on the same target."""
+"""Contestants on vLLM: our pipeline beside vLLM's own methods, on the same target, one engine each."""
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from service.engine.base import GenerationRequest, SpeculationStats
 from service.engine.vllm.engine import VllmEngine
 from service.settings import Settings
 
-NEAR_TIE_NATS = 1e-4  # a step over several rows rounds differently from a step over one
+NEAR_TIE_NATS = 1e-4  # a step of several rows rounds differently from a step of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ VLLM_CELLS = (
 
 
 def choose_vllm_cells(names: Sequence[str] | None, everything: bool) -> list[VllmCell]:
-    """The cells to measure, `plain` always first. Raises UnknownCellError."""
+    """Return the cells to measure, `plain` always first. Raises UnknownCellError."""
     known = {cell.name: cell for cell in VLLM_CELLS}
     if names is None:
         return [cell for cell in VLLM_CELLS if everything or cell.is_usual]
@@ -68,7 +68,7 @@ def choose_vllm_cells(names: Sequence[str] | None, everything: bool) -> list[Vll
 
 
 def garbage(settings: Mapping[str, Any], device: str) -> Any:
-    """The service's pipeline with every logit of its drafter given to the next token id, and nothing copied."""
+    """Return the service's pipeline without free drafts and with every logit of its drafter given to the next token id."""
     import torch
 
     from service.bench.cells import ShiftedTransformer
@@ -86,7 +86,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
 
 
 class VllmContestant(EmbeddedContestant):
-    """The same requests to another engine; its steps come from the worker, its counts from vLLM itself."""
+    """Sends the same requests to vLLM. Its steps come from the worker, its counts from vLLM itself."""
 
     def __init__(self, name: str, engine: VllmEngine, log: StepLog, role: Role) -> None:
         super().__init__(name, engine, log, role, time.perf_counter)
@@ -95,7 +95,7 @@ class VllmContestant(EmbeddedContestant):
         self._stats: dict[str, SpeculationStats] = {}
 
     def takes(self, workload: Workload) -> bool:
-        return workload.temperature == 0  # vLLM draws by itself: sampled texts cannot be compared
+        return workload.temperature == 0  # vLLM draws with its own noise, so sampled texts cannot be compared
 
     async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
         self._stats.clear()
@@ -125,7 +125,7 @@ class VllmContestant(EmbeddedContestant):
 
 
 def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
-    """From totals: every step after the prompt's added one token to those it accepted."""
+    """Derive the steps from totals: each step after the prompt's adds one token to those that it accepts."""
     num_steps = max(num_tokens - 1 - stats.num_accepted_draft_tokens, stats.num_spec_steps)
     return Acceptance(num_steps, stats.num_spec_steps, stats.num_draft_tokens, stats.num_accepted_draft_tokens)
 
@@ -134,7 +134,7 @@ def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
 async def vllm_contestants(
     settings: Settings, cells: Sequence[VllmCell], num_running: int
 ) -> AsyncIterator[list[VllmContestant]]:
-    """One started engine per cell: processes of their own, of which only one works at any time."""
+    """Start one engine per cell, in processes of its own. Only one of them works at any time."""
     scheduler = settings.scheduler.model_copy(update={"max_running": num_running, "prefix_cache": False})
     engines: list[VllmEngine] = []
     contestants = []
@@ -152,7 +152,7 @@ async def vllm_contestants(
             engines.append(engine)
             try:
                 await engine.start()
-            except (ValueError, ImportError) as error:  # what vLLM says to a method it cannot run here
+            except (ValueError, ImportError) as error:  # vLLM cannot run this method here
                 raise UnknownCellError(f"the cell {cell.name!r} cannot be started: {error}") from error
             contestants.append(VllmContestant(cell.name, engine, log, cell.role))
         yield contestants

@@ -1,10 +1,10 @@
-"""What is known of the requests that vLLM has."""
+"""Live requests: who waits, what is full, when to come back, and when vLLM hangs."""
 
 import asyncio
 
 import pytest
 
-from service.engine.vllm.live import LiveRequests
+from service.engine.vllm.requests import LiveRequests
 
 
 class Clock:
