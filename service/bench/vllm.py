@@ -68,7 +68,7 @@ def choose_vllm_cells(names: Sequence[str] | None, everything: bool) -> list[Vll
 
 
 def garbage(settings: Mapping[str, Any], device: str) -> Any:
-    """Return the service's pipeline without free drafts and with every logit of its drafter given to the next token id."""
+    """Return our pipeline without free drafts, with a drafter whose logits are all given to the next token id."""
     import torch
 
     from service.bench.cells import ShiftedTransformer
