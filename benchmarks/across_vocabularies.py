@@ -16,11 +16,11 @@ import torch
 
 import service.drafter_loading
 from benchmarks.decoding import decode, held_out_prompts
+from drafters.base import Pipeline
 from drafters.diffusion.vocabulary_map import VocabularyMap, VocabularyRelation
 from service.bench.cells import build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import load
-from service.engine.drafting import Drafting
 from service.folders import FolderFacts, relate
 from service.settings import load_settings
 
@@ -42,7 +42,7 @@ async def run(arguments: argparse.Namespace) -> int:
         ) -> VocabularyMap:
             return replace(relate(target, drafter), relation=relation)
 
-        def drafting() -> Drafting:
+        def drafting() -> Pipeline:
             return build(find_cell(arguments.cell), loaded.settings, loaded.models)
 
         with patch.object(service.drafter_loading, "relate", related):

@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from drafters.base import StepRecord
+from drafters.base import Pipeline, StepRecord
 from service.bench.embedded import READING, StepLog
 from service.bench.loading import Loaded
 from service.bench.prompts import Prompt, cut_prompts, held_out_texts
 from service.engine.base import GenerationRequest
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from service.structured import Structure
@@ -63,11 +62,11 @@ def held_out_prompts(loaded: Loaded, count: int, length: int) -> list[Prompt]:
 
 
 async def start_engine(
-    loaded: Loaded, build: Callable[[], Drafting], places: int = 1, observers: Sequence[StepLog] = ()
+    loaded: Loaded, build: Callable[[], Pipeline], places: int = 1, observers: Sequence[StepLog] = ()
 ) -> EmbeddedEngine:
     """An engine over the shared weights, with a pipeline of its own; every prompt is read anew."""
 
-    def parts(progress: Progress) -> tuple[Verifier, Drafting]:
+    def parts(progress: Progress) -> tuple[Verifier, Pipeline]:
         return loaded.verifier, build()
 
     limits = SchedulerLimits(places, max_waiting=0, reuse_prefixes=False)
@@ -78,7 +77,7 @@ async def start_engine(
 
 async def decode(
     loaded: Loaded,
-    build: Callable[[], Drafting],
+    build: Callable[[], Pipeline],
     prompts: Sequence[Prompt],
     max_tokens: int,
     temperature: float = 0.0,

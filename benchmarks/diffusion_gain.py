@@ -10,18 +10,17 @@ are told apart by what the free draft promised, which is what the policy knows b
 import argparse
 import asyncio
 import statistics
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from benchmarks.decoding import decode, held_out_prompts
-from drafters.base import DraftRequest
-from drafters.candidate import Candidate
-from drafters.estimates import DiffusionForecast
+from drafters.base import Draft, DraftRequest, num_common
 from drafters.pipeline import DraftPipeline
-from drafters.planner import DraftPlanner, LengthOptions, num_common
+from drafters.policy.policy import PROMISES, Policy, PolicyOptions
 from service.bench.cells import build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import Loaded, load
@@ -41,34 +40,38 @@ class Step:
     joined: tuple[int, ...]
 
 
-class WatchingPlanner(DraftPlanner):
-    """Asks for a diffusion pass in every step, and notes what came of it."""
+class WatchingPolicy(Policy):
+    """Asks for a diffusion pass in every step, and notes both drafts."""
 
-    def __init__(self, options: LengthOptions) -> None:
+    def __init__(self, options: PolicyOptions) -> None:
         super().__init__(options)
         self.steps: list[Step] = []
-        self._length = options.diffusion_length
+        self._diffusion_length = options.diffusion_length
 
-    def plan_diffusion(
-        self, candidates: Sequence[Candidate], longest: int, pending_rows: Callable[[DraftRequest], int]
-    ) -> None:
-        super().plan_diffusion(candidates, longest, pending_rows)
-        for candidate in candidates:
-            candidate.diffusion_length = min(candidate.cap, self._length, longest)
+    def pass_lengths(
+        self, requests: Sequence[DraftRequest], free: Sequence[Draft], pending: Sequence[int], max_length: int
+    ) -> list[int]:
+        return [min(request.max_draft_tokens, self._diffusion_length, max_length) for request in requests]
 
-    def settle(self, candidates: Sequence[Candidate]) -> None:
-        super().settle(candidates)
-        for candidate in candidates:
-            request = candidate.request
-            free = candidate.tokens if candidate.path is None else candidate.free_tokens
-            place = int(request.request_id), len(request.tokens), candidate.forecast_class[1]
-            self.steps.append(Step(*place, free, candidate.tokens))
+    def choose(
+        self,
+        requests: Sequence[DraftRequest],
+        free: Sequence[Draft],
+        found: Sequence[Draft | None],
+        spent_seconds: float = 0.0,
+    ) -> list[Draft]:
+        for request, own, other in zip(requests, free, found, strict=True):
+            is_better = other is not None and other.expected_accepted > own.expected_accepted
+            joined = other.tokens if other is not None and is_better else own.tokens
+            promise = bisect_left(PROMISES, own.expected_accepted)
+            self.steps.append(Step(int(request.request_id), len(request.tokens), promise, own.tokens, joined))
+        return super().choose(requests, free, found, spent_seconds)
 
 
 async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
     pipeline = build(find_cell("default"), loaded.settings, loaded.models)
     assert isinstance(pipeline, DraftPipeline)
-    pipeline._planner = planner = WatchingPlanner(pipeline._lengths)
+    pipeline._policy = policy = WatchingPolicy(pipeline.options)
     prompts = held_out_prompts(loaded, num_prompts, PROMPT_TOKENS)
     decoded = await decode(loaded, lambda: pipeline, prompts, NEW_TOKENS, temperature)
     texts = [(*prompt.tokens, *output) for prompt, output in zip(prompts, decoded.outputs, strict=True)]
@@ -77,13 +80,13 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
         1e3 * statistics.median(seconds)
         for seconds in zip(*((each.draft, each.search, each.verify) for each in passes), strict=True)
     )
-    print(f"\ntemperature {temperature:g}: {len(planner.steps)} steps; ", end="")
+    print(f"\ntemperature {temperature:g}: {len(policy.steps)} steps; ", end="")
     print(f"medians: drafting {draft:.2f} ms, search {search:.2f}, verification {verify:.2f}")
     print(f"{'free draft promises':>20}{'steps':>7}{'accepted: free':>16}{'joined':>8}{'gain':>6}", end="")
     print(f"{'first right: free':>19}{'joined':>8}")
-    edges = [0.0, *DiffusionForecast.PROMISES, np.inf]
+    edges = [0.0, *PROMISES, np.inf]
     for promise in range(len(edges)):
-        steps = [step for step in planner.steps if promise in (step.promise, len(edges) - 1)]
+        steps = [step for step in policy.steps if promise in (step.promise, len(edges) - 1)]
         if not steps:
             continue
         rests = [texts[step.prompt][step.num_tokens :] for step in steps]
@@ -93,7 +96,7 @@ async def measure(loaded: Loaded, num_prompts: int, temperature: float) -> None:
         )
         what = "all" if promise == len(edges) - 1 else f"{edges[promise]:g} to {edges[promise + 1]:g}"
         print(
-            f"{what:>20}{len(steps) / len(planner.steps):>7.0%}{free.mean():>16.2f}{joined.mean():>8.2f}"
+            f"{what:>20}{len(steps) / len(policy.steps):>7.0%}{free.mean():>16.2f}{joined.mean():>8.2f}"
             f"{joined.mean() - free.mean():>6.2f}{(free > 0).mean():>19.0%}{(joined > 0).mean():>8.0%}"
         )
 

@@ -15,11 +15,10 @@ from dataclasses import replace
 import torch
 
 from benchmarks.decoding import decode, held_out_prompts
-from drafters.base import Draft, DraftRequest
+from drafters.base import Draft, DraftRequest, Pipeline
 from service.bench.cells import build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import load
-from service.engine.drafting import Drafting
 from service.settings import load_settings
 from service.structured import StructureCompiler, StructureSpec
 
@@ -52,7 +51,7 @@ SCHEMA = {
 class Untold:
     """A pipeline that never hears of structures."""
 
-    def __init__(self, inner: Drafting) -> None:
+    def __init__(self, inner: Pipeline) -> None:
         self._inner = inner
 
     def __getattr__(self, name: str) -> object:
@@ -76,7 +75,7 @@ async def run(arguments: argparse.Namespace) -> None:
             found = []
             for structure, is_told in columns.values():
 
-                def drafting(cell: str = cell, is_told: bool = is_told) -> Drafting:
+                def drafting(cell: str = cell, is_told: bool = is_told) -> Pipeline:
                     pipeline = build(find_cell(cell), loaded.settings, loaded.models)
                     return pipeline if is_told else Untold(pipeline)  # type: ignore[return-value]
 

@@ -28,6 +28,7 @@ BypassReason = Literal[
     "resting",  # drafts were not worth it lately, so none was made
     "scheduler",  # vLLM's scheduler cut the draft to nothing
     "drafter_failed",
+    "other",  # a reason that a pipeline of one's own gives
 ]
 """Why a step of a request had no draft; empty if it had one."""
 
@@ -63,6 +64,7 @@ class SearchFacts:
     raw_length: int = 0  # tokens before the first end-of-text in the drafter's raw argmax (Eq. 9)
     lattice_width: float = 0.0  # mean candidates per position
     path_gain: float = 0.0  # score of the chosen path minus that of the raw argmax path, nats per token
+    promised: float = 0.0  # accepted tokens that the policy expected of the free draft beside it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Drafts that keep to a request's structure: what may not be written is not drafted, what must be written is."""
+"""Keep drafts to a request's structure: draft no token that it refuses, and every token that it forces."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -11,16 +11,16 @@ from torch import Tensor
 from drafters.base import DraftRequest
 from drafters.search.path_search import Path
 
-FORCED_CONFIDENCE = 0.9  # of a token that the structure leaves no choice about, but for how its text is cut into tokens
+FORCED_CONFIDENCE = 0.9  # of a token that the structure forces; below 1, as the target may cut the same text otherwise
 
 Floats = NDArray[np.float64]
 
 
 def mask_logits(logits: Tensor, requests: Sequence[DraftRequest], lengths: Sequence[int]) -> None:
-    """Set what structures refuse to -inf, in place: `logits` `[sum of lengths, vocabulary]`.
+    """Set tokens that structures refuse to -inf, in place: `logits` `[sum of lengths, vocabulary]`.
 
-    Each position is judged as if the drafter's best allowed tokens stood before it. That is exact for the first one,
-    and for the others as long as the search takes those; a path that leaves them is cut by `keep_to_structure`.
+    Each position assumes that the drafter's best allowed tokens come before it. That is exact for the first position,
+    and for the others as long as the search takes those tokens. `keep_to_structure` cuts a path that leaves them.
     """
     if any(request.constraint is not None for request in requests):
         _mask_constrained(logits, requests, lengths)
@@ -45,15 +45,15 @@ def _mask_constrained(logits: Tensor, requests: Sequence[DraftRequest], lengths:
 
 
 def keep_to_structure(
-    request: DraftRequest, tokens: tuple[int, ...], confidences: Floats, most: int
+    request: DraftRequest, tokens: tuple[int, ...], confidences: Floats, max_tokens: int
 ) -> tuple[tuple[int, ...], Floats]:
-    """The draft's allowed beginning, and after it up to `most` tokens in all that the structure leaves no choice about.
+    """Return the draft's allowed beginning, followed by the tokens that the structure forces; `max_tokens` in all.
 
-    `confidences` `[tokens]` go with the tokens. A request without a structure keeps its draft.
+    Also return their confidences, given those of the draft `[tokens]`. A request without a structure keeps its draft.
     """
     if request.constraint is None:
         return tokens, confidences
-    kept = request.constraint.complete(tokens, most)
+    kept = request.constraint.complete(tokens, max_tokens)
     num_own = next(
         (i for i, (a, b) in enumerate(zip(kept, tokens, strict=False)) if a != b), min(len(kept), len(tokens))
     )
@@ -61,9 +61,9 @@ def keep_to_structure(
     return kept, np.concatenate([confidences[:num_own], forced])
 
 
-def keep_path_to_structure(request: DraftRequest, path: Path, most: int) -> Path:
-    """The same for what a search has found."""
+def keep_path_to_structure(request: DraftRequest, path: Path, max_tokens: int) -> Path:
+    """Do the same for a path of the search."""
     if request.constraint is None:
         return path
-    tokens, confidences = keep_to_structure(request, path.tokens, path.confidences, most)
+    tokens, confidences = keep_to_structure(request, path.tokens, path.confidences, max_tokens)
     return path._replace(tokens=tokens, confidences=confidences)

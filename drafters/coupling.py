@@ -1,9 +1,9 @@
 """Drafting with the noise that the target draws with.
 
-A sampled request takes, at every position, the token with the largest `log p / temperature + noise`, and the noise
-depends on (seed, position, token) alone: it is known before the target has run. A draft that takes the best token of
-its own estimate of p PLUS the same noise agrees with the target more often than the estimate's most probable token, at
-high temperatures above all. Exactness does not depend on it: verification compares with the target's own draw.
+At every position, a sampled request takes the token with the largest `log p / temperature + noise`. The noise depends
+on (seed, position, token) alone, so it is known before the target runs. A draft that adds the same noise to its own
+estimate of log p agrees with the target more often than a draft of the most probable tokens does, above all at high
+temperatures. Exactness does not depend on it: verification compares with the target's own draw.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from drafters.base import DraftRequest
 from drafters.search.causal_model import no_noise
 from drafters.search.kernels.chains import Noise
 
-CAUSAL_TEMPERATURE = 1.1  # of the target's distribution that the causal model stands for; from replayed draws
+CAUSAL_TEMPERATURE = 1.1  # of the target's distribution that the causal model approximates; from replayed draws
 
 
 def known_noise(requests: Sequence[DraftRequest], lattice_temperature: float = 1.0) -> Noise:
-    """The noise of a batch; greedy requests, and those whose seed is unknown, have none.
+    """Return the noise of a batch. Greedy requests, and those whose seed is unknown, have none.
 
-    lattice_temperature: of the target's distribution that the diffusion model was trained on.
+    lattice_temperature: temperature of the target's distribution that the diffusion model was trained on.
     """
     known = [request.seed is not None and request.temperature > 0.0 for request in requests]
     if not any(known):

@@ -1,5 +1,5 @@
-"""The drafting pipeline: drafter, lattice, path search, length. Both engines call it the same way, once a step:
-`observe` what became of the last drafts, then `propose` the next ones.
+"""The drafting pipeline: free drafts, diffusion drafts, path search, policy. Both engines call it the same way, once a
+step: `observe` what became of the last drafts, then `propose` the next ones.
 """
 
 import logging
@@ -9,29 +9,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
-from drafters.candidate import Candidate, RequestState
+from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.coupling import known_noise
 from drafters.diffusion.masked import MaskedDrafter, MaskedRequest, measure_passes
-from drafters.estimates import temperature_class
-from drafters.length import PaperLength
-from drafters.planner import DraftPlanner, LengthOptions
+from drafters.policy import Policy, PolicyOptions
 from drafters.search.causal_model import CausalModel
 from drafters.search.lattice import DraftLattice, LatticeOptions
-from drafters.search.path_search import PathSearch
+from drafters.search.path_search import Path, PathSearch
 
 log = logging.getLogger(__name__)
-
-MIN_SURVIVAL = 0.05  # a free draft goes on while it is kept with at least this probability, by its own account
-RETRY_AFTER_STEPS = 256  # steps without the diffusion drafter after it failed; doubled with every further failure
 
 
 class DraftPipeline:
     """Proposes drafts for a batch of requests. Not thread-safe; lives in the engine's thread.
 
     A failing diffusion drafter is logged and left out for a while (`drafter_up` is False), and requests fall back to
-    the free draft or to none; whatever else `propose` raises, its caller contains.
+    the free draft or to none. The caller contains whatever else `propose` raises.
     """
 
     def __init__(
@@ -39,24 +33,26 @@ class DraftPipeline:
         causal: CausalModel | None,
         search: PathSearch | None,
         diffusion: MaskedDrafter | None,
-        lengths: LengthOptions,
+        options: PolicyOptions,
         description: str,
         lattice: LatticeOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
         free_drafts: bool = True,
     ) -> None:
-        """causal: the free drafter, and the search's judge. search: None without `diffusion`.
+        """causal: drafts freely, and judges paths. search: None without `diffusion`.
 
         free_drafts: False lets `causal` only judge; nothing is drafted without a diffusion pass then.
         """
         self._causal, self._search, self._diffusion = causal, search, diffusion
         self._free_drafts = free_drafts and causal is not None
-        self._lengths, self._lattice, self._clock = lengths, lattice or LatticeOptions(), clock
+        self._lattice, self._clock = lattice or LatticeOptions(), clock
         self.description = description
-        self.max_draft_tokens = lengths.max_draft_tokens
-        self._states: dict[str, RequestState] = {}
-        self._planner = DraftPlanner(lengths)
-        self._paused_steps, self._failures = 0, 0
+        self.options, self.max_draft_tokens = options, options.max_draft_tokens
+        self._policy = Policy(options)
+        self._num_learned: dict[
+            str, int
+        ] = {}  # committed tokens of each request that the causal model has learned from
+        self._backoff = Backoff(clock)
         self.num_failures = 0  # of the diffusion drafter, in all
         self.last_cost = DraftingCost()  # of the latest `propose`
         self.reads_hidden_states = False  # set by whoever loads a drafter that profits from the target's
@@ -64,175 +60,188 @@ class DraftPipeline:
     @property
     def drafter_up(self) -> bool:
         """Whether the diffusion drafter is in use (True too where none is configured)."""
-        return self._paused_steps == 0
+        return not self._backoff.is_paused
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
-        """Draft for every request of the next step: `drafter -> lattice -> path search -> length`.
+        """Draft for every request of the next step (DiffuSpec, Algorithm 1, without its verification).
 
         num_prefill_rows: prompt rows that the same verification pass will carry.
         """
         started = self._clock()
-        cost = DraftingCost()
-        candidates = [self._candidate(request) for request in requests]
-        drafting = [candidate for candidate in candidates if candidate.cap > 0]
+        self.last_cost = DraftingCost()
+        drafting = self._policy.open_step(requests, num_prefill_rows)
+        drafts: dict[str, Draft] = {}
         if drafting:
-            self._planner.open_step(len(requests), num_prefill_rows)
-            self._draft_freely(drafting)
-            self._plan_diffusion(drafting)
-            cost = self._diffuse([candidate for candidate in drafting if candidate.diffusion_length])
-            drafts = self._planner.cut(candidates, cost.pass_seconds + cost.search_seconds)
-        else:
-            drafts = [candidate.no_draft for candidate in candidates]
-        self.last_cost = replace(cost, draft_seconds=self._clock() - started - cost.search_seconds)
-        return drafts
+            free = self._policy.weigh(drafting, self._draft_freely(drafting))
+            found = self._diffuse(drafting, free)
+            spent = self.last_cost.pass_seconds + self.last_cost.search_seconds
+            chosen = self._policy.choose(drafting, free, found, spent)
+            drafts = {request.request_id: draft for request, draft in zip(drafting, chosen, strict=True)}
+        answer = [drafts.get(request.request_id) or _no_draft(request) for request in requests]
+        seconds = self._clock() - started - self.last_cost.search_seconds
+        self.last_cost = replace(self.last_cost, draft_seconds=seconds)
+        return answer
 
     def observe(self, step: StepRecord) -> None:
-        """Learn from one verified step: acceptance per confidence and request, and what the passes cost."""
-        for outcome in step.outcomes:
-            state = self._states.get(outcome.request_id)
-            if state is None:
-                continue
-            self._planner.learn(state, outcome)
-            if outcome.draft.source == "diffusion" and outcome.draft.tokens and self._diffusion is not None:
-                self._diffusion.note(outcome.request_id, outcome.num_accepted)
-        self._planner.learn_costs(step)
+        """Learn from one verified step: what was accepted, and what the passes cost."""
+        self._policy.observe(step)
+        if self._diffusion is not None:
+            for outcome in step.outcomes:
+                if outcome.draft.source == "diffusion":
+                    self._diffusion.note(outcome.request_id, outcome.num_accepted)
 
     def release(self, request_id: str) -> None:
-        """Forget a request; harmless if it is unknown."""
-        self._states.pop(request_id, None)
+        """Forget a request; unknown ids are fine."""
+        self._policy.release(request_id)
+        self._num_learned.pop(request_id, None)
         if self._diffusion is not None:
             self._diffusion.release(request_id)
 
     def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
-        """Set the cost table at start-up (see `StepCosts`); the drafter's part of it is measured here."""
-        draft_seconds = None if self._diffusion is None else measure_passes(self._diffusion, self._clock)
-        self._planner.calibrate(verify_seconds, draft_seconds, plain_seconds)
+        """Set what steps cost at start-up (see `StepSeconds`); the drafter's passes are measured here."""
+        passes = None if self._diffusion is None else measure_passes(self._diffusion, self._clock)
+        self._policy.calibrate(verify_seconds, passes, plain_seconds)
 
-    def _candidate(self, request: DraftRequest) -> Candidate:
-        state = self._states.get(request.request_id)
-        if state is None:
-            state = RequestState(PaperLength(self._lengths.paper), temperature_class(request.temperature))
-            self._states[request.request_id] = state
-        cap = min(request.max_draft_tokens, self.max_draft_tokens)
-        policy = request.policy or self._lengths.policy
-        is_resting = policy == "goodput" and state.rest_steps > 0
-        if is_resting:
-            state.rest_steps -= 1
-        return Candidate(request, state, policy, 0 if is_resting else cap, is_resting)
-
-    def _draft_freely(self, candidates: Sequence[Candidate]) -> None:
+    def _draft_freely(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        """Let the causal model go on with each request's text."""
+        nothing = Draft(bypass_reason="no_candidates")
         if self._causal is None or not self._free_drafts:
-            return
-        histories = [candidate.request.tokens for candidate in candidates]
-        least = max(MIN_SURVIVAL, self._planner.least_survival(len(candidates)))
-        floors = [least if candidate.policy == "goodput" else 0.0 for candidate in candidates]
-        noise = known_noise([candidate.request for candidate in candidates])
-        chains = self._causal.greedy_chains(
-            histories, [candidate.cap for candidate in candidates], floors, noise, _take_unlearned(candidates)
-        )
-        for candidate, chain in zip(candidates, chains, strict=True):
-            candidate.tokens, candidate.confidences = keep_to_structure(
-                candidate.request, chain.tokens, chain.confidences, candidate.cap
-            )
-
-    def _plan_diffusion(self, candidates: Sequence[Candidate]) -> None:
-        """Say which requests take part in a diffusion pass; none, while the drafter is left out."""
-        diffusion = self._diffusion
-        if diffusion is None:
-            return
-        if self._paused_steps:
-            self._paused_steps -= 1
-            return
-
-        def pending_rows(request: DraftRequest) -> int:
-            return diffusion.pending_rows(request.request_id, len(request.tokens))
-
-        self._planner.plan_diffusion(candidates, diffusion.longest, pending_rows)
-
-    def _diffuse(self, candidates: Sequence[Candidate]) -> DraftingCost:
-        """One diffusion pass and one path search for all `candidates`; on any failure they keep their free drafts.
-
-        Returns what pass and search took; nothing if they failed.
-        """
-        if not candidates or self._diffusion is None or self._search is None:
-            return DraftingCost()
-        requests = [
-            MaskedRequest(c.request.request_id, c.request.tokens, c.diffusion_length, c.request.hidden_states, c.tokens)
-            for c in candidates
-        ]
-        if self._causal is not None and not self._free_drafts:  # what only judges learns just before it is asked
-            self._causal.learn([request.tokens for request in requests], _take_unlearned(candidates))
-        try:
-            started = self._clock()
-            rows = sum(self._diffusion.pending_rows(r.request_id, len(r.tokens)) + r.length for r in requests)
-            logits = self._diffusion.propose(requests)
-            drafted = self._clock()
-            lengths = [request.length for request in requests]
-            mask_logits(logits, [candidate.request for candidate in candidates], lengths)
-            lattice = DraftLattice.from_logits(logits, lengths, self._lattice)
-            noise = known_noise([candidate.request for candidate in candidates], self._diffusion.temperature)
-            paths = self._search.search([request.tokens for request in requests], lattice, noise)
-        except Exception:
-            self._pause(candidates)
-            return DraftingCost()
-        searched = self._clock()
-        self._failures = 0
-        for candidate, path in zip(candidates, paths, strict=True):
-            if path.tokens:  # the free draft is better than none
-                candidate.take_path(keep_path_to_structure(candidate.request, path, candidate.cap))
-        self._draft_on([candidate for candidate in candidates if candidate.path])
-        self._planner.settle(candidates)
-        return DraftingCost(
-            pass_seconds=drafted - started,
-            search_seconds=searched - drafted,
-            num_diffusion_rows=rows,
-            num_searches=len(candidates),
-        )
-
-    def _draft_on(self, candidates: Sequence[Candidate]) -> None:
-        """Let the free draft go on where a searched path ends: where text is being copied, that is most of a draft."""
-        if self._causal is None or not self._free_drafts:
-            return
-        going = []
-        for candidate in candidates:
-            length = len(candidate.tokens)
-            if candidate.policy != "goodput" or candidate.request.constraint is not None or length >= candidate.cap:
-                continue
-            if candidate.tokens == candidate.free_tokens[:length]:  # the search has found nothing better
-                candidate.extend(candidate.free_tokens[length:], candidate.free_confidences[length:])
-            elif candidate.tokens[-1] not in self._causal.ends:
-                going.append(candidate)
-        if not going:
-            return
-        requests = [
-            replace(candidate.request, tokens=np.append(candidate.request.tokens, np.array(candidate.tokens, np.int32)))
-            for candidate in going
-        ]
-        chains = self._causal.greedy_chains(
+            return [nothing] * len(requests)
+        chains = self._causal.draft(
             [request.tokens for request in requests],
-            [candidate.cap - len(candidate.tokens) for candidate in going],
-            [MIN_SURVIVAL] * len(going),
+            [request.max_draft_tokens for request in requests],
+            [self._policy.min_survival(request) for request in requests],
             known_noise(requests),
+            self._take_unlearned(requests),
         )
-        for candidate, chain in zip(going, chains, strict=True):
-            candidate.extend(chain.tokens, chain.confidences)
+        drafts = []
+        for request, chain in zip(requests, chains, strict=True):
+            tokens, confidences = keep_to_structure(request, chain.tokens, chain.confidences, request.max_draft_tokens)
+            drafts.append(Draft(tokens, "free", tuple(confidences.tolist())) if tokens else nothing)
+        return drafts
 
-    def _pause(self, candidates: Sequence[Candidate]) -> None:
+    def _diffuse(self, requests: Sequence[DraftRequest], free: Sequence[Draft]) -> list[Draft | None]:
+        """Run one diffusion pass and one path search for the requests that the policy chooses; None for the others.
+
+        On any failure nothing is found, and the drafter is left out for a while. Sets `last_cost`.
+        """
+        found: list[Draft | None] = [None] * len(requests)
+        diffusion = self._diffusion
+        if diffusion is None or self._search is None or self._backoff.is_paused:
+            return found
+        pending = [diffusion.pending_rows(request.request_id, len(request.tokens)) for request in requests]
+        lengths = self._policy.pass_lengths(requests, free, pending, diffusion.max_tokens)
+        places = [i for i, length in enumerate(lengths) if length]
+        if not places:
+            return found
+        served = [requests[i] for i in places]
+        masked = [
+            MaskedRequest(r.request_id, r.tokens, lengths[i], r.hidden_states, free[i].tokens)
+            for i, r in zip(places, served, strict=True)
+        ]
+        try:
+            paths = self._find_paths(served, masked, diffusion, self._search)
+        except Exception:
+            self._leave_out(served)
+            return found
+        self.last_cost = replace(self.last_cost, num_diffusion_rows=sum(pending[i] + lengths[i] for i in places))
+        self._backoff.succeed()
+        rivals = [free[i] for i in places]
+        drafts = [self._from_path(*each) for each in zip(served, paths, rivals, strict=True)]
+        for i, draft in zip(places, self._policy.weigh(served, self._draft_on(served, drafts, rivals)), strict=True):
+            found[i] = draft
+        return found
+
+    def _find_paths(
+        self,
+        requests: Sequence[DraftRequest],
+        masked: Sequence[MaskedRequest],
+        diffusion: MaskedDrafter,
+        search: PathSearch,
+    ) -> list[Path]:
+        """Pass, lattice, search; notes what they took. Raises whatever they raise."""
+        if self._causal is not None and not self._free_drafts:  # what only judges learns just before
+            self._causal.learn([request.tokens for request in requests], self._take_unlearned(requests))
+        started = self._clock()
+        logits = diffusion.propose(masked)
+        drafted = self._clock()
+        lengths = [request.length for request in masked]
+        mask_logits(logits, requests, lengths)
+        lattice = DraftLattice.from_logits(logits, lengths, self._lattice)
+        noise = known_noise(requests, diffusion.temperature)
+        paths = search.search([request.tokens for request in requests], lattice, noise)
+        self.last_cost = DraftingCost(
+            pass_seconds=drafted - started, search_seconds=self._clock() - drafted, num_searches=len(requests)
+        )
+        return paths
+
+    def _from_path(self, request: DraftRequest, path: Path, free: Draft) -> Draft:
+        """Return a searched path as a draft; without tokens if the structure refuses all of it."""
+        facts = SearchFacts(path.raw_length, path.lattice_width, path.gain, free.expected_accepted)
+        path = keep_path_to_structure(request, path, request.max_draft_tokens)
+        if not path.tokens:
+            return Draft(search=facts, bypass_reason="no_candidates")
+        confidences = tuple(path.confidences.tolist())
+        return Draft(path.tokens, "diffusion", confidences, num_searched=len(path.tokens), search=facts)
+
+    def _draft_on(
+        self, requests: Sequence[DraftRequest], drafts: Sequence[Draft], free: Sequence[Draft]
+    ) -> Sequence[Draft]:
+        """Let the causal model go on where a path ends: where text is being copied, that is most of a draft."""
+        if self._causal is None or not self._free_drafts:
+            return drafts
+        drafts, going = list(drafts), []
+        for i, (request, draft, own) in enumerate(zip(requests, drafts, free, strict=True)):
+            length = len(draft.tokens)
+            if not self._policy.is_adaptive(request) or request.constraint is not None:
+                continue
+            if not 0 < length < request.max_draft_tokens:
+                continue
+            if draft.tokens == own.tokens[:length]:  # the search has found nothing better
+                drafts[i] = _extended(draft, own.tokens[length:], own.confidences[length:])
+            elif draft.tokens[-1] not in self._causal.ends:
+                going.append(i)
+        if not going:
+            return drafts
+        longer = [
+            replace(requests[i], tokens=np.append(requests[i].tokens, np.array(drafts[i].tokens, np.int32)))
+            for i in going
+        ]
+        chains = self._causal.draft(
+            [request.tokens for request in longer],
+            [request.max_draft_tokens - len(drafts[i].tokens) for i, request in zip(going, longer, strict=True)],
+            [self._policy.min_survival(request) for request in longer],
+            known_noise(longer),
+        )
+        for i, chain in zip(going, chains, strict=True):
+            drafts[i] = _extended(drafts[i], chain.tokens, tuple(chain.confidences.tolist()))
+        return drafts
+
+    def _leave_out(self, requests: Sequence[DraftRequest]) -> None:
         """Contain a failure of the diffusion drafter: say so, free what the requests held, try again later."""
-        self._failures += 1
         self.num_failures += 1
-        self._paused_steps = RETRY_AFTER_STEPS * 2 ** min(self._failures - 1, 8)
-        log.exception("the diffusion drafter failed; drafting goes on without it for %d steps", self._paused_steps)
+        seconds = self._backoff.fail()
+        log.exception("the diffusion drafter failed; drafting goes on without it for %.0f s", seconds)
         if self._diffusion is not None:
-            for candidate in candidates:
-                self._diffusion.release(candidate.request.request_id)
+            for request in requests:
+                self._diffusion.release(request.request_id)
+
+    def _take_unlearned(self, requests: Sequence[DraftRequest]) -> list[int]:
+        """Return how many of each request's tokens the causal model has learned from, and count all as learned.
+
+        It learns nothing from a prompt: the target didn't choose that.
+        """
+        learned = []
+        for request in requests:
+            length = len(request.tokens)
+            learned.append(self._num_learned.get(request.request_id, length))
+            self._num_learned[request.request_id] = length
+        return learned
 
 
-def _take_unlearned(candidates: Sequence[Candidate]) -> list[int]:
-    """How many of each request's tokens the causal model has learned from: of the prompt nothing is; now all are."""
-    learned = []
-    for candidate in candidates:
-        length = len(candidate.request.tokens)
-        learned.append(candidate.state.num_learned or length)
-        candidate.state.num_learned = length
-    return learned
+def _no_draft(request: DraftRequest) -> Draft:
+    return Draft(bypass_reason="resting" if request.max_draft_tokens else "disabled")
+
+
+def _extended(draft: Draft, tokens: tuple[int, ...], confidences: tuple[float, ...]) -> Draft:
+    return replace(draft, tokens=draft.tokens + tokens, confidences=draft.confidences + confidences)

@@ -77,7 +77,7 @@ def _column(facts: FolderFacts) -> dict[str, str]:
         "heads": f"{config.num_heads} over {config.num_key_value_heads}, {config.head_dim} wide",
         "parameters": f"{facts.num_parameters / 1e6:.2f}M",
         "weights": f"{facts.num_bytes / 1e6:.1f} MB ({', '.join(facts.dtypes)})",
-        "trained context": f"{config.longest_trained} tokens",
+        "trained context": f"{config.max_trained_tokens} tokens",
         "token ids": str(config.vocabulary_size),
         "tokenizer": "none" if facts.vocabulary is None else f"{len(facts.vocabulary)} tokens",
         "end tokens": ", ".join(map(str, config.end_token_ids)) or "none",

@@ -56,7 +56,7 @@ class TextCodec:
 def drafter_window(settings: Settings, drafter: TransformerConfig) -> int:
     """Most tokens of context that a drafter reads."""
     usual = WINDOW_WITH_HIDDEN_STATES if drafter.target_hidden_size else USUAL_WINDOW
-    return min(settings.speculation.window_tokens or usual, drafter.longest_trained)
+    return min(settings.speculation.window_tokens or usual, drafter.max_trained_tokens)
 
 
 def first_tokens(settings: Settings, drafter: TransformerConfig) -> int | None:

@@ -10,7 +10,7 @@ from typing import get_args
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector
 from prometheus_client.registry import Collector
 
-from drafters.base import Outcome, PolicyName, SourceName, StepRecord
+from drafters.base import BypassReason, Outcome, PolicyName, SourceName, StepRecord
 from service.engine.base import Engine, EnginePhase
 
 FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
@@ -26,18 +26,7 @@ POLICIES = get_args(PolicyName)
 PHASES = get_args(EnginePhase)
 BATCHES = ((1, "1"), (2, "2"), (4, "3-4"), (8, "5-8"), (16, "9-16"), (32, "17-32"))  # most sequences of a step, label
 LARGEST_BATCH = "33+"
-BYPASS_REASONS = (
-    "prefill",
-    "disabled",
-    "last_token",
-    "no_room",
-    "no_candidates",
-    "not_worth_it",
-    "resting",
-    "drafter_failed",
-    "scheduler",
-)
-OTHER_REASON = "other"
+BYPASS_REASONS = tuple(reason for reason in get_args(BypassReason) if reason)
 VLLM_PREFIX = "vllm:"
 
 
@@ -159,7 +148,7 @@ class ServiceMetrics:
             "What verified drafts came to, with the next token, and what a stop token cut off.",
         ).labels(name)
         bypassed = self._counter("diffuspec_speculation_bypassed", "Steps of a request without a draft.", "reason")
-        self._bypassed = {reason: bypassed.labels(name, reason) for reason in (*BYPASS_REASONS, OTHER_REASON)}
+        self._bypassed = {reason: bypassed.labels(name, reason) for reason in BYPASS_REASONS}
         self._drafter_failures = self._counter(
             "diffuspec_drafter_failures", "Times that the drafter failed and decoding went on without it."
         ).labels(name)
@@ -259,11 +248,11 @@ class ServiceMetrics:
     def _observe_outcome(self, outcome: Outcome) -> None:
         draft = outcome.draft
         self._lengths[draft.source, outcome.policy or self._policy].observe(len(draft.tokens))
-        if draft.lattice_width > 0:
-            self._width.observe(draft.lattice_width)
-            self._gain.observe(draft.path_gain)
+        if draft.search is not None and draft.search.lattice_width > 0:
+            self._width.observe(draft.search.lattice_width)
+            self._gain.observe(draft.search.path_gain)
         if not draft.tokens:
-            self._bypassed.get(draft.bypass_reason, self._bypassed[OTHER_REASON]).inc()
+            self._bypassed.get(draft.bypass_reason, self._bypassed["other"]).inc()
             return
         self._drafts.inc()
         self._draft_tokens.inc(len(draft.tokens))

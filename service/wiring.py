@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from prometheus_client import CollectorRegistry
 
-from drafters.base import DraftRequest, PolicyName
+from drafters.base import DraftRequest, Pipeline, PolicyName
 from service.drafter_loading import BuiltDrafter, build_drafter
 from service.engine.audit import AuditedEngine, AuditOptions
 from service.engine.base import Engine
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine
 from service.engine.scheduler import SchedulerLimits
 from service.folders import find_mismatch, read_folder
@@ -55,7 +54,7 @@ def build_engine(settings: Settings, metrics: ServiceMetrics) -> tuple[Engine, C
     if settings.model.engine == "vllm":
         return build_vllm_engine(settings, metrics), load_tokenizer
 
-    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+    def load(progress: Progress) -> tuple[Verifier, Pipeline]:
         return load_parts(
             settings,
             load_tokenizer().size,
@@ -193,9 +192,8 @@ def build_pipeline(
     on_drafter: Callable[[BuiltDrafter], None] | None = None,
 ) -> "DraftPipeline":
     """What proposes drafts: a diffusion model, copies of the request's own text and n-grams, or nothing."""
-    from drafters.length import PaperLengthOptions
     from drafters.pipeline import DraftPipeline
-    from drafters.planner import LengthOptions
+    from drafters.policy import PaperOptions, PolicyOptions
     from drafters.search.lattice import LatticeOptions
     from drafters.search.path_search import PathSearch
 
@@ -223,21 +221,21 @@ def build_pipeline(
             names.append("own text")
         if causal.has_ngrams:
             names.append("n-grams")
-    lengths = LengthOptions(
+    options = PolicyOptions(
         policy=speculation.policy,
         max_draft_tokens=max_draft_tokens,
         fixed_length=speculation.fixed_draft_tokens,
         diffusion_length=speculation.diffusion_draft_tokens,
-        paper=PaperLengthOptions(
-            shortest=speculation.paper_min_draft_tokens,
-            longest=speculation.paper_max_draft_tokens,
+        paper=PaperOptions(
+            min_length=speculation.paper_min_draft_tokens,
+            max_length=speculation.paper_max_draft_tokens,
             increment=speculation.paper_growth_tokens,
             ema_rate=speculation.paper_ema_rate,
         ),
     )
     lattice = LatticeOptions(speculation.candidate_mass, speculation.max_candidates, target.end_token_ids)
     description = " + ".join(names) or NO_DRAFTER
-    return DraftPipeline(causal, search, diffusion, lengths, description, lattice, free_drafts=settings.drafts_freely)
+    return DraftPipeline(causal, search, diffusion, options, description, lattice, free_drafts=settings.drafts_freely)
 
 
 def _build_causal(settings: Settings, target: TransformerConfig) -> "CausalModel":

@@ -63,8 +63,8 @@ class TransformerConfig:
     family: Family | None = None  # None: Llama's names of weights
 
     @property
-    def longest_trained(self) -> int:
-        """Tokens of the longest text that the model has seen in training."""
+    def max_trained_tokens(self) -> int:
+        """Length in tokens of the longest text that the model was trained on."""
         return min(self.trained_positions or self.max_positions, self.max_positions)
 
     @classmethod

@@ -1,1 +1,1 @@
-"""The diffusion models that draft: checkpoints, windows and caches, vocabularies."""
+"""The diffusion drafter: its passes, windows and caches, and drafting across vocabularies."""

@@ -1,7 +1,7 @@
-"""The diffusion drafter: a forward pass proposes a distribution for every masked position of every request.
+"""The diffusion drafter: one forward pass proposes a distribution for every masked position of every request.
 
-A request's clean tokens run once and stay in the key-value cache (`clean_prefix`); a draft runs the tokens
-committed since the last one, followed by the block of masks.
+A request's clean tokens run once and stay in the key-value cache (`clean_prefix`). Each draft runs the tokens committed
+since the last draft, followed by a block of masks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,33 +14,33 @@ from drafters.diffusion.clean_prefix import CleanPrefix, CleanPrefixes
 from drafters.diffusion.masked import MaskedRequest, split_rows
 from transformer.model import RowBatch, Transformer
 
-MAX_WITHOUT_BLOCK = 32  # tokens of a pass, for models that were trained on whole sequences
+MAX_WITHOUT_BLOCK = 32  # tokens to propose in a pass, for models that were trained on whole sequences
 
 
 @dataclass(frozen=True, slots=True)
 class DiffusionOptions:
-    """How a drafter spends its passes."""
+    """Options of the drafter's passes."""
 
-    window: int = 256  # most clean tokens that are read; beyond it the latest ones
-    first_tokens: int | None = None  # that a window begins with (`clean_prefix`); None: as many as fit in, later half
-    reuse_prefix: bool = True  # False: read everything at every pass, for comparison
-    refresh_interval: int = 16  # `full` only: passes until the prefix is read anew; 0: never
-    refinement_steps: int = 1  # passes per draft; each one fills in the most confident tokens for the next
-    part_tokens: int = 0  # draft so many tokens at a time, the next ones given the first; 0: all at once
-    part_confidence: float = 0.9  # the next part is drafted if every token of the last has at least this probability
+    window: int = 256  # clean tokens that are read, at most; the latest ones
+    first_tokens: int | None = None  # tokens that a new window begins with (`clean_prefix`); None: all that fit
+    reuse_prefix: bool = True  # False: read everything in every pass, for comparison
+    refresh_interval: int = 16  # `full` only: passes until the prefix is read again; 0: never
+    refinement_steps: int = 1  # passes per draft; each fills in the most confident tokens for the next pass
+    part_tokens: int = 0  # draft in parts of this many tokens, each given the parts before; 0: all at once
+    part_confidence: float = 0.9  # draft the next part only if every token of the last has at least this probability
 
 
 @dataclass(slots=True)
 class _Block:
-    """One request's rows of a pass, by position in its slot: clean tokens not in the cache yet, then the block."""
+    """One request's rows in a pass, by position in its slot: clean tokens that are not cached yet, then masks."""
 
     prefix: CleanPrefix
-    tokens: list[int]  # one per row: clean tokens, drafted ones, masks
+    tokens: list[int]  # one per row: clean tokens, drafted tokens, masks
     start: int  # position of the first row
-    clean_end: int  # position after the last clean token; drafted ones of earlier parts count as clean
-    length: int  # tokens to propose, from `clean_end` on
-    hints: Mapping[int, int]  # another draft's tokens by position
-    states: Tensor | None = None  # [clean rows, target hidden] what the target knew at the first rows
+    clean_end: int  # position after the last clean token; drafted tokens of earlier parts count as clean
+    length: int  # tokens to propose from `clean_end` on
+    hints: Mapping[int, int]  # tokens of the free draft by position
+    states: Tensor | None = None  # [clean rows, target hidden] the target's hidden states at the first rows
 
     @property
     def end(self) -> int:
@@ -48,9 +48,9 @@ class _Block:
 
 
 class DiffusionDrafter:
-    """A masked diffusion language model with cached prefixes, one slot a request.
+    """A masked diffusion language model with cached prefixes, one slot per request.
 
-    Not thread-safe; used from the engine's thread alone.
+    Not thread-safe: only the engine's thread uses it.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class DiffusionDrafter:
         options: DiffusionOptions | None = None,
         num_tokens: int | None = None,
     ) -> None:
-        """Prepare `num_slots` slots; logits get the width `vocabulary_size`, cut or filled up with -inf.
+        """Prepare `num_slots` slots. Logits get the width `vocabulary_size`, cut or padded with -inf.
 
-        num_tokens: ids from here on are padding, which no tokenizer writes, and -inf too; None: there are none.
-        The window is bounded by what the model was trained on. Raises ValueError if the model has no mask token.
+        num_tokens: ids from here on are padding that no tokenizer writes; their logits are -inf. None: no padding.
+        The window is no longer than the model's training allows. Raises ValueError if the model has no mask token.
         """
         config = model.config
         if not config.mask_token_ids:
@@ -72,15 +72,15 @@ class DiffusionDrafter:
         self._model = model
         self._options = options or DiffusionOptions()
         self._masks = config.mask_token_ids
-        self._leading = 1 if config.logits_shifted else 0  # clean rows that predict: the last token's, if shifted
+        self._leading = 1 if config.logits_shifted else 0  # shifted: the last clean row predicts, too
         self._pattern = config.attention
         self._grid = config.block_size if config.attention == "block_causal" else 1
         self._vocabulary_size = vocabulary_size
         self._first_padding = min(vocabulary_size, vocabulary_size if num_tokens is None else num_tokens)
         self._excluded = [mask for mask in self._masks if mask < self._first_padding]
-        room = config.longest_trained - self.longest - self._grid
-        window = max(self._grid, min(self._options.window, room) // self._grid * self._grid)
-        self._cache = model.new_cache(num_slots, window + self.longest + 2 * self._grid)
+        max_window = config.max_trained_tokens - self.max_tokens - self._grid
+        window = max(self._grid, min(self._options.window, max_window) // self._grid * self._grid)
+        self._cache = model.new_cache(num_slots, window + self.max_tokens + 2 * self._grid)
         self._prefixes = CleanPrefixes(
             num_slots,
             window,
@@ -92,31 +92,31 @@ class DiffusionDrafter:
         )
 
     @property
-    def longest(self) -> int:
-        """Most tokens one call proposes: the block the model was trained for, or four parts."""
+    def max_tokens(self) -> int:
+        """Maximum tokens per call: the block length that the model was trained for, or four parts."""
         block = self._model.config.block_size or MAX_WITHOUT_BLOCK
         return max(block, 4 * self._options.part_tokens)
 
     @property
     def window(self) -> int:
-        """Most clean tokens that are read."""
+        """Maximum number of clean tokens that are read."""
         return self._prefixes.window
 
     @property
     def temperature(self) -> float:
-        """Of the target's distribution that the logits stand for."""
+        """Temperature of the target's distribution that the logits approximate."""
         return self._model.config.logits_temperature
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
-        """Clean rows that a pass for this request would have to run before its masks."""
+        """Return the clean rows that a pass for this request must run before its masks."""
         return self._prefixes.pending_rows(request_id, num_tokens)
 
     @torch.inference_mode()
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
         """Return the logits `[sum of lengths, vocabulary]` (float32) of every proposed position.
 
-        Mask tokens, padding and ids that only the target has are -inf; so are whole rows after a part of the draft that
-        was not confident enough to go on. Raises RuntimeError without a free slot.
+        Mask tokens, padding and ids that only the target has are -inf. So are whole rows after a part of the draft that
+        was not confident enough. Raises RuntimeError without a free slot.
         """
         part = self._options.part_tokens
         lengths = [request.length for request in requests]
@@ -125,7 +125,7 @@ class DiffusionDrafter:
         if [block.length for block in blocks] == lengths:
             return logits
         answer = logits.new_full((sum(lengths), self._vocabulary_size), -torch.inf)
-        nexts = [rows.start for rows in split_rows(lengths)]  # of the answer, the next row of each request
+        nexts = [rows.start for rows in split_rows(lengths)]  # next row of each request in the answer
         left = lengths
         going = list(range(len(requests)))
         while True:
@@ -142,21 +142,21 @@ class DiffusionDrafter:
             logits = self._denoise([blocks[i] for i in going])
 
     def note(self, request_id: str, num_accepted: int) -> None:
-        """Learn how much of the request's last draft was accepted: a stale prefix may have to be read anew."""
+        """Learn how much of the request's last draft was accepted: a stale prefix may need to be read again."""
         self._prefixes.note(request_id, num_accepted)
 
     def keep(self, request_id: str, num_tokens: int) -> None:
-        """Forget what is cached of a request beyond its first `num_tokens` tokens: the others have changed."""
+        """Drop cached tokens of a request after its first `num_tokens`: they have changed."""
         self._prefixes.keep(request_id, num_tokens)
 
     def release(self, request_id: str) -> None:
         """Free the request's slot; harmless if it has none."""
         slot = self._prefixes.release(request_id)
         if slot is not None:
-            self._cache.clear_slot(slot)  # what is not a number must not outlive its request
+            self._cache.clear_slot(slot)  # a NaN must not outlive its request
 
     def _first_block(self, request: MaskedRequest, length: int) -> _Block:
-        """The request's rows for a first pass; what will be final of its clean tokens counts as cached from now on."""
+        """Return the request's rows for a first pass, and count the clean tokens that become final in it as cached."""
         prefix = self._prefixes.place(request.request_id, len(request.tokens))
         clean_end = len(request.tokens) - prefix.offset
         start = min(prefix.length, clean_end - self._leading)
@@ -170,13 +170,13 @@ class DiffusionDrafter:
         return _Block(prefix, clean + self._new_masks(clean_end, length), start, clean_end, length, hints, states)
 
     def _new_masks(self, clean_end: int, length: int) -> list[int]:
-        """The masks of a draft; on a grid they fill the last block up, as in training."""
+        """Return the masks of a draft. On a grid they fill the last block, as in training."""
         end = clean_end + length - self._leading
         count = -(-end // self._grid) * self._grid - clean_end
         return [self._masks[min(i, len(self._masks) - 1)] for i in range(count)]
 
     def _extend(self, block: _Block, drafted: list[int], length: int) -> None:
-        """Take the last part for granted, and put masks for `length` more tokens after it."""
+        """Accept the last part as drafted, and put masks for `length` more tokens after it."""
         self._forget_cached_rows(block)
         block.tokens[block.clean_end - block.start :] = drafted
         block.clean_end += len(drafted)
@@ -184,7 +184,7 @@ class DiffusionDrafter:
         block.length = length
 
     def _forget_cached_rows(self, block: _Block) -> None:
-        """Leave out the rows that a further pass need not run: they are in the cache by now."""
+        """Remove the rows that are cached by now: a further pass need not run them."""
         start = min(block.clean_end // self._grid * self._grid, block.clean_end - self._leading)
         if start > block.start:
             block.tokens = block.tokens[start - block.start :]
@@ -192,7 +192,10 @@ class DiffusionDrafter:
             block.start = start
 
     def _denoise(self, blocks: Sequence[_Block]) -> Tensor:
-        """Logits of all proposed positions after the refinement steps; a filled-in one keeps those it was chosen by."""
+        """Return the logits of all proposed positions after the refinement steps.
+
+        A position that is filled in keeps the logits that its token was chosen by.
+        """
         logits = self._run(blocks)
         steps = self._options.refinement_steps
         filled = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -200,12 +203,12 @@ class DiffusionDrafter:
             confidences, tokens = logits.softmax(-1).max(-1)
             confidences[filled] = -1.0
             rows = split_rows([block.length for block in blocks])
-            for block, part in zip(blocks, rows, strict=True):
+            for block, own in zip(blocks, rows, strict=True):
                 self._forget_cached_rows(block)
-                count = -(-int((~filled[part]).sum()) // (steps - step + 1))
-                chosen = (part.start + confidences[part].topk(count).indices).tolist()
+                count = -(-int((~filled[own]).sum()) // (steps - step + 1))
+                chosen = (own.start + confidences[own].topk(count).indices).tolist()
                 for row in chosen:
-                    at = block.clean_end - block.start + row - part.start
+                    at = block.clean_end - block.start + row - own.start
                     if at < len(block.tokens):  # the last token of a shifted draft has no row of its own
                         block.tokens[at] = int(tokens[row])
                 filled[chosen] = True
@@ -213,7 +216,7 @@ class DiffusionDrafter:
         return logits
 
     def _run(self, blocks: Sequence[_Block]) -> Tensor:
-        """One pass of all rows; the logits of the proposed positions, by the target's ids."""
+        """Run one pass of all rows; return the logits of the proposed positions, by the target's ids."""
         tokens: list[int] = []
         limits: list[int] = []
         predicting: list[int] = []
@@ -236,14 +239,14 @@ class DiffusionDrafter:
             predicted = hidden[predicting[0] : predicting[-1] + 1]
         else:
             predicted = hidden[torch.tensor(predicting, device=device)]
-        width = min(self._vocabulary_size, self._model.config.vocabulary_size)  # the masks' own logits are of no use
+        width = min(self._vocabulary_size, self._model.config.vocabulary_size)  # logits of later ids are never used
         return self._for_target(self._model.logits(predicted, width))
 
     def _target_states(self, blocks: Sequence[_Block]) -> Tensor | None:
-        """What the target knew at the first rows: `[rows, target hidden]`, zero for masks and where it is unknown."""
+        """Return the target's hidden states: `[rows, target hidden]`, zero for masks and where they are unknown."""
         if all(block.states is None for block in blocks):
             return None
-        if len(blocks) == 1 and blocks[0].states is not None:  # as they are, not copied; masks come after them
+        if len(blocks) == 1 and blocks[0].states is not None:  # needs no copy: the masks come after them
             return blocks[0].states.to(self._model.device, self._model.dtype)
         width, num_rows = self._model.config.target_hidden_size, sum(len(block.tokens) for block in blocks)
         states = torch.zeros(num_rows, width, device=self._model.device, dtype=self._model.dtype)
@@ -255,7 +258,7 @@ class DiffusionDrafter:
         return states
 
     def _hints(self, blocks: Sequence[_Block]) -> tuple[Tensor, Tensor] | None:
-        """What another draft has in the place of every mask, and in the next one."""
+        """Return the free draft's token at the place of every mask, and at the next place."""
         if not self._model.config.takes_hints or not any(block.hints for block in blocks):
             return None
         none, own, following = self._model.config.vocabulary_size, [], []
@@ -268,7 +271,7 @@ class DiffusionDrafter:
         return torch.tensor(own, device=device), torch.tensor(following, device=device)
 
     def _limits(self, block: _Block) -> list[int]:
-        """For every row, the position up to which it sees."""
+        """Return for every row the (exclusive) end of the positions that it sees."""
         if self._pattern == "full":
             return [block.end] * len(block.tokens)
         if self._pattern == "block_causal":
@@ -278,7 +281,7 @@ class DiffusionDrafter:
         return [*range(block.start + 1, block.clean_end + 1), *[block.end] * (len(block.tokens) - num_clean)]
 
     def _for_target(self, logits: Tensor) -> Tensor:
-        """Fill the logits up to the target's width; -inf where it has no token, or the drafter none."""
+        """Pad the logits to the target's width, with -inf where target or drafter has no token."""
         missing = self._vocabulary_size - logits.shape[1]
         if missing > 0:
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
@@ -289,5 +292,5 @@ class DiffusionDrafter:
         return logits
 
     def _is_confident(self, logits: Tensor) -> bool:
-        """Whether every row's best token has the probability that the next part asks for."""
+        """Return whether every row's best token is probable enough to draft the next part."""
         return bool(logits.softmax(-1).amax(-1).min() >= self._options.part_confidence)

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a drafter that fills in masks, whatever its model and its vocabulary."""
+"""The protocol between the pipeline and a diffusion drafter, for any model and vocabulary."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,54 +13,54 @@ from drafters.base import Tokens
 
 @dataclass(frozen=True, slots=True)
 class MaskedRequest:
-    """One request's share of a pass: propose `length` tokens after `tokens`."""
+    """One request of a pass: propose `length` tokens after `tokens`."""
 
     request_id: str
     tokens: Tokens  # [any] committed tokens, at least one
     length: int  # tokens to propose, at least one
-    hidden_states: Tensor | None = None  # [any or more, target hidden] what the target predicted tokens from
-    hints: Sequence[int] = ()  # what another draft has after `tokens`, for a drafter that was trained to improve on it
+    hidden_states: Tensor | None = None  # [any or more, target hidden] the target's last hidden states
+    hints: Sequence[int] = ()  # the free draft after `tokens`, for a drafter that was trained to improve it
 
 
 class MaskedDrafter(Protocol):
-    """What the pipeline asks of a diffusion drafter, whatever its vocabulary (see `drafters.diffusion.vocabulary`)."""
+    """A diffusion drafter over any vocabulary (see `drafters.diffusion.vocabulary`)."""
 
     @property
-    def longest(self) -> int:
-        """Most tokens one call proposes."""
+    def max_tokens(self) -> int:
+        """Maximum tokens per call."""
 
     @property
     def temperature(self) -> float:
-        """Of the target's distribution that the logits stand for."""
+        """Temperature of the target's distribution that the logits approximate."""
 
     def pending_rows(self, request_id: str, num_tokens: int) -> int:
-        """Clean rows that a pass for this request would have to run before its masks."""
+        """Return the clean rows that a pass for this request must run before its masks."""
 
     def propose(self, requests: Sequence[MaskedRequest]) -> Tensor:
-        """Logits `[sum of lengths, vocabulary]` (float32) by the target's ids; a row all of -inf ends the draft.
+        """Return the logits `[sum of lengths, vocabulary]` (float32) by the target's ids.
 
-        Rows of what is no number are taken for a failure.
+        A row of -inf ends the draft. A row of NaN counts as a failure.
         """
 
     def note(self, request_id: str, num_accepted: int) -> None:
         """Learn how much of the request's last draft was accepted."""
 
     def release(self, request_id: str) -> None:
-        """Free what the request holds; harmless if it holds nothing."""
+        """Free everything that the request holds; harmless if it holds nothing."""
 
 
 def split_rows(lengths: Sequence[int]) -> list[slice]:
-    """The rows of each request in `DiffusionDrafter.propose`'s answer."""
+    """Return the rows of each request in the logits of `MaskedDrafter.propose`."""
     ends = list(accumulate(lengths))
     return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 def measure_passes(diffusion: MaskedDrafter, clock: Callable[[], float]) -> dict[int, float]:
-    """Seconds of a diffusion pass by rows, the median of a few passes each."""
-    history = np.zeros(diffusion.longest, dtype=np.int32)
+    """Measure the seconds of a diffusion pass by its rows: the median of a few passes each."""
+    history = np.zeros(diffusion.max_tokens, dtype=np.int32)
     measured: dict[int, float] = {}
     for count, length in ((1, 1), (1, 4), (1, 8), (1, 16), (2, 16), (4, 16), (8, 16)):
-        length = min(length, diffusion.longest)
+        length = min(length, diffusion.max_tokens)
         requests = [MaskedRequest(f"measure-{i}", history, length) for i in range(count)]
         seconds = []
         try:
@@ -71,7 +71,7 @@ def measure_passes(diffusion: MaskedDrafter, clock: Callable[[], float]) -> dict
         except RuntimeError:
             if not measured:
                 raise
-            break  # fewer slots than that
+            break  # there are fewer slots
         finally:
             for request in requests:
                 diffusion.release(request.request_id)

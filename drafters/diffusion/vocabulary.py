@@ -1,6 +1,6 @@
-"""Drafting across a gap between vocabularies: in the tokens that both have, or in text (`vocabulary_map`).
+"""Drafters whose vocabulary differs from the target's: draft in shared tokens, or in text (see `vocabulary_map`).
 
-Verification makes both exact; what differs is the cost and what is accepted.
+Verification keeps both exact. They differ in cost and acceptance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from drafters.diffusion.drafter import DiffusionDrafter
 from drafters.diffusion.masked import MaskedRequest, split_rows
 from drafters.diffusion.vocabulary_map import VocabularyMap
 
-MIN_CONFIDENCE, LARGEST_CONFIDENCE = 1e-6, 0.999  # of a token that was tokenized again
+MIN_CONFIDENCE, MAX_CONFIDENCE = 1e-6, 0.999  # of a token in retokenized text
 
 
 class MappedDrafter:
-    """Drafts in the tokens that both vocabularies have.
+    """Draft in the tokens that both vocabularies have.
 
-    A token of the context that the drafter lacks is spelled in tokens it has. A draft is cut where the drafter would
-    rather write a token that the target lacks.
+    A context token that the drafter lacks is spelled in tokens that it has. A draft ends where the drafter's best token
+    is one that the target lacks.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class MappedDrafter:
         vocabulary_size: int,
         spell: Callable[[int], Sequence[int]],
     ) -> None:
-        """vocabulary_size: width of the target's logits.
+        """Map between the ids of `drafter` and those of the target.
 
-        drafter: over its own ids. spell: the drafter's ids for a target token that it lacks; may be empty.
+        vocabulary_size: width of the target's logits. spell: returns the drafter's ids for a target token that the
+        drafter lacks; may be empty.
         """
         self._drafter = drafter
         self._spell = spell
@@ -44,11 +45,13 @@ class MappedDrafter:
         self._target_ids = torch.from_numpy(shared)
         self._drafter_ids = torch.from_numpy(self._to_drafter[shared].astype(np.int64))
         self._vocabulary_size = vocabulary_size
-        self._translated: dict[str, tuple[int, Tokens]] = {}  # by request: target tokens, and what they became
+        self._translated: dict[
+            str, tuple[int, Tokens]
+        ] = {}  # by request: number of target tokens read, and their translation
 
     @property
-    def longest(self) -> int:
-        return self._drafter.longest
+    def max_tokens(self) -> int:
+        return self._drafter.max_tokens
 
     @property
     def temperature(self) -> float:
@@ -93,37 +96,38 @@ class MappedDrafter:
             images = np.array([token for tokens in spelled for token in tokens], np.int32)
         translated = np.concatenate([known, images.astype(np.int32)])
         if len(translated) == 0:
-            translated = np.zeros(1, np.int32)  # nothing that the drafter can read: any token, rather than none
+            translated = np.zeros(1, np.int32)  # nothing is readable: give the drafter any token, rather than none
         self._translated[request.request_id] = len(request.tokens), translated
         return translated
 
 
 class Codec(Protocol):
-    """A tokenizer, as far as drafting goes."""
+    """A tokenizer, as far as drafting needs one."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without special tokens."""
+        """Return the ids of `text`, without special tokens."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of `tokens`, without special tokens; what is not UTF-8 becomes U+FFFD."""
+        """Return the text of `tokens`, without special tokens; invalid UTF-8 becomes U+FFFD."""
 
     def bytes_of(self, token: int) -> bytes:
-        """What one token adds to the text; empty for special tokens."""
+        """Return the bytes that a token adds to the text; none for special tokens."""
 
 
 @dataclass(slots=True)
 class _Reading:
-    """What the drafter has read of one request."""
+    """The tokens that the drafter has read for one request."""
 
-    anchor: int  # target tokens before it are left out
-    tokens: Tokens  # the drafter's
+    anchor: int  # index of the first target token that is read
+    tokens: Tokens  # in the drafter's vocabulary
 
 
 class RetokenizingDrafter:
-    """Reads and drafts text: for vocabularies that have little in common.
+    """Read and draft text, for vocabularies that have little in common.
 
-    Every call tokenizes the request's latest text for the drafter, and the drafted text for the target. A token's
-    confidence is the product of those of the drafter's tokens that begin in it; the rest is spread evenly.
+    Every call tokenizes the request's latest text for the drafter, and the drafted text for the target. A target
+    token's confidence is the product of the confidences of the drafter's tokens that begin in it. The rest of the
+    probability is spread evenly.
     """
 
     def __init__(
@@ -134,9 +138,10 @@ class RetokenizingDrafter:
         vocabulary_size: int,
         end_tokens: Mapping[int, int],
     ) -> None:
-        """reader: the drafter's tokenizer. vocabulary_size: width of the target's logits.
+        """Connect `drafter` to the target through text.
 
-        end_tokens: the target's end token for each of the drafter's.
+        target: the target's tokenizer. reader: the drafter's. vocabulary_size: width of the target's logits.
+        end_tokens: the target's end token for each end token of the drafter.
         """
         self._drafter = drafter
         self._target, self._reader = target, reader
@@ -145,8 +150,8 @@ class RetokenizingDrafter:
         self._readings: dict[str, _Reading] = {}
 
     @property
-    def longest(self) -> int:
-        return self._drafter.longest
+    def max_tokens(self) -> int:
+        return self._drafter.max_tokens
 
     @property
     def temperature(self) -> float:
@@ -181,7 +186,7 @@ class RetokenizingDrafter:
         self._drafter.release(request_id)
 
     def _read(self, request: MaskedRequest) -> Tokens:
-        """The request's latest text in the drafter's tokens; what is cached of it stays as far as it is the same."""
+        """Return the request's latest text in the drafter's tokens. Cached tokens stay as far as they are unchanged."""
         window = self._drafter.window
         known = self._readings.get(request.request_id)
         anchor = max(0, len(request.tokens) - window) if known is None else known.anchor
@@ -197,7 +202,7 @@ class RetokenizingDrafter:
         return tokens
 
     def _rewrite(self, drafted: list[int], confidences: list[float]) -> list[tuple[int, float]]:
-        """The draft in the target's tokens, with their confidences."""
+        """Return the draft in the target's tokens, with a confidence for each."""
         pieces: list[bytes] = []
         end: tuple[int, float] | None = None
         for token, confidence in zip(drafted, confidences, strict=True):
@@ -217,4 +222,4 @@ class RetokenizingDrafter:
             begin = stop
         if end is not None:
             draft.append(end)
-        return [(token, min(max(sure, MIN_CONFIDENCE), LARGEST_CONFIDENCE)) for token, sure in draft]
+        return [(token, min(max(sure, MIN_CONFIDENCE), MAX_CONFIDENCE)) for token, sure in draft]

@@ -1,10 +1,9 @@
-"""Comparing two vocabularies, from their files alone.
+"""Compare two vocabularies, from their files alone.
 
-Sizes say nothing (Qwen's 151936 and 152064 differ in padding only), and neither do ids (Dream's mask is a real token of
-Qwen3): what is compared is which token an id stands for.
+Sizes say nothing: Qwen's 151936 and 152064 differ only in padding. Nor do ids: Dream's mask is a real token of Qwen3.
+So the comparison is by the token that each id means.
 
-- `identical`: every token of the target has the same id in the drafter, which may have further ones of its own. Ids
-  pass through.
+- `identical`: every token of the target has the same id in the drafter, which may have more tokens. Ids pass through.
 - `overlapping`: the drafter drafts in the tokens both have (`drafters.diffusion.vocabulary.MappedDrafter`).
 - `disjoint`: drafted text is tokenized again for the target (`drafters.diffusion.vocabulary.RetokenizingDrafter`).
 """
@@ -18,29 +17,29 @@ from numpy.typing import NDArray
 
 VocabularyRelation = Literal["identical", "overlapping", "disjoint"]
 
-MIN_OVERLAP = 0.5  # of the smaller vocabulary; with less, most of a draft would be cut: text is what both understand
+MIN_OVERLAP = 0.5  # share of the smaller vocabulary; with less, most of a draft would be cut, so text is better
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyMap:
-    """Which ids of two vocabularies stand for the same token."""
+    """The ids of two vocabularies that mean the same token."""
 
     relation: VocabularyRelation
     num_target: int  # tokens
     num_drafter: int
-    num_shared: int  # tokens that both have, under any id
-    num_same_id: int  # tokens that both have under the same id
+    num_shared: int  # tokens in both, under any id
+    num_same_id: int  # tokens in both under the same id
     to_drafter: NDArray[np.int32]  # [largest target id + 1] -1: the drafter has no such token
     to_target: NDArray[np.int32]  # [largest drafter id + 1] -1: the target has no such token
 
     @property
     def overlap(self) -> float:
-        """Shared tokens over those of the target."""
+        """Share of the target's tokens that the drafter has."""
         return self.num_shared / max(self.num_target, 1)
 
 
 def compare_vocabularies(target: Mapping[str, int], drafter: Mapping[str, int]) -> VocabularyMap:
-    """Compare two maps of tokens to ids, added tokens included. Raises ValueError if one is empty."""
+    """Compare two maps from tokens to ids, added tokens included. Raises ValueError if one is empty."""
     if not target or not drafter:
         raise ValueError("a vocabulary without tokens cannot be compared")
     to_drafter = np.full(max(target.values()) + 1, -1, np.int32)

@@ -1,1 +1,1 @@
-"""From a lattice to a path: candidates, causal models, the path search (CPS), and their kernels."""
+"""From a lattice to a path: candidates, the causal model, the path search (CPS), free drafts, and their kernels."""

@@ -1,7 +1,7 @@
-"""The left-to-right proxy of Eq. 8, and the free drafter: the request's own text mixed with a static n-gram model.
+"""The causal model of Eq. 8: the request's own text, mixed with a static n-gram model. It also makes the free drafts.
 
-`p(token) = w(m) * [token == copied] + (1 - w(m)) * p_static(token | context)`, where `copied` follows the longest
-earlier match of the current suffix in the request's own text and `m` is the length of that match.
+`p(token) = w(m) * [token == copied] + (1 - w(m)) * p_static(token | context)`. `copied` follows the longest earlier
+match of the context's end in the request's own text; `m` is the length of that match.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import Tokens
-from drafters.search.kernels.chains import Noise, greedy_chains
+from drafters.search.kernels.chains import Noise, draft_chains
 from drafters.search.kernels.copying import MAX_MATCH, Copying, copy_weight
 from drafters.search.kernels.ngram import new_workspace
 from drafters.search.ngram import NgramModel
 
-WINDOW = 4096  # tokens of a request's text that copying looks at
-MAX_CHAIN = 256  # tokens
-PRIOR_STRENGTH = 20.0  # observations the shipped weights count for
-# By match length 0..16, fitted on half of the held-out text beside an earlier n-gram model; serving moves them.
-PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
+WINDOW = 4096  # latest tokens of a request's text that the causal model reads
+MAX_CHAIN = 256  # tokens of a free draft
+COPY_PRIOR_STRENGTH = 20.0  # observations that the prior weights count for
+# By match length 0..16. Fitted on half of the held-out text, beside an earlier n-gram model; serving updates them.
+COPY_PRIOR_WEIGHTS = (0, 0.17, 0.36, 0.47, 0.54, 0.62, 0.67, 0.7, 0.74, 0.77, 0.76, 0.77, 0.79, 0.81, 0.81, 0.82, 0.85)
 
 
 def new_copying(
-    prior_weights: Sequence[float] = PRIOR_WEIGHTS, prior_strength: float = PRIOR_STRENGTH, decay: float = 0.998
+    prior_weights: Sequence[float] = COPY_PRIOR_WEIGHTS,
+    prior_strength: float = COPY_PRIOR_STRENGTH,
+    decay: float = 0.998,
 ) -> Copying:
-    """How far a match of each length is to be trusted: starts from a prior, learns and forgets while serving.
+    """Return weights of the copied token by match length. They start from a prior, and learn and forget while serving.
 
-    prior_weights: [17] by match length, the first is 0. decay: per observation; 0.998 remembers about 500.
+    prior_weights: [17] by match length, the first is 0. decay: per observation; 0.998 remembers about 500 of them.
+    Raises ValueError for another number of weights.
     """
     if len(prior_weights) != MAX_MATCH + 1:
         raise ValueError(f"prior_weights needs {MAX_MATCH + 1} values, one per match length; got {len(prior_weights)}")
@@ -43,14 +46,14 @@ def new_copying(
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A free draft. May be shorter than asked for: nothing known, or an end token, which is then the last one."""
+    """A free draft. It is shorter than asked for if the model knows nothing more, or if it ends with an end token."""
 
     tokens: tuple[int, ...]
-    confidences: NDArray[np.float64]  # [tokens] the mixture's probability of each, given those before it
+    confidences: NDArray[np.float64]  # [tokens] the mixture's probability of each, given the tokens before
 
 
 class CausalModel:
-    """Copying and n-grams, mixed. Not thread-safe: it learns while serving."""
+    """Copying and n-grams, mixed. It learns while serving, so it is not thread-safe."""
 
     def __init__(
         self,
@@ -60,10 +63,9 @@ class CausalModel:
         end_tokens: Sequence[int] = (),
         use_copy: bool = True,
     ) -> None:
-        """Without `ngram` the static part is uniform; without copying either, every token is equally likely.
+        """Mix `ngram`, or a uniform distribution if it is None, with copying.
 
-        copying: is taken over, and changed by learning.
-
+        copying: owned by this model from now on; learning changes it. use_copy: False leaves copying out.
         Raises ValueError if the n-gram model is of another vocabulary.
         """
         if ngram is not None and ngram.vocabulary_size != vocabulary_size:
@@ -83,6 +85,7 @@ class CausalModel:
 
     @property
     def has_ngrams(self) -> bool:
+        """Whether an n-gram model was given that has contexts."""
         return self.ngram.order > 1
 
     @property
@@ -90,39 +93,40 @@ class CausalModel:
         """[MAX_MATCH + 1] weight of the copied token in the mixture, by match length."""
         return self._copying.weights
 
-    def greedy_chains(
+    def draft(
         self,
         histories: Sequence[Tokens],
         max_tokens: Sequence[int],
-        least_survival: Sequence[float] | None = None,
+        min_survival: Sequence[float] | None = None,
         noise: Noise | None = None,
         num_learned: Sequence[int] | None = None,
     ) -> list[Chain]:
-        """Draft for a batch of requests without any neural pass: at each position the mixture's most probable token, or
-        the one that the target would draw from the mixture, where its `noise` is known. At most MAX_CHAIN tokens.
+        """Draft for a batch of requests without a neural pass, at most MAX_CHAIN tokens each.
 
-        least_survival: a request's chain ends where it would survive with less than this probability (default 0).
-        num_learned: how far to trust copying is learned from what the histories hold behind so many tokens, as the
-        target chose it (default: nothing is). It costs little here, where the texts are indexed anyway.
+        Takes the mixture's most probable token at each position; where the target's `noise` is known, the token that
+        the target would draw from the mixture.
+        min_survival: end a request's draft before its probability of being accepted whole falls below this (default 0).
+        num_learned: learn the weights of copying from the tokens after the first `num_learned` of each history, which
+        the target chose (default: learn nothing). This costs little here, because the texts are indexed anyway.
         """
         if not histories:
             return []
         text, starts = join(histories)
-        bounds, longest = [], 1
-        for request, (history, most) in enumerate(zip(histories, max_tokens, strict=True)):
+        bounds, max_length = [], 1
+        for request, (history, limit) in enumerate(zip(histories, max_tokens, strict=True)):
             start, stop = starts[request], starts[request + 1]
-            behind = len(history) if num_learned is None or not self.use_copy else num_learned[request]
-            first = max(stop - start - max(len(history) - behind, 0), 0)
-            most = min(most, MAX_CHAIN)
-            bounds.append((start, stop, first, most))
-            longest = max(longest, most)
+            learned = len(history) if num_learned is None or not self.use_copy else num_learned[request]
+            first = max(stop - start - max(len(history) - learned, 0), 0)
+            limit = min(limit, MAX_CHAIN)
+            bounds.append((start, stop, first, limit))
+            max_length = max(max_length, limit)
         count = len(bounds)
-        tokens, lengths = np.empty((count, longest), np.int32), np.zeros(count, np.int64)
-        confidences = np.empty((count, longest))
-        greedy_chains(
+        tokens, lengths = np.empty((count, max_length), np.int32), np.zeros(count, np.int64)
+        confidences = np.empty((count, max_length))
+        draft_chains(
             text,
             np.array(bounds, np.int64),
-            np.zeros(count) if least_survival is None else np.array(least_survival, np.float64),
+            np.zeros(count) if min_survival is None else np.array(min_survival, np.float64),
             self.end_tokens,
             noise or no_noise(count),
             self.ngram.arrays,
@@ -138,18 +142,18 @@ class CausalModel:
         ]
 
     def learn(self, histories: Sequence[Tokens], num_known: Sequence[int]) -> None:
-        """Learn how far to trust copying from what each history holds behind so many tokens, as the target chose it."""
+        """Learn the weights of copying from the tokens after the first `num_known` of each history."""
         if self.use_copy:
-            self.greedy_chains(histories, [0] * len(histories), num_learned=num_known)
+            self.draft(histories, [0] * len(histories), num_learned=num_known)
 
 
 def no_noise(count: int) -> Noise:
-    """Nothing is known of the noise of `count` requests: each is drafted for as if it were greedy."""
+    """Return the unknown noise of `count` requests: drafts for them are greedy."""
     return Noise(np.zeros((count, 2), np.uint64), np.zeros((count, 2)))
 
 
 def join(histories: Sequence[Tokens]) -> tuple[Tokens, list[int]]:
-    """The last WINDOW tokens of each history in one array, and where each starts: [requests + 1]."""
+    """Join the last WINDOW tokens of each history in one array; also return where each starts: [requests + 1]."""
     windows = [history[-WINDOW:] for history in histories]
     text = windows[0] if len(windows) == 1 else np.concatenate(windows)
     return np.ascontiguousarray(text, np.int32), [0, *accumulate(len(window) for window in windows)]

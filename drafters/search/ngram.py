@@ -1,10 +1,10 @@
 """The static n-gram model over the target's token ids: compact arrays on disk, mapped into memory.
 
-A context's successors stand together, with the discounted share of each on a scale of 256 levels; what the shares
-leave of one goes to the context that is one token shorter (interpolation), down to the unigram. One walk of the
-successors of at most `order - 1` contexts therefore gives the whole distribution, which always sums to one.
-Contexts are looked for from the shortest to the first that is absent, by a hash: a bucket, then a fingerprint of 16
-bits; about one absent context in 15,000 is taken for another one, which costs a draft and never an output.
+A context's successors are stored together, each with its discounted share on a scale of 256 levels. The rest of the
+probability goes to the context that is one token shorter (interpolation), down to the unigram. So one walk over the
+successors of at most `order - 1` contexts gives the whole distribution, which always sums to one.
+Contexts are found by hash, a bucket and then a fingerprint of 16 bits, from the shortest to the first that is absent.
+About one absent context in 15,000 is mistaken for another one. That costs a draft and never an output.
 """
 
 import json
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from drafters.base import Tokens
 from drafters.search.kernels.ngram import MAX_ORDER, NgramArrays, enter_context, new_workspace
 
-MAX_SUCCESSORS = 255  # of one context
+MAX_SUCCESSORS = 255  # per context
 LEVELS_PER_NAT = 25.0
 LEVEL_PROBABILITIES = (0.9995 * np.exp(-np.arange(256) / LEVELS_PER_NAT)).astype(np.float32)  # down to 4e-5, 4% apart
 FORMAT = 1
@@ -34,14 +34,14 @@ _FILES: dict[str, tuple[np.dtype[Any], ...]] = {
 
 
 class NgramError(ValueError):
-    """The folder does not hold a usable n-gram model; the message says which file and why."""
+    """The folder holds no usable n-gram model. The message says which file and why."""
 
 
 class NgramModel:
-    """A fitted model. Read-only; one instance serves every request and thread."""
+    """A fitted n-gram model. Read-only: one instance serves every request and thread."""
 
     def __init__(self, arrays: NgramArrays, source: str = "n-gram model") -> None:
-        """Check that the arrays fit together, since the kernels do not. Raises NgramError, naming `source`."""
+        """Check that the arrays fit together, because the kernels don't. Raises NgramError, which names `source`."""
         _check(arrays, source)
         self.arrays = arrays
 
@@ -60,7 +60,7 @@ class NgramModel:
 
     @classmethod
     def uniform(cls, vocabulary_size: int) -> Self:
-        """The model that knows nothing: every token is equally likely in every context."""
+        """Return a model that knows nothing: every token is equally likely in every context."""
         return cls(
             assemble(
                 order=1,
@@ -75,7 +75,7 @@ class NgramModel:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Map the arrays of `save`. Raises NgramError if a file is missing, damaged or of another format."""
+        """Map the arrays that `save` wrote. Raises NgramError if a file is missing, damaged or of another format."""
         description = folder / "ngram.json"
         try:
             stated = json.loads(description.read_text())
@@ -106,14 +106,14 @@ class NgramModel:
         (folder / "ngram.json").write_text(json.dumps(stated, indent=2) + "\n")
 
     def distribution(self, context: Tokens) -> NDArray[np.float32]:
-        """Probability of every token after `context`: [vocabulary], sums to one. For tests and evaluation."""
+        """Return the probability of every token after `context`: [vocabulary], sums to one. For evaluation."""
         work = new_workspace(self.vocabulary_size, 0)
         text = np.ascontiguousarray(context, np.int32)
         _, rest = enter_context(self.arrays, text, text[:0], 0, work)
         return (work.sums + np.float32(rest) * self.arrays.unigram).astype(np.float32)
 
     def log_probability(self, token: int, context: Tokens) -> float:
-        """Natural log of `p(token | context)`."""
+        """Return the natural log of `p(token | context)`."""
         return math.log(max(float(self.distribution(context)[token]), 1e-30))
 
 
@@ -127,7 +127,7 @@ def assemble(
     levels: NDArray[Any],
     unigram: NDArray[Any],
 ) -> NgramArrays:
-    """Join the stored arrays with those that follow from them, all read-only so that one compiled kernel fits all."""
+    """Join the stored arrays with those derived from them. All are read-only, so that one compiled kernel fits all."""
     before = np.zeros(len(successor_counts) + 1, np.uint32)
     np.cumsum(successor_counts, dtype=np.uint32, out=before[1:])
     first = np.minimum(bucket_contexts[:-1], len(successor_counts))

@@ -1,4 +1,4 @@
-"""Prompt lookup, the model-free baseline: copy what followed the last occurrence of the text's final tokens."""
+"""Prompt lookup, a baseline without a model: copy what followed the latest earlier match of the text's end."""
 
 import numpy as np
 
@@ -8,9 +8,10 @@ MAX_MATCH = 3  # tokens
 
 
 def propose(history: Tokens, num_tokens: int, max_match: int = MAX_MATCH) -> tuple[int, ...]:
-    """Up to `num_tokens` tokens after the most recent earlier match of the last 3 tokens, else 2, else 1; else none.
+    """Return up to `num_tokens` tokens that follow the latest earlier match of the text's last `max_match` tokens.
 
-    The copy ends where the text does: a match close to the end gives few tokens (Saxena's prompt lookup decoding).
+    Without such a match, tries one token less, down to one; without any match, returns nothing. The copy ends where the
+    text does: a match close to the end gives few tokens (Saxena's prompt lookup decoding).
     """
     for size in range(min(max_match, len(history) - 1), 0, -1):
         matches = np.ones(len(history) - size, np.bool_)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from drafters.base import DraftRequest
 from drafters.coupling import known_noise
-from drafters.pipeline import MIN_SURVIVAL
+from drafters.policy.policy import MIN_SURVIVAL
 from drafters.search.causal_model import CausalModel
 from models.training.continuations import Continuations
 
@@ -53,7 +53,7 @@ def free_drafts(causal: CausalModel, data: Continuations) -> FreeDrafts:
             DraftRequest("", text[: anchor + 1], MAX_HINT, None, temperature, seed)
             for anchor in range(first, length - 1)
         ]
-        chains = causal.greedy_chains(
+        chains = causal.draft(
             [request.tokens for request in requests],
             [MAX_HINT] * len(requests),
             [MIN_SURVIVAL] * len(requests),

@@ -9,10 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from drafters.base import CausalModelName, Draft, DraftingCost, DraftRequest, PolicyName, StepRecord
+from drafters.base import CausalModelName, Draft, DraftingCost, DraftRequest, Pipeline, PolicyName, StepRecord
 from drafters.search import prompt_lookup
 from service.bench.records import Role
-from service.engine.drafting import Drafting
 from service.setting_groups import PROMPT_LOOKUP
 from service.settings import Settings
 from service.speculation_settings import SpeculationSettings
@@ -133,7 +132,7 @@ class Models:
     drafters: Mapping[DrafterUse, Transformer]
 
 
-def build(cell: Cell, settings: Settings, models: Models) -> Drafting:
+def build(cell: Cell, settings: Settings, models: Models) -> Pipeline:
     """The cell's own pipeline, over shared weights."""
     speculation = settings.speculation.model_copy(update=dict(cell.overrides))
     if cell.kind == "prompt-lookup":
@@ -165,7 +164,7 @@ class PromptLookupDrafting:
         self.max_draft_tokens = num_tokens
         self.last_cost = DraftingCost()
 
-    def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[Draft]:
+    def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
         started = time.perf_counter()
         drafts = []
         for request in requests:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from drafters.base import Pipeline
 from service.bench.cells import Cell, DrafterUse, Models, ShiftedTransformer, build
 from service.bench.embedded import EmbeddedContestant, StepLog
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from service.folders import find_mismatch, read_folder
@@ -90,7 +90,7 @@ async def embedded_contestants(loaded: Loaded, cells: Sequence[Cell]) -> AsyncIt
             await engine.stop(drain_seconds=0)
 
 
-def _parts(loaded: Loaded, cell: Cell, progress: Progress) -> tuple[Verifier, Drafting]:
+def _parts(loaded: Loaded, cell: Cell, progress: Progress) -> tuple[Verifier, Pipeline]:
     return loaded.verifier, build(cell, loaded.settings, loaded.models)
 
 

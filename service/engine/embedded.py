@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+from drafters.base import Pipeline
 from service.engine.base import (
     EngineStatus,
     EngineUnavailableError,
@@ -15,7 +16,6 @@ from service.engine.base import (
 )
 from service.engine.calibration import measure_verify_seconds
 from service.engine.decoder import StepObserver
-from service.engine.drafting import Drafting
 from service.engine.loop import EngineLoop, Event
 from service.engine.scheduler import SchedulerLimits
 from verifiers.base import Verifier
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 """What is being loaded, and how much of all the loading is done, 0 to 1."""
-Load = Callable[[Progress], tuple[Verifier, Drafting]]
+Load = Callable[[Progress], tuple[Verifier, Pipeline]]
 
 _LAST_STEP_SECONDS = 5.0  # how long `stop` waits for the step in progress before it gives the thread up
 
@@ -54,7 +54,7 @@ class EmbeddedEngine:
         self._observers = observers
         self._clock = clock
         self._hung_after_seconds = hung_after_seconds
-        self._parts: tuple[Verifier, Drafting] | None = None
+        self._parts: tuple[Verifier, Pipeline] | None = None
         self._core: EngineLoop | None = None
         self._streams: dict[str, asyncio.Queue[TokenDelta | Exception]] = {}
         self._loading = ("not started", 0.0)
@@ -147,7 +147,7 @@ class EmbeddedEngine:
             core.cancel(request.request_id)  # nothing, if it has ended
 
     @property
-    def _loaded(self) -> tuple[Verifier, Drafting]:
+    def _loaded(self) -> tuple[Verifier, Pipeline]:
         if self._parts is None:
             raise EngineUnavailableError(f"the engine is not loaded: {self._failure or self._loading[0]}")
         return self._parts

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
+from drafters.base import Pipeline
 from service.engine.base import (
     EngineUnavailableError,
     GenerationRequest,
@@ -12,7 +13,6 @@ from service.engine.base import (
     TokenDelta,
 )
 from service.engine.decoder import Decoder, StepObserver
-from service.engine.drafting import Drafting
 from service.engine.prefix_cache import PrefixCache
 from service.engine.scheduler import Part, Scheduler, SchedulerLimits
 from service.engine.sequence import Decoding
@@ -37,7 +37,7 @@ class EngineLoop:
     def __init__(
         self,
         verifier: Verifier,
-        pipeline: Drafting,
+        pipeline: Pipeline,
         limits: SchedulerLimits,
         observers: Sequence[StepObserver],
         clock: Callable[[], float],

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.base import Draft, Tokens
+from drafters.base import Draft, Tokens, max_draft_tokens
 from service.engine.base import FinishReason, GenerationRequest, SpeculationStats, StepTrace, TokenDelta
 from verifiers.base import TokenLogprobs, VerifyResult
 
@@ -44,12 +44,13 @@ class Decoding:
     ) -> None:
         """`arrival` numbers the requests; `submitted_at` is in seconds of the engine's clock."""
         speculation = request.speculation
-        wanted = service_draft_tokens if speculation.max_draft_tokens is None else speculation.max_draft_tokens
         self.request = request
         self.arrival = arrival
         self.submitted_at = submitted_at
         self.deadline = None if request.timeout_seconds is None else submitted_at + request.timeout_seconds
-        self.max_draft_tokens = max(min(wanted, service_draft_tokens), 0) if speculation.enabled else 0
+        self.max_draft_tokens = max_draft_tokens(
+            speculation.enabled, speculation.max_draft_tokens, service_draft_tokens
+        )
         self.num_prompt = len(request.prompt)
         self.num_cached = 0
         self.num_accepted_kept = 0  # in the latest step: accepted draft tokens that are part of the output

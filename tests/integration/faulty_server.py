@@ -15,10 +15,9 @@ import httpx
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from drafters.base import StepRecord
+from drafters.base import Pipeline, StepRecord
 from drafters.pipeline import DraftPipeline
 from service.app import create_app
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from service.engine.sequence import Decoding
@@ -179,7 +178,7 @@ def faulty_server(target: Path, drafter: Path, **overrides: Any) -> Iterator[Fau
     )
     built: dict[str, Any] = {}
 
-    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+    def load(progress: Progress) -> tuple[Verifier, Pipeline]:
         model = Transformer.load(target)
         built["drafter"] = FaultyTransformer.load(drafter)
         built["pipeline"] = build_pipeline(settings, model.config, built["drafter"])

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafters.base import Draft, DraftRequest, StepRecord
+from drafters.base import Draft, DraftRequest, Pipeline, StepRecord
 from service.engine.base import (
     EngineUnavailableError,
     RequestFailedError,
     RequestTimeoutError,
 )
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from service.engine.sequence import Decoding
@@ -49,7 +48,7 @@ def broken_model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 
 async def test_a_failure_to_load_is_raised_by_start_and_told_by_status() -> None:
-    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+    def load(progress: Progress) -> tuple[Verifier, Pipeline]:
         raise FileNotFoundError("models/target is missing")
 
     engine = EmbeddedEngine(load, SchedulerLimits())
@@ -65,7 +64,7 @@ async def test_a_failure_to_load_is_raised_by_start_and_told_by_status() -> None
 async def test_stopping_while_loading_waits_for_the_thread_and_is_no_failure() -> None:
     ended = threading.Event()
 
-    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+    def load(progress: Progress) -> tuple[Verifier, Pipeline]:
         try:
             while True:
                 progress("loading", 0.5)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from drafters.base import PolicyName
+from drafters.base import Pipeline, PolicyName
 from service.engine.base import GenerationRequest, SpeculationOptions
-from service.engine.drafting import Drafting
 from service.engine.scheduler import SchedulerLimits
 from service.settings import load_settings
 from service.wiring import build_pipeline
@@ -121,7 +120,7 @@ def oracle(requests: Sequence[GenerationRequest], outputs: Sequence[Sequence[int
 
 
 def outputs_under(
-    setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: Drafting
+    setting: Setting, model: Transformer, requests: Sequence[GenerationRequest], drafter: Pipeline
 ) -> list[list[int]]:
     """Run all requests, joining at random, beside others that are cancelled in the middle."""
     generator = np.random.default_rng(setting.seed)

@@ -1,4 +1,4 @@
 """The compiled inner loops of drafting: arrays in, arrays out, no Python objects.
 
-Words: a `text` is the flat window of a request's committed tokens; positions past its end are the path under search.
+A `text` is a flat window of a request's committed tokens. Positions past its end belong to the path under search.
 """

@@ -1,4 +1,4 @@
-"""Free drafts: chains of what copying and n-grams, mixed, hold for most probable, or for the likely draw."""
+"""Free drafts: chains of the causal model's most probable tokens, or of the tokens that the target likely draws."""
 
 from typing import Any, NamedTuple
 
@@ -18,26 +18,25 @@ from drafters.search.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import compiled
 from transformer.noise import gumbel, noise_key
 
-MIN_SHARE = 1e-3  # of the most probable token's probability: less probable ones are not expected to be drawn
+MIN_SHARE = 1e-3  # of the best token's probability: a less probable token is not expected to be drawn
 
 
 class Noise(NamedTuple):
-    """What is known of the noise that the target draws with, per request of a batch.
+    """The noise that the target draws with, as far as it is known, per request of a batch.
 
-    The target takes the token with the largest `log p / temperature + noise`; so does a draft, with its estimate of p.
+    The target takes the token with the largest `log p / temperature + noise`. A draft does the same with its own
+    estimate of p.
     """
 
     places: NDArray[np.uint64]  # [requests, 2] seed, and absolute position of the first drafted token
-    scales: NDArray[
-        np.float64
-    ]  # [requests, 2] on the causal model's log probabilities and on the lattice's; 0: no noise
+    scales: NDArray[np.float64]  # [requests, 2] of the log probabilities of causal model and lattice; 0: no noise
 
 
 @compiled
 def _most_probable(
     ngram: Any, found: int, rest: float, copied: int, weight: float, work: Any
 ) -> tuple[np.int64, float]:
-    """The mixture's most probable token in the context at hand, and its probability."""
+    """Return the mixture's most probable token in the current context, and its probability."""
     best, best_probability = np.int64(NO_TOKEN), 0.0
     tokens, unigram, sums, starts, stops = ngram.tokens, ngram.unigram, work.sums, work.starts, work.stops
     for index in range(found):
@@ -60,14 +59,14 @@ def _likely_draw(
     rest: float,
     copied: int,
     weight: float,
-    least: float,
+    min_probability: float,
     scale: float,
     key: np.uint64,
     work: Any,
 ) -> tuple[np.int64, float]:
-    """The token that the target would draw with this noise if the mixture were its distribution, and how surely.
+    """Return the token that the target would draw with this noise from the mixture, and a confidence.
 
-    Tokens of a probability below `least` are left out. The confidence grows with the lead over the second.
+    Leaves out tokens of a probability below `min_probability`. The confidence grows with the lead over the second best.
     """
     best, first, second = np.int64(NO_TOKEN), -np.inf, -np.inf
     tokens, unigram, sums, starts, stops = ngram.tokens, ngram.unigram, work.sums, work.starts, work.stops
@@ -76,7 +75,7 @@ def _likely_draw(
         for successor in range(start, stop):
             token = np.int64(tokens[successor]) if index >= 0 else np.int64(copied)
             probability = mixed_probability(token, copied, weight, rest, sums, unigram)
-            if probability < least or token == best:
+            if probability < min_probability or token == best:
                 continue
             value = scale * np.log(probability) + gumbel(key, token)
             if value > first:
@@ -87,22 +86,22 @@ def _likely_draw(
 
 
 @compiled
-def greedy_chains(
-    flat: Any, bounds: Any, floors: Any, ends: Any, noise: Any, ngram: Any, copying: Any, work: Any,
+def draft_chains(
+    flat: Any, bounds: Any, min_survival: Any, ends: Any, noise: Any, ngram: Any, copying: Any, work: Any,
     lengths: Any, tokens: Any, confidences: Any,
 ) -> None:  # fmt: skip
-    """Per text, learn from its last tokens, then follow the mixture's most probable token (or likely draw).
+    """For each text, learn from its last tokens, then chain the mixture's most probable tokens (or likely draws).
 
-    bounds: [requests, 4] where each text starts and stops in `flat`, the first of its own tokens to learn from, and the
-    most tokens to draft. A chain also stops at an end token, or when the product of its confidences falls below its
-    floor.
+    bounds: [requests, 4] where each text starts and stops in `flat`, the first of its tokens to learn from, and the
+    maximum number of tokens to draft. A chain also ends with an end token, or before the product of its confidences
+    falls below its `min_survival`.
     """
     for request in range(len(bounds)):
-        start, stop, first, most = bounds[request]
+        start, stop, first, max_tokens = bounds[request]
         text, path = flat[start:stop], tokens[request]
         learn_copying(text, first, ngram, copying, work)
         survival, match, place = 1.0, np.int64(0), np.int64(NO_TOKEN)
-        for step in range(most):
+        for step in range(max_tokens):
             match, place = follow_copy(text, path, step, step, match, place, work)
             copied = copied_token(text, path, match, place)
             weight = copying.weights[match]
@@ -110,11 +109,11 @@ def greedy_chains(
             best, confidence = _most_probable(ngram, found, rest, copied, weight, work)
             if noise.scales[request, 0] > 0.0 and best != NO_TOKEN:
                 key = noise_key(noise.places[request, 0], np.int64(noise.places[request, 1]) + step)
-                scale, least = noise.scales[request, 0], confidence * MIN_SHARE
-                best, confidence = _likely_draw(ngram, found, rest, copied, weight, least, scale, key, work)
+                scale, min_probability = noise.scales[request, 0], confidence * MIN_SHARE
+                best, confidence = _likely_draw(ngram, found, rest, copied, weight, min_probability, scale, key, work)
             leave_context(ngram, found, work)
             survival *= confidence
-            if best == NO_TOKEN or survival < floors[request]:
+            if best == NO_TOKEN or survival < min_survival[request]:
                 break
             path[step], confidences[request, step] = best, confidence
             lengths[request] = step + 1

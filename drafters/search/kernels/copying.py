@@ -1,4 +1,4 @@
-"""Copying from the request's own text: the longest earlier match of its end, and how far it is to be trusted."""
+"""Copying from the request's own text: the longest earlier match of its end, and the weight of the copied token."""
 
 from typing import Any, NamedTuple
 
@@ -13,17 +13,17 @@ MAX_MATCH = 16  # tokens; longer matches of the request's own text count as this
 
 
 class Copying(NamedTuple):
-    """How far a match of each length is to be trusted, and what that was learned from; each [MAX_MATCH + 1]."""
+    """The weight of the copied token by match length, and the counts behind it. Arrays are [MAX_MATCH + 1]."""
 
-    weights: NDArray[np.float32]  # of the copied token in the mixture
-    right: NDArray[np.float64]  # forgetting counts
-    seen: NDArray[np.float64]
-    decay: float  # per observation
+    weights: NDArray[np.float32]  # share of the copied token in the mixture
+    right: NDArray[np.float64]  # right copies, a decaying count
+    seen: NDArray[np.float64]  # all copies, a decaying count
+    decay: float  # of both counts, per observation
 
 
 @compiled
 def index_text(text: Any, first: int, stop: int, work: Any) -> None:
-    """Chain the positions of equal tokens, so that a match is looked for only where its last token stands."""
+    """Chain the positions of equal tokens, so that a search for matches visits only places with the same last token."""
     last, previous = work.last, work.previous
     for position in range(first, stop):
         index_token(position, text[position], last, previous)
@@ -31,7 +31,7 @@ def index_text(text: Any, first: int, stop: int, work: Any) -> None:
 
 @compiled
 def index_token(position: int, token: int, last: Any, previous: Any) -> None:
-    """Chain one more position behind those that are chained already."""
+    """Add one position to the chain of its token."""
     if 0 <= token < len(last):
         previous[position] = last[token]
         last[token] = position
@@ -39,6 +39,7 @@ def index_token(position: int, token: int, last: Any, previous: Any) -> None:
 
 @compiled
 def clear_text(text: Any, work: Any) -> None:
+    """Remove a text's tokens from the index."""
     last = work.last
     for token in text:
         if 0 <= token < len(last):
@@ -47,9 +48,9 @@ def clear_text(text: Any, work: Any) -> None:
 
 @compiled
 def _match_length(text: Any, path: Any, position: int, end: int, best: int) -> int:
-    """How many tokens up to and including `position` equal those at the end; 0 if no more than `best` do.
+    """Return how many tokens up to and including `position` equal those before `end`; 0 if no more than `best` do.
 
-    Most matches are told from longer ones by the one token that is missing.
+    Compares the token that a longer match needs first: that rules most positions out.
     """
     if position < best or token_at(text, path, position - best) != token_at(text, path, end - 1 - best):
         return 0
@@ -65,10 +66,10 @@ def _match_length(text: Any, path: Any, position: int, end: int, best: int) -> i
 
 @compiled
 def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) -> tuple[np.int64, np.int64]:
-    """Longest earlier match of the end of `text + path[:length]`: (match length, where it goes on), or (0, -1).
+    """Return the longest earlier match of the end of `text + path[:length]`: (length, where it continues), or (0, -1).
 
-    All of the text is indexed, and `num_indexed` tokens of the path. The most recent of equally long matches wins. A
-    match may end, and its continuation lie, in the path itself.
+    The text must be indexed, and the first `num_indexed` tokens of the path. The most recent of equally long matches
+    wins. A match may end in the path itself and continue there.
     """
     end, last, previous = len(text) + length, work.last, work.previous
     if end < 2:
@@ -100,10 +101,10 @@ def find_copy(text: Any, path: Any, length: int, num_indexed: int, work: Any) ->
 def follow_copy(
     text: Any, path: Any, length: int, num_indexed: int, match: int, place: int, work: Any
 ) -> tuple[np.int64, np.int64]:
-    """`find_copy` by what it found one token before: `match` and `place`.
+    """Do what `find_copy` does, given its result for the token before: `match` and `place`.
 
-    If that match goes on, it is the longest and latest one now, too: a better one would have been found before, unless
-    lengths were cut off.
+    If that match goes on, it is still the longest and the latest: a better one would have been found before. This does
+    not hold for matches that were cut to MAX_MATCH, which are searched again.
     """
     end = len(text) + length
     if 0 < match < MAX_MATCH and token_at(text, path, place) == token_at(text, path, end - 1):
@@ -116,27 +117,28 @@ def follow_copy(
 
 @compiled
 def copied_token(text: Any, path: Any, match: int, place: int) -> np.int64:
-    """What a match goes on with; NO_TOKEN without one."""
+    """Return the token that continues a match; NO_TOKEN without a match."""
     return np.int64(token_at(text, path, place)) if match > 0 else np.int64(NO_TOKEN)
 
 
 @compiled
 def mixed_probability(token: int, copied: int, weight: float, rest: float, sums: Any, unigram: Any) -> float:
-    """Of a token in the mixture of copying, by its `weight`, and the n-grams of the context at hand."""
+    """Return a token's probability in the mixture: `weight` on the copied token, the rest on the current n-grams."""
     probability: float = (1.0 - weight) * (sums[token] + rest * unigram[token])
     return probability + weight if token == copied else probability
 
 
 @compiled
 def copy_weight(right: float, seen: float) -> float:
-    return min(right / seen, 0.995)  # never so sure that all else becomes impossible
+    """Return the weight of a copied token, from its counts."""
+    return min(right / seen, 0.995)  # other tokens must stay possible
 
 
 @compiled
 def learn_copying(text: Any, first: int, ngram: Any, copying: Any, work: Any) -> None:
-    """Predict `text[first:]` token by token, and move `copying` accordingly; all of the text is indexed then.
+    """Predict `text[first:]` token by token, update `copying` by the results, and leave the whole text indexed.
 
-    A right copy counts by its share of the mixture's probability (expectation maximisation): a token that the n-gram
+    A right copy counts with its share of the mixture's probability (expectation maximisation): a token that the n-gram
     model expects anyway says little about copying.
     """
     weights, right, seen, decay = copying.weights, copying.right, copying.seen, copying.decay

@@ -1,4 +1,4 @@
-"""A row's candidates: its top tokens, and the log-sum-exp of all."""
+"""The candidates of one lattice row, and its log normaliser."""
 
 from typing import Any, NamedTuple
 
@@ -9,12 +9,13 @@ from drafters.search.kernels.tokens import NO_TOKEN, contains
 from transformer.compiled import allocating, compiled
 from transformer.intrinsics import exponential
 
-_LANES = 64  # a row is dealt out to them, token by token, and the largest key of each is kept: no token of another lane
-# is looked at then. A constant, so that the loop is vectorised.
-_NOTHING = np.int32(-0x80000000)  # the key of not-a-number, and of a token that was taken
+# Token t belongs to lane t % _LANES, and each lane keeps its largest key. Taking the best token then searches one lane
+# only. The number is a constant so that the compiler vectorises the loop.
+_LANES = 64
+_NO_KEY = np.int32(-0x80000000)  # the key of NaN, and of a token that was taken
 
 
-class SelectRoom(NamedTuple):
+class SelectWorkspace(NamedTuple):
     """Working memory of `select_row`."""
 
     keys: NDArray[np.int32]  # [vocabulary]
@@ -22,28 +23,28 @@ class SelectRoom(NamedTuple):
 
 
 @allocating
-def new_select_room(vocabulary: int) -> Any:
-    """For rows of that many logits."""
-    return SelectRoom(np.empty(vocabulary, np.int32), np.empty(_LANES, np.int32))
+def new_select_workspace(vocabulary: int) -> Any:
+    """Return working memory for rows of `vocabulary` logits."""
+    return SelectWorkspace(np.empty(vocabulary, np.int32), np.empty(_LANES, np.int32))
 
 
 @compiled
 def _order_key(bits: np.int32) -> np.int32:
-    """An integer in the order of the floats with these bits; not-a-number comes last."""
+    """Return an integer that sorts as the float with these bits does; NaN comes last."""
     is_number = (bits & 0x7FFFFFFF) <= 0x7F800000
-    return np.int32((bits ^ ((bits >> 31) & 0x7FFFFFFF)) if is_number else _NOTHING)
+    return np.int32((bits ^ ((bits >> 31) & 0x7FFFFFFF)) if is_number else _NO_KEY)
 
 
 @compiled
-def _deal(bits: Any, keys: Any, lane_best: Any) -> None:
-    """Fill the keys of a row, and the largest of each lane."""
+def _fill_keys(bits: Any, keys: Any, lane_best: Any) -> None:
+    """Fill in the keys of a row, and the largest key of each lane."""
     for lane in range(_LANES):
-        lane_best[lane] = _NOTHING
+        lane_best[lane] = _NO_KEY
     whole = len(bits) // _LANES
-    for part in range(whole):
+    for stripe in range(whole):
         for lane in range(_LANES):
-            key = _order_key(bits[part * _LANES + lane])
-            keys[part * _LANES + lane] = key
+            key = _order_key(bits[stripe * _LANES + lane])
+            keys[stripe * _LANES + lane] = key
             lane_best[lane] = max(lane_best[lane], key)
     for token in range(whole * _LANES, len(bits)):
         key = _order_key(bits[token])
@@ -53,7 +54,7 @@ def _deal(bits: Any, keys: Any, lane_best: Any) -> None:
 
 @compiled
 def _log_sum(logits: Any, maximum: np.float32) -> np.float32:
-    """Natural log of the sum of all exponentials."""
+    """Return the natural log of the sum of all exponentials."""
     total = np.float32(0.0)
     for index in range(len(logits)):
         total += exponential(logits[index] - maximum)
@@ -62,11 +63,11 @@ def _log_sum(logits: Any, maximum: np.float32) -> np.float32:
 
 @compiled
 def _take_largest(keys: Any, lane_best: Any) -> np.int64:
-    """The token with the largest key, the lowest among equals, which is not found again; -1 if there is none."""
-    largest = _NOTHING
+    """Return the token with the largest key, and remove it; the lowest id among equals, NO_TOKEN if none is left."""
+    largest = _NO_KEY
     for lane in range(_LANES):
         largest = max(largest, lane_best[lane])
-    if largest == _NOTHING:
+    if largest == _NO_KEY:
         return np.int64(NO_TOKEN)
     token = len(keys)
     for lane in range(_LANES):
@@ -75,8 +76,8 @@ def _take_largest(keys: Any, lane_best: Any) -> np.int64:
             while keys[place] != largest:
                 place += _LANES
             token = min(token, place)
-    keys[token] = _NOTHING
-    lane, left = token % _LANES, _NOTHING
+    keys[token] = _NO_KEY
+    lane, left = token % _LANES, _NO_KEY
     for place in range(lane, len(keys), _LANES):
         left = max(left, keys[place])
     lane_best[lane] = left
@@ -85,15 +86,15 @@ def _take_largest(keys: Any, lane_best: Any) -> np.int64:
 
 @compiled
 def select_row(
-    logits: Any, candidate_mass: float, most: int, ends: Any, room: Any, tokens: Any
+    logits: Any, candidate_mass: float, max_candidates: int, ends: Any, work: Any, tokens: Any
 ) -> tuple[np.int64, np.float32]:
-    """Fill `tokens` [most + len(ends)] with a row's candidates; return (their number, log normaliser).
+    """Fill `tokens` [max_candidates + len(ends)] with a row's candidates; return (their number, log normaliser).
 
-    They are the smallest set of top tokens that reaches the mass, at most `most`, best first, then the end tokens. None
-    for a row whose largest logit is no finite number.
+    Candidates are the smallest set of top tokens that reaches the mass, at most `max_candidates`, best first, then the
+    end tokens. A row whose largest logit is not finite has none.
     """
-    keys, lane_best = room.keys, room.lane_best
-    _deal(logits.view(np.int32), keys, lane_best)
+    keys, lane_best = work.keys, work.lane_best
+    _fill_keys(logits.view(np.int32), keys, lane_best)
     token = _take_largest(keys, lane_best)
     maximum = logits[token] if token != NO_TOKEN else np.float32(-np.inf)
     if not -np.inf < maximum < np.inf:
@@ -104,7 +105,7 @@ def select_row(
         tokens[width] = token
         mass += np.exp(logits[token] - log_normaliser)
         width += 1
-        if width == most or mass >= candidate_mass:
+        if width == max_candidates or mass >= candidate_mass:
             break
         token = _take_largest(keys, lane_best)
     for end in ends:
@@ -116,17 +117,8 @@ def select_row(
 
 @compiled
 def is_broken(logits: Any) -> bool:
-    """Whether a row without candidates is a failure of the drafter; one all of -inf only ends a draft."""
+    """Return whether a row without candidates is a failure of the drafter. A row of -inf only ends the draft."""
     for value in logits:  # noqa: SIM110
         if value != -np.inf:
             return True
     return False
-
-
-@allocating
-def select_rows(logits: Any, candidate_mass: float, ends: Any, tokens: Any, widths: Any, log_normalisers: Any) -> None:
-    """`select_row` of every row; `tokens` are NO_TOKEN behind the candidates."""
-    room, most = new_select_room(logits.shape[1]), tokens.shape[1] - len(ends)
-    for row in range(len(logits)):
-        widths[row], log_normalisers[row] = select_row(logits[row], candidate_mass, most, ends, room, tokens[row])
-        tokens[row, widths[row] :] = NO_TOKEN

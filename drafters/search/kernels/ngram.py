@@ -1,4 +1,4 @@
-"""The static n-gram model: contexts found by hash, and the distribution after a context."""
+"""The static n-gram model: find contexts by hash, and compute the distribution after a context."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ MAX_ORDER = 8
 
 
 class NgramArrays(NamedTuple):
-    """A static n-gram model as the kernels read it (see `drafters.search.ngram`)."""
+    """A static n-gram model in the form that the kernels read (see `drafters.search.ngram`)."""
 
     order: int  # longest context plus one; 1: no contexts, only `unigram`
     bucket_contexts: NDArray[np.uint32]  # [buckets + 1] first context of each hash bucket
@@ -26,16 +26,19 @@ class NgramArrays(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Working memory of the causal kernels, clean between calls: made once, so that a call allocates nothing."""
+    """Working memory of the causal kernels. Made once, so that a call allocates nothing; clean between calls."""
 
-    sums: NDArray[np.float32]  # [vocabulary] of the context at hand: `p(t) = sums[t] + rest * unigram[t]`; else zero
+    sums: NDArray[
+        np.float32
+    ]  # [vocabulary] of the current context: `p(t) = sums[t] + rest * unigram[t]`; zero without one
     starts: NDArray[np.int64]  # [MAX_ORDER] first successor of each context found, shortest first
     stops: NDArray[np.int64]  # [MAX_ORDER]
-    last: NDArray[np.int32]  # [vocabulary] last position of a token in the text at hand, or -1
-    previous: NDArray[np.int32]  # [window] of a text and what is drafted after it: previous position of a token, or -1
+    last: NDArray[np.int32]  # [vocabulary] last position of a token in the current text, or -1
+    previous: NDArray[np.int32]  # [window] previous position of the same token, in a text and its draft; -1: none
 
 
 def new_workspace(vocabulary_size: int, window: int) -> Workspace:
+    """Return a clean workspace for texts and drafts of up to `window` tokens together."""
     return Workspace(
         sums=np.zeros(vocabulary_size, np.float32),
         starts=np.zeros(MAX_ORDER, np.int64),
@@ -47,7 +50,7 @@ def new_workspace(vocabulary_size: int, window: int) -> Workspace:
 
 @compiled
 def extend_hash(state: np.uint64, token: int) -> np.uint64:
-    """Hash of a context that is one token longer to the left; starts from 0."""
+    """Return the hash of a context with one more token on its left. The empty context has hash 0."""
     state = (state ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15)
     return state ^ (state >> np.uint64(29))
 
@@ -64,7 +67,7 @@ def fingerprint_of(state: np.uint64) -> np.uint16:
 
 @compiled
 def locate_contexts(text: Any, ends: Any, width: int, num_buckets: int, buckets: Any, fingerprints: Any) -> None:
-    """Fill bucket and fingerprint of the `width` tokens before each end; for fitting."""
+    """Fill in bucket and fingerprint of the `width` tokens before each end. Used for fitting."""
     for index in range(len(ends)):
         state = np.uint64(0)
         for back in range(1, width + 1):
@@ -75,7 +78,10 @@ def locate_contexts(text: Any, ends: Any, width: int, num_buckets: int, buckets:
 
 @compiled
 def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> tuple[np.int64, np.float32]:
-    """Sum the successors' shares after `text + path[:length]` into `work.sums`; return (contexts found, rest)."""
+    """Add up the successors' shares after `text + path[:length]` in `work.sums`; return (contexts found, rest).
+
+    `rest` is the share that is left for the unigram. Call `leave_context` when done.
+    """
     end = len(text) + length
     state = np.uint64(0)
     found = np.int64(0)
@@ -95,7 +101,7 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
                 break
             first += count
         if found < width:
-            break  # a context is hardly ever kept without the shorter one: looking for it would only cost time
+            break  # a longer context is hardly ever kept without this one: looking for it only costs time
     sums, tokens, levels, shares = work.sums, ngram.tokens, ngram.levels, ngram.level_probabilities
     rest = np.float32(1.0)
     for index in range(found - 1, -1, -1):
@@ -110,6 +116,7 @@ def enter_context(ngram: Any, text: Any, path: Any, length: int, work: Any) -> t
 
 @compiled
 def leave_context(ngram: Any, found: int, work: Any) -> None:
+    """Set `work.sums` back to zero after `enter_context` found `found` contexts."""
     sums, tokens, starts, stops = work.sums, ngram.tokens, work.starts, work.stops
     for index in range(found):
         for successor in range(starts[index], stops[index]):
@@ -118,7 +125,7 @@ def leave_context(ngram: Any, found: int, work: Any) -> None:
 
 @compiled
 def score_text(text: Any, ngram: Any, work: Any, log_probabilities: Any, is_best: Any) -> None:
-    """For evaluation: every token's natural log probability in the n-gram model, and whether it was the best."""
+    """Fill in every token's natural log probability, and whether it was the most probable. Used for evaluation."""
     for position in range(len(text)):
         before = text[:position]
         found, rest = enter_context(ngram, before, before, 0, work)

@@ -1,4 +1,4 @@
-"""What every kernel does with tokens."""
+"""Operations on tokens that all kernels share."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ NO_TOKEN = -1
 
 @compiled
 def contains(values: Any, count: int, value: int) -> bool:
-    """Whether `value` is among the first `count`."""
+    """Return whether `value` is among the first `count` values."""
     for index in range(count):  # noqa: SIM110
         if values[index] == value:
             return True
@@ -18,4 +18,5 @@ def contains(values: Any, count: int, value: int) -> bool:
 
 @compiled
 def token_at(text: Any, path: Any, position: int) -> Any:
+    """Return the token at `position` of `text` followed by `path`."""
     return text[position] if position < len(text) else path[position - len(text)]

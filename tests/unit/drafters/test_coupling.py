@@ -1,4 +1,4 @@
-"""A draft that knows the noise of the draw guesses better, and no worse where there is none."""
+"""A draft that knows the noise of the draw guesses better, and no worse without noise."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def request(seed: int | None, temperature: float, tokens: Tokens) -> DraftReques
 
 
 def target_draws(log_probs: torch.Tensor, temperature: float, seed: int, first_position: int) -> list[int]:
-    """What the verifier would draw, row by row."""
+    """Return the tokens that the verifier would draw, row by row."""
     count = len(log_probs)
     keys = noise_keys(np.full(count, seed, np.uint64), np.arange(first_position, first_position + count))
     drawn = np.empty(count, np.int64)
@@ -73,7 +73,7 @@ def ngram() -> NgramModel:
 
 
 def test_free_drafts_foretell_draws_far_better_with_the_noise_than_without(ngram: NgramModel) -> None:
-    """The target here is the n-gram model itself, at the temperature that it is taken to stand for."""
+    """Here the target is the n-gram model itself, at the temperature that it approximates."""
     causal = CausalModel(VOCABULARY, ngram, use_copy=False)
     right = {"with": 0, "without": 0}
     for seed in range(400):
@@ -82,13 +82,13 @@ def test_free_drafts_foretell_draws_far_better_with_the_noise_than_without(ngram
         probabilities = np.exp([causal_log_prob(causal, history, token) for token in range(VOCABULARY)])
         (drawn,) = target_draws(torch.from_numpy(probabilities).log()[None], 1.0, seed, 1)
         for name, noise in (("with", known_noise([known])), ("without", None)):
-            (chain,) = causal.greedy_chains([history], [1], None, noise)
+            (chain,) = causal.draft([history], [1], None, noise)
             right[name] += chain.tokens == (drawn,)
     assert right["with"] > 1.2 * right["without"], right
 
 
 def causal_log_prob(causal: CausalModel, history: Tokens, token: int) -> float:
-    """From the search itself: a lattice that says nothing, and one token to score."""
+    """Take the score from the search itself, with a lattice of one token."""
     logits = torch.full((1, VOCABULARY), -torch.inf)
     logits[0, token] = 0.0
     lattice = DraftLattice.from_logits(logits, [1], LatticeOptions(1.0, 1))
@@ -101,7 +101,7 @@ def test_confidence_is_high_where_the_lead_is_large(ngram: NgramModel) -> None:
     outcomes = []
     for seed in range(600):
         history = np.array([seed % VOCABULARY], np.int32)
-        (chain,) = causal.greedy_chains([history], [1], None, known_noise([request(seed, CAUSAL_TEMPERATURE, history)]))
+        (chain,) = causal.draft([history], [1], None, known_noise([request(seed, CAUSAL_TEMPERATURE, history)]))
         probabilities = np.exp([causal_log_prob(causal, history, token) for token in range(VOCABULARY)])
         (drawn,) = target_draws(torch.from_numpy(probabilities).log()[None], 1.0, seed, 1)
         outcomes.append((float(chain.confidences[0]), chain.tokens == (drawn,)))

@@ -1,4 +1,4 @@
-"""The diffusion drafter against a plain reference: one uncached pass with an explicit mask."""
+"""The diffusion drafter, compared with a plain reference: one uncached pass with an explicit mask."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ WINDOW = 48
 
 
 def reference_logits(model: torch.nn.Module, tokens: Tokens, length: int, masks: list[int], full: bool) -> torch.Tensor:
-    """What transformers' own layers answer for `tokens` and a masked block, with the attention mask spelled out."""
+    """Return the logits of transformers' own layers for `tokens` and masks, with an explicit attention mask."""
     ids = torch.tensor([[*tokens.tolist(), *masks[: length - 1]]])
     clean, size = len(tokens), ids.shape[1]
     visible = torch.ones(size, size, dtype=torch.bool)
@@ -46,7 +46,7 @@ def test_block_drafts_equal_the_reference_with_and_without_a_cached_prefix(
     masks = list(model.config.mask_token_ids)
     drafter = DiffusionDrafter(model, num_slots=2, vocabulary_size=VOCABULARY_SIZE, options=DiffusionOptions(WINDOW))
     text = random_tokens(30)
-    for length_so_far in (5, 6, 9, 9, 20, 30):  # grows by accepted tokens, or not at all
+    for length_so_far in (5, 6, 9, 9, 20, 30):  # grows by accepted tokens, or stays
         tokens = text[:length_so_far]
         logits = drafter.propose([MaskedRequest("a", tokens, 7)])
         expected = reference_logits(reference, tokens, 7, masks, full=False)
@@ -77,7 +77,7 @@ def test_a_full_window_keeps_the_latest_half(block: tuple[Transformer, torch.nn.
     assert torch.allclose(logits, reference_logits(reference, kept, 4, masks, full=False), atol=1e-4, rtol=1e-4)
 
 
-def test_a_drafter_that_needs_little_context_begins_anew_rather_than_catch_up(
+def test_a_drafter_that_needs_little_context_begins_a_new_window_rather_than_catch_up(
     block: tuple[Transformer, torch.nn.Module],
 ) -> None:
     model, reference = block
@@ -85,7 +85,7 @@ def test_a_drafter_that_needs_little_context_begins_anew_rather_than_catch_up(
     options = DiffusionOptions(WINDOW, first_tokens=8)
     drafter = DiffusionDrafter(model, num_slots=1, vocabulary_size=VOCABULARY_SIZE, options=options)
     text = random_tokens(200)
-    # length of the text, clean rows that must be run, and tokens that the draft sees: from the beginning of its window
+    # length of the text, clean rows that must be run, and tokens that the draft sees: from the start of its window
     lengths = [(5, 5, 5), (30, 8, 8), (33, 3, 11), (41, 8, 19), (50, 8, 8), (52, 2, 10), (90, 8, 8)]
     lengths += [(90 + 8 * i, 8, 8 + 8 * i) for i in range(1, 6)] + [(138, 8, 8)]  # the window is full then
     for length_so_far, pending, seen in lengths:
@@ -141,7 +141,7 @@ def test_a_causal_model_is_refused(tmp_path: Path) -> None:
         DiffusionDrafter(Transformer.load(tmp_path), 1, VOCABULARY_SIZE)
 
 
-def test_refinement_fills_in_the_surest_tokens_and_looks_again(block: tuple[Transformer, torch.nn.Module]) -> None:
+def test_refinement_fills_in_the_surest_tokens_and_runs_again(block: tuple[Transformer, torch.nn.Module]) -> None:
     model, reference = block
     masks = list(model.config.mask_token_ids)
     options = DiffusionOptions(WINDOW, refinement_steps=2)
@@ -183,7 +183,7 @@ def test_a_draft_in_parts_goes_on_while_it_is_confident(
         drafted = np.concatenate([drafted, expected.argmax(-1).numpy().astype(np.int32)])
 
 
-def test_a_full_attention_prefix_is_exact_whenever_it_is_read_anew(tmp_path: Path) -> None:
+def test_a_full_attention_prefix_is_exact_whenever_it_is_read_again(tmp_path: Path) -> None:
     reference = write_full_drafter(tmp_path, layers=2)
     model = Transformer.load(tmp_path)
     masks = list(model.config.mask_token_ids) * 8
@@ -201,12 +201,12 @@ def test_a_full_attention_prefix_is_exact_whenever_it_is_read_anew(tmp_path: Pat
 @pytest.mark.parametrize(
     ("accepted", "read_anew"),
     [
-        ([4, 4, 4, 0, 0, 0, 4, 4], [0, 5]),  # twice nothing where there were four: the last passes are exact again
+        ([4, 4, 4, 0, 0, 0, 4, 4], [0, 5]),  # twice nothing after four each time: the last passes are exact again
         ([4, 4, 3, 4, 3, 4, 3, 4], [0]),
-        ([0, 0, 0, 0, 0, 0, 0, 0], [0]),  # never right: a fresh prefix would not help
+        ([0, 0, 0, 0, 0, 0, 0, 0], [0]),  # never right: a fresh prefix does not help
     ],
 )
-def test_a_stale_prefix_is_read_anew_when_acceptance_falls(
+def test_a_stale_prefix_is_read_again_when_acceptance_falls(
     tmp_path: Path, accepted: list[int], read_anew: list[int]
 ) -> None:
     reference = write_full_drafter(tmp_path, layers=2)

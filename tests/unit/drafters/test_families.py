@@ -1,4 +1,4 @@
-"""Every hub family's tiny checkpoint against transformers' own layers, with the attention mask spelled out."""
+"""A tiny checkpoint of every hub family, compared with transformers' own layers and an explicit attention mask."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tests.checkpoints import (
 from transformer.config import TransformerConfig
 from transformer.model import Transformer
 
-LENGTHS_SO_FAR = (1, 5, 9, 9, 20, 31, 32, 33, 40, 64)  # grows by accepted tokens, across and onto borders of blocks
+LENGTHS_SO_FAR = (1, 5, 9, 9, 20, 31, 32, 33, 40, 64)  # grows by accepted tokens, onto block borders and across
 TOLERANCE = 1e-4
 
 
@@ -30,9 +30,9 @@ def random_tokens(length: int, seed: int = 0) -> Tokens:
 
 
 def reference_logits(model: PreTrainedModel, layout: HubDrafter, tokens: Tokens, length: int) -> torch.Tensor:
-    """What transformers' layers say of `length` masked positions after `tokens`, by the target's ids.
+    """Return the logits of transformers' layers for `length` masked positions after `tokens`, by the target's ids.
 
-    A block of masks is filled up to its end, as in the families' own generation code.
+    The last block is filled with masks, as in the families' own generation code.
     """
     clean, grid = len(tokens), layout.block_size or 1
     size = -(-(clean + length - layout.shifted) // grid) * grid
@@ -68,9 +68,9 @@ def test_drafts_equal_transformers_layers(tmp_path: Path, name: str) -> None:
     drafter = make_drafter(folder, name)
     text = random_tokens(LENGTHS_SO_FAR[-1])
     for so_far in LENGTHS_SO_FAR:
-        tokens, length = text[:so_far], min(7, drafter.longest)
+        tokens, length = text[:so_far], min(7, drafter.max_tokens)
         expected = reference_logits(reference, layout, tokens, length)
-        assert expected[:, :TOKENIZER_LENGTH].std() > 0.5  # or agreement would mean nothing
+        assert expected[:, :TOKENIZER_LENGTH].std() > 0.5  # otherwise agreement proves nothing
         logits = drafter.propose([MaskedRequest("a", tokens, length)])
         assert torch.equal(logits.isinf(), expected.isinf())
         finite = ~expected.isinf()
@@ -138,9 +138,9 @@ def test_sdars_block_size_is_that_of_its_config(tmp_path: Path) -> None:
 def test_dreams_window_ends_where_its_training_did(tmp_path: Path) -> None:
     folder, _ = write(tmp_path, "dream", max_position_embeddings=131072, layers=1)
     model = Transformer.load(folder)
-    assert model.config.longest_trained == 2048
+    assert model.config.max_trained_tokens == 2048
     drafter = DiffusionDrafter(model, 1, VOCABULARY_SIZE, DiffusionOptions(window=100_000))
-    assert drafter.window + drafter.longest <= 2048
+    assert drafter.window + drafter.max_tokens <= 2048
 
 
 def test_beyond_its_window_a_drafter_sees_the_latest_tokens_from_position_zero(tmp_path: Path) -> None:

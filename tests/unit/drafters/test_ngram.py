@@ -1,4 +1,4 @@
-"""The n-gram model: a distribution in every context, the file format, and what fitting promises."""
+"""The n-gram model: a distribution in every context, the file format, and the promises of fitting."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ VOCABULARY = 40
 
 
 def markov_text(length: int, seed: int = 0) -> np.ndarray:
-    """Text in which two tokens mostly, but not always, decide the next one."""
+    """Return text in which two tokens mostly, but not always, decide the next one."""
     random = np.random.default_rng(seed)
     table = np.random.default_rng(99).integers(0, VOCABULARY, (VOCABULARY, VOCABULARY))
     text = [1, 2]
@@ -48,7 +48,7 @@ def test_a_longer_order_predicts_held_out_text_better() -> None:
     quality = {
         order: evaluate_ngram(fit_ngram([markov_text(60_000)], VOCABULARY, order=order), held_out) for order in (1, 3)
     }
-    assert quality[3].accuracy > 0.7  # 0.8 and a bit is the ceiling by construction
+    assert quality[3].accuracy > 0.7  # the best possible is a little over 0.8, by construction
     assert quality[3].perplexity < 0.5 * quality[1].perplexity
 
 

@@ -1,4 +1,4 @@
-"""The path search against trying every path, and its properties."""
+"""The path search: compared with trying every path, and its properties."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from drafters.search.lattice import DraftLattice, LatticeOptions
 from drafters.search.ngram import NgramModel
 from drafters.search.path_search import LOG_FLOOR, Path, PathSearch
 from models.training.ngram import fit_ngram
-from tests.unit.drafters.test_causal_scorer import mixture
+from tests.unit.drafters.test_causal_model import mixture
+from tests.unit.drafters.test_lattice import select
 
 VOCABULARY = 5
 END = 4
@@ -159,13 +160,13 @@ def test_the_text_overrules_a_hesitant_drafter() -> None:
     logits[:, 20] = 1.0
     lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(0.01, 1))
     (path,) = PathSearch(CausalModel(50)).search([history], lattice)
-    assert lattice.candidates.tokens[:, 0].tolist() == [20, 20, 20]
+    assert [select(lattice, row)[0] for row in range(3)] == [[20], [20], [20]]
     assert path.tokens == (7, 8, 9)
     assert path.gain > 1.0
 
 
-def test_without_proposals_the_text_only_judges_the_candidates() -> None:
-    """Of two candidates that the drafter likes alike, the copied one is taken; what is none cannot be."""
+def test_without_proposals_the_text_only_scores_the_candidates() -> None:
+    """Of two equally likely candidates the copied one is taken; a token that is no candidate cannot be."""
     history = np.array([7, 8, 9, 10, 11] * 4, np.int32)
     logits = torch.zeros(3, 50)
     logits[:, 20] = 9.0
@@ -173,17 +174,17 @@ def test_without_proposals_the_text_only_judges_the_candidates() -> None:
     lattice = DraftLattice.from_logits(logits, [3], LatticeOptions(0.9, 2))
     (path,) = PathSearch(CausalModel(50), use_proposals=False).search([history], lattice)
     assert path.tokens == (7, 8, 20)
-    assert 9 not in lattice.candidates.tokens[2]
+    assert 9 not in select(lattice, 2)[0]
     (alone,) = PathSearch(CausalModel(50, use_copy=False), use_proposals=False).search([history], lattice)
     assert alone.gain == pytest.approx(0.0, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 7), beam_width=st.integers(1, 3), joins=st.booleans())
-def test_a_path_knows_what_the_causal_model_says_of_it(
+def test_a_path_holds_the_causal_models_log_probabilities(
     ngram: NgramModel, seed: int, length: int, beam_width: int, joins: bool
 ) -> None:
-    """Whichever beam it came from, and however its copies were followed: token by token, from the start."""
+    """For every beam, and however its copies were followed: equal to computing them token by token from the start."""
     random = np.random.default_rng(seed)
     history = np.tile(random.integers(0, VOCABULARY, 6), 3)[: int(random.integers(1, 19))].astype(np.int32)
     causal = CausalModel(VOCABULARY, ngram)
@@ -193,7 +194,7 @@ def test_a_path_knows_what_the_causal_model_says_of_it(
     for step, token in enumerate(path.tokens):
         probability = mixture(causal, [*history.tolist(), *path.tokens[:step]])[token]
         assert path.log_causal[step] == pytest.approx(max(float(np.log(probability)), LOG_FLOOR), abs=1e-4)
-        assert joins or token in lattice.candidates.tokens[step]
+        assert joins or token in select(lattice, step)[0]
 
 
 def test_confidences_are_shares_of_the_candidates() -> None:

@@ -1,4 +1,4 @@
-"""Prompt lookup against the definition, and at its edges."""
+"""Prompt lookup: compared with its definition, and edge cases."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Vocabularies compared by their tokens, and drafts that cross from one to the other."""
+"""Compare vocabularies by their tokens, and draft from one vocabulary for another."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ TARGET = {"a": 0, "b": 1, "c": 2, "<end>": 3}
         (TARGET | {"<mask>": 4}, "identical", 4),
         (TARGET, "identical", 4),
         (TARGET | {"a": 1, "b": 0}, "overlapping", 4),  # the same tokens, but not the same ids
-        ({"a": 0, "b": 1, "<mask>": 3, "c": 2}, "overlapping", 3),  # an id of the target's means something else
-        ({"a": 0, "b": 1, "c": 2}, "overlapping", 3),  # the target has one more
+        ({"a": 0, "b": 1, "<mask>": 3, "c": 2}, "overlapping", 3),  # one of the target's ids means another token
+        ({"a": 0, "b": 1, "c": 2}, "overlapping", 3),  # the target has one more token
         ({"▁a": 0, "▁b": 1, "▁c": 2, "<end>": 3}, "disjoint", 1),
         ({"a": 7}, "overlapping", 1),  # all of a small vocabulary
         ({"x": 0}, "disjoint", 0),
@@ -43,7 +43,7 @@ def test_vocabularies_are_compared_by_token(drafter: dict[str, int], relation: s
 
 
 def test_sizes_say_nothing(tmp_path: Path) -> None:
-    """Padding rows belong to no tokenizer: vocabularies of the same tokens are identical in any logits' width."""
+    """Padding rows belong to no tokenizer: vocabularies of the same tokens are identical at any logits width."""
     assert compare_vocabularies(TARGET, dict(reversed(TARGET.items()))).relation == "identical"
     with pytest.raises(ValueError, match="without tokens"):
         compare_vocabularies(TARGET, {})
@@ -66,13 +66,13 @@ def drafter_of(model: Transformer, window: int = 96) -> DiffusionDrafter:
 
 
 def rotation(missing: Sequence[int] = ()) -> VocabularyMap:
-    """Target id t is drafter id t + 7, modulo 256; the drafter ids `missing` have no image in the target."""
+    """Map target id t to drafter id t + 7, modulo 256; the drafter ids `missing` have no counterpart in the target."""
     drafter = {str(token): (token + 7) % 256 for token in range(256)}
     drafter = {f"?{token}" if index in missing else token: index for token, index in drafter.items()}
     return compare_vocabularies({str(token): token for token in range(256)}, drafter)
 
 
-def test_a_mapped_draft_is_the_drafters_own_in_the_targets_ids(model: Transformer) -> None:
+def test_a_mapped_draft_is_the_drafters_own_draft_in_the_targets_ids(model: Transformer) -> None:
     plain, mapped = drafter_of(model), MappedDrafter(drafter_of(model), rotation(), 300, lambda token: ())
     text = random_tokens(40)
     for so_far in (9, 12, 30, 40):
@@ -109,7 +109,7 @@ def test_context_tokens_without_an_image_are_spelled_in_tokens_that_have_one(mod
 
 
 @pytest.mark.parametrize("kind", ["mapped", "retokenizing"])
-def test_what_is_no_number_stays_none_across_the_gap(kind: str, tmp_path: Path) -> None:
+def test_nan_stays_nan_across_vocabularies(kind: str, tmp_path: Path) -> None:
     write_hub_drafter(tmp_path, "sdar")
     broken = FaultyTransformer.load(tmp_path)
     broken.plant("nan")
@@ -123,7 +123,7 @@ def test_what_is_no_number_stays_none_across_the_gap(kind: str, tmp_path: Path) 
 
 
 class Letters:
-    """One token per character: target ids are code points, the drafter's lie 3 lower; 0 is special."""
+    """One token per character: target ids are code points, drafter ids are 3 lower; 0 is special."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
@@ -139,7 +139,7 @@ class Letters:
 
 
 class Pairs(Letters):
-    """Two characters a token, where that is possible."""
+    """Two characters per token where possible."""
 
     def encode(self, text: str) -> list[int]:
         return [sum(ord(c) << 8 * i for i, c in enumerate(text[at : at + 2])) for at in range(0, len(text), 2)]
@@ -151,7 +151,7 @@ class Pairs(Letters):
         return token.to_bytes(2, "little").rstrip(b"\0")
 
 
-def test_a_retokenized_draft_says_what_the_drafter_wrote(model: Transformer) -> None:
+def test_a_retokenized_draft_has_the_text_that_the_drafter_wrote(model: Transformer) -> None:
     text = random_tokens(40, seed=3) % 90 + 20
     inner = drafter_of(model)
     drafter = RetokenizingDrafter(drafter_of(model), Letters(0), Letters(3), VOCABULARY_SIZE, {})

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from drafters.base import Pipeline
 from service.engine.base import GenerationRequest, TokenDelta
 from service.engine.decoder import StepObserver
-from service.engine.drafting import Drafting
 from service.engine.loop import EngineLoop, Event
 from service.engine.scheduler import SchedulerLimits
 from verifiers.base import Verifier
@@ -38,7 +38,7 @@ class Driver:
     def __init__(
         self,
         verifier: Verifier,
-        drafter: Drafting,
+        drafter: Pipeline,
         limits: SchedulerLimits | None = None,
         clock: Callable[[], float] = time.perf_counter,
         observers: Sequence[StepObserver] = (),

@@ -5,12 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from drafters.base import DraftRequest
+from drafters.base import DraftRequest, Pipeline
 from service.engine.base import (
     GenerationRequest,
     TokenDelta,
 )
-from service.engine.drafting import Drafting
 from service.engine.embedded import EmbeddedEngine, Progress
 from service.engine.scheduler import SchedulerLimits
 from tests.checkpoints import CONTEXT_LENGTH
@@ -27,8 +26,8 @@ def request(name: str = "r", prompt: Sequence[int] = (1, 2, 3), max_tokens: int 
     return GenerationRequest(name, list(prompt), max_tokens, SamplingRules(seed=0, temperature=0))
 
 
-def loading(verifier: Verifier, drafter: Drafting) -> Callable[[Progress], tuple[Verifier, Drafting]]:
-    def load(progress: Progress) -> tuple[Verifier, Drafting]:
+def loading(verifier: Verifier, drafter: Pipeline) -> Callable[[Progress], tuple[Verifier, Pipeline]]:
+    def load(progress: Progress) -> tuple[Verifier, Pipeline]:
         progress("everything", 0.5)
         return verifier, drafter
 
@@ -36,7 +35,7 @@ def loading(verifier: Verifier, drafter: Drafting) -> Callable[[Progress], tuple
 
 
 async def started(
-    model: Transformer, drafter: Drafting, limits: SchedulerLimits | None = None, hung_after_seconds: float = 60.0
+    model: Transformer, drafter: Pipeline, limits: SchedulerLimits | None = None, hung_after_seconds: float = 60.0
 ) -> EmbeddedEngine:
     engine = EmbeddedEngine(
         loading(verifier(model), drafter), limits or SchedulerLimits(), hung_after_seconds=hung_after_seconds

@@ -92,7 +92,7 @@ def test_free_drafts_are_those_of_serving(toy_continuations: Continuations, toy_
     row = int(np.flatnonzero(toy_continuations.temperatures > 0)[0])
     text, seed = toy_continuations.tokens[row].astype(np.int32), int(toy_continuations.seeds[row])
     request = DraftRequest("", text[:60], 16, None, float(toy_continuations.temperatures[row]), seed)
-    (chain,) = causal.greedy_chains([request.tokens], [16], [MIN_SURVIVAL], known_noise([request]))
+    (chain,) = causal.draft([request.tokens], [16], [MIN_SURVIVAL], known_noise([request]))
     known = [token for token in drafts.tokens[row, 59].tolist() if token != NO_HINT]
     assert tuple(known) == chain.tokens
     assert drafts.promised[row, 59] == np.float16(chain.confidences.cumprod().sum())

@@ -3,18 +3,16 @@
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from drafters.base import Draft, DraftingCost, Outcome, StepRecord
+from drafters.base import Draft, DraftingCost, Outcome, SearchFacts, StepRecord
 from service.engine.base import EnginePhase
 from service.metrics import ServiceMetrics
 from tests.integration.scripted_engine import ScriptedEngine
 
-DRAFTED = Draft(
-    tokens=(1, 2, 3), source="diffusion", expected_accepted=1.5, lattice_width=4.0, path_gain=0.3, raw_length=3
-)
+DRAFTED = Draft(tokens=(1, 2, 3), source="diffusion", survival=(0.75, 0.5, 0.25), search=SearchFacts(3, 4.0, 0.3))
 STEP = StepRecord(
     outcomes=(
         Outcome("a", DRAFTED, 2),
-        Outcome("b", Draft(tokens=(5,), source="free", expected_accepted=0.5), 0),
+        Outcome("b", Draft(tokens=(5,), source="free", survival=(0.5,)), 0),
         Outcome("c", Draft(bypass_reason="not_worth_it"), 0),
         Outcome("d", Draft(bypass_reason="a reason nobody foresaw"), 0),
     ),

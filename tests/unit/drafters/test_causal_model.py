@@ -1,4 +1,4 @@
-"""Copying, its calibration and the free draft, against plain Python."""
+"""The causal model: copying, its learning and the free draft, compared with plain Python."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def tokens(values: list[int]) -> np.ndarray:
 
 
 def find_copy(text: list[int]) -> tuple[int, int]:
-    """Longest earlier match of the end of `text` and where it goes on, by trying all."""
+    """Find the longest earlier match of the end of `text`, and where it continues, by trying all."""
     best, place = 0, -1
     for position in range(len(text) - 1):
         match = 0
@@ -73,10 +73,10 @@ def test_the_longest_most_recent_match_is_copied(text: list[int], path: list[int
     loops=st.booleans(),
     indexes=st.booleans(),
 )
-def test_following_a_copy_finds_what_looking_for_it_does(
+def test_following_a_copy_finds_the_same_as_a_search(
     text: list[int], path: list[int], loops: bool, indexes: bool
 ) -> None:
-    """Whether or not the path is indexed on the way, and with ids outside the vocabulary."""
+    """Also if the path is indexed on the way, and with ids outside the vocabulary."""
     if loops:
         path = (text[:4] * 30)[:30]
     followed, looked_up = new_workspace(VOCABULARY, WINDOW), new_workspace(VOCABULARY, WINDOW)
@@ -105,7 +105,7 @@ def test_a_chain_follows_the_mixtures_most_probable_token(
     ngram: NgramModel, histories: list[list[int]], length: int, use_copy: bool, use_ngram: bool
 ) -> None:
     model = CausalModel(VOCABULARY, ngram if use_ngram else None, use_copy=use_copy)
-    chains = model.greedy_chains([tokens(history) for history in histories], [length] * len(histories))
+    chains = model.draft([tokens(history) for history in histories], [length] * len(histories))
     for history, chain in zip(histories, chains, strict=True):
         assert len(chain.tokens) <= length
         text = list(history)
@@ -123,43 +123,43 @@ def test_a_batch_gives_what_single_requests_give(ngram: NgramModel) -> None:
     random = np.random.default_rng(5)
     histories = [random.integers(0, VOCABULARY, int(size)).astype(np.int32) for size in (0, 1, 2, 50, 5_000)]
     caps = [4, 0, 7, 5, 3]
-    together = model.greedy_chains(histories, caps)
+    together = model.draft(histories, caps)
     for history, cap, chain in zip(histories, caps, together, strict=True):
-        (alone,) = model.greedy_chains([history], [cap])
+        (alone,) = model.draft([history], [cap])
         assert alone.tokens == chain.tokens
         np.testing.assert_array_equal(alone.confidences, chain.confidences)
 
 
 def test_a_chain_ends_with_the_first_end_token() -> None:
     model = CausalModel(VOCABULARY, end_tokens=(9,))
-    (chain,) = model.greedy_chains([tokens([1, 2, 9, 4, 5, 1])], [5])
+    (chain,) = model.draft([tokens([1, 2, 9, 4, 5, 1])], [5])
     assert chain.tokens == (2, 9)
 
 
 def test_a_repeating_text_is_continued_beyond_its_end() -> None:
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([1, 2, 3] * 4)], [7])
+    (chain,) = CausalModel(VOCABULARY).draft([tokens([1, 2, 3] * 4)], [7])
     assert chain.tokens == (1, 2, 3, 1, 2, 3, 1)
 
 
 def test_ids_outside_the_vocabulary_are_never_copied() -> None:
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([1, 500, -4, 1])], [5])
+    (chain,) = CausalModel(VOCABULARY).draft([tokens([1, 500, -4, 1])], [5])
     assert chain.tokens == ()
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([tokens([500, 1, 500])], [5])
+    (chain,) = CausalModel(VOCABULARY).draft([tokens([500, 1, 500])], [5])
     assert chain.tokens == ()
 
 
 def test_text_before_the_window_is_not_copied() -> None:
     history = np.concatenate([tokens([1, 2]), np.zeros(WINDOW - 2, np.int32), tokens([1])])
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([history], [1])
+    (chain,) = CausalModel(VOCABULARY).draft([history], [1])
     assert chain.tokens == ()
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([history[1:]], [1])
+    (chain,) = CausalModel(VOCABULARY).draft([history[1:]], [1])
     assert chain.tokens == ()
-    (chain,) = CausalModel(VOCABULARY).greedy_chains([np.delete(history, 5)], [1])
+    (chain,) = CausalModel(VOCABULARY).draft([np.delete(history, 5)], [1])
     assert chain.tokens == (2,)
 
 
 def test_no_requests_no_chains() -> None:
-    assert CausalModel(VOCABULARY).greedy_chains([], []) == []
+    assert CausalModel(VOCABULARY).draft([], []) == []
 
 
 def test_learning_moves_the_weight_towards_what_was_seen() -> None:
@@ -174,7 +174,7 @@ def test_learning_moves_the_weight_towards_what_was_seen() -> None:
 
 
 def test_copies_that_are_right_by_chance_earn_no_weight() -> None:
-    """In random text a copy is right once in twelve times, which the uniform rest explains."""
+    """In random text one copy in twelve is right. The uniform rest explains that."""
     text = np.random.default_rng(1).integers(0, VOCABULARY, 4_000).astype(np.int32)
     copying = new_copying(prior_strength=1.0, decay=1.0)
     CausalModel(VOCABULARY, copying=copying).learn([text], [0])
@@ -211,16 +211,16 @@ def test_wrong_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize("history", [[], [3], [3, 4] * 20, [VOCABULARY + 5, 1, 2, 1], [1, 2, 3] * (WINDOW // 2)])
 def test_nothing_of_a_text_or_its_draft_is_left_behind(ngram: NgramModel, history: list[int]) -> None:
-    """The index of positions is shared by all calls: what stayed in it would be looked for in the next text."""
+    """All calls share one index of positions: leftovers would show up in the next text."""
     model = CausalModel(VOCABULARY, ngram, end_tokens=[0])
-    for most in (0, 5, MAX_CHAIN + 50):
-        (chain,) = model.greedy_chains([tokens(history)], [most], [0.0], num_learned=[len(history) // 2])
-        assert len(chain.tokens) <= min(most, MAX_CHAIN)
+    for max_tokens in (0, 5, MAX_CHAIN + 50):
+        (chain,) = model.draft([tokens(history)], [max_tokens], [0.0], num_learned=[len(history) // 2])
+        assert len(chain.tokens) <= min(max_tokens, MAX_CHAIN)
         assert (model.workspace.last == NO_TOKEN).all()
         assert (model.workspace.sums == 0).all()
 
 
 def test_the_longest_chain_copies_to_its_end() -> None:
     model = CausalModel(VOCABULARY)
-    (chain,) = model.greedy_chains([tokens([3, 4, 5] * 10)], [MAX_CHAIN + 50])
+    (chain,) = model.draft([tokens([3, 4, 5] * 10)], [MAX_CHAIN + 50])
     assert chain.tokens == tuple(([3, 4, 5] * MAX_CHAIN)[:MAX_CHAIN])

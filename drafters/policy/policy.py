@@ -1,0 +1,296 @@
+"""How much to draft. `fixed` and `paper` say a length; `goodput` takes what pays, by acceptance and by seconds."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord, num_common
+from drafters.policy.acceptance import NUM_CLASSES, Acceptance, RequestFactor, temperature_class
+from drafters.policy.learning import PRIOR_WEIGHT, RATE, Exploring
+from drafters.policy.paper import PaperLength, PaperOptions
+from drafters.policy.seconds import StepSeconds
+
+Floats = NDArray[np.float64]
+
+MIN_GAIN = 0.03  # smallest relative gain for which drafting beats plain decoding. Doubled: fewer drafts that hardly pay
+MIN_SURVIVAL = 0.05  # of a free draft's token by its own account, else the draft ends. Doubled: shorter free drafts
+MAX_REST_STEPS = 16  # in which a request isn't looked at while nothing pays. Doubled: cheaper, slower to see a change
+PROMISES = (0.4, 0.9, 1.8, 4.0)  # accepted tokens expected of a free draft: upper edges of the classes of passes
+PRIOR_GAIN = 1.0  # accepted tokens that a pass adds, before any was verified. Doubled: more passes are tried at first
+MAX_CATCH_UP_ROWS = (
+    16  # context rows charged to one pass. Doubled: a drafter that was left out for long stays out longer
+)
+FIRST_GUESS = {1: 3e-3, 64: 2e-2}  # seconds of passes by rows, until `calibrate`
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOptions:
+    """How long drafts are where a request doesn't say."""
+
+    policy: PolicyName = "goodput"
+    max_draft_tokens: int = 32
+    fixed_length: int = 8  # tokens, policy `fixed`
+    diffusion_length: int = 6  # most tokens of a diffusion draft under `goodput`
+    paper: PaperOptions = field(default_factory=PaperOptions)
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the policy remembers of one request."""
+
+    temperature_class: int
+    paper: PaperLength
+    factor: RequestFactor = field(default_factory=RequestFactor)
+    idle_steps: int = 0  # in a row for which nothing was worth drafting
+    rest_steps: int = 0  # still to come in which it isn't looked at
+
+
+class Policy:
+    """Decides whom a diffusion pass serves, and how much of each draft is verified; learns from every step.
+
+    A request's drafts depend on its own policy and on what the step costs, never on what other requests ask for. In
+    every step call `open_step`, `weigh`, `pass_lengths` and `choose`, in this order; then `observe`. Not thread-safe.
+    """
+
+    def __init__(self, options: PolicyOptions) -> None:
+        self._options = options
+        self._acceptance = Acceptance()
+        self._seconds = StepSeconds(FIRST_GUESS, FIRST_GUESS)
+        self._exploring = Exploring()
+        self._states: dict[str, RequestState] = {}
+        shape = (NUM_CLASSES, len(PROMISES) + 1)  # of passes: by temperature, by what the free draft promised
+        self._gains: Floats = np.full(shape, PRIOR_GAIN)  # accepted tokens that a pass really added to the free draft
+        self._num_passes: Floats = np.full(shape, PRIOR_WEIGHT)
+        self._num_requests, self._num_rows = 1, 1  # of the step: requests, and rows without drafts
+
+    def calibrate(
+        self, verify: Mapping[int, float], passes: Mapping[int, float] | None, plain: Mapping[int, float] | None = None
+    ) -> None:
+        """Set the start-up curves (see `StepSeconds`). passes: None without a diffusion drafter."""
+        self._seconds = StepSeconds(verify, passes or FIRST_GUESS, plain)
+
+    def open_step(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[DraftRequest]:
+        """Begin a step of these requests; returns those worth drafting for: the others rest, or may not draft."""
+        self._num_requests, self._num_rows = len(requests), len(requests) + num_prefill_rows
+        wanting = [request for request in requests if request.max_draft_tokens > 0]
+        may_be_plain = all(self.is_adaptive(request) for request in wanting)
+        if wanting and may_be_plain and self._exploring.is_due("plain", self._plain_seconds()):
+            return []  # a step without drafts tells what plain decoding costs
+        return [request for request in wanting if not self._rests(request)]
+
+    def min_survival(self, request: DraftRequest) -> float:
+        """Return the survival, by its own account, at which a request's free draft ends."""
+        return MIN_SURVIVAL if self.is_adaptive(request) else 0.0
+
+    def is_adaptive(self, request: DraftRequest) -> bool:
+        """Return whether `goodput` decides for the request: nothing else says how long its drafts are."""
+        return (request.policy or self._options.policy) == "goodput"
+
+    def weigh(self, requests: Sequence[DraftRequest], drafts: Sequence[Draft]) -> list[Draft]:
+        """Return the drafts with the survival of their tokens, as estimated for each request."""
+        states = [self._state(request) for request in requests]
+        survival = self._acceptance.survival(
+            drafts, [state.temperature_class for state in states], [state.factor.value for state in states]
+        )
+        return [
+            replace(draft, survival=tuple(row[: len(draft.tokens)])) if draft.tokens else draft
+            for draft, row in zip(drafts, survival.tolist(), strict=True)
+        ]
+
+    def pass_lengths(
+        self, requests: Sequence[DraftRequest], free: Sequence[Draft], pending: Sequence[int], max_length: int
+    ) -> list[int]:
+        """Decide, before it is paid for, whom a diffusion pass serves: return the tokens to ask of it, 0 for no pass.
+
+        free: the weighed free drafts. pending: context rows that the pass would have to run for each request first.
+        max_length: tokens that it can propose. Under `goodput` a pass serves the requests for which it adds enough.
+        """
+        wanted = [min(self._length(request), request.max_draft_tokens, max_length) for request in requests]
+        adaptive = [i for i, request in enumerate(requests) if self.is_adaptive(request)]
+        lengths = [0 if i in adaptive else length for i, length in enumerate(wanted)]
+        if not adaptive:
+            return lengths
+        for i in adaptive:
+            wanted[i] = min(wanted[i], self._options.diffusion_length)
+        classes = {i: self._pass_class(requests[i], free[i].expected_accepted) for i in adaptive}
+        order = sorted(adaptive, key=lambda i: -self._gains[classes[i]])
+        gains = np.cumsum([self._gains[classes[i]] for i in order])
+        rows = np.cumsum([min(pending[i], MAX_CATCH_UP_ROWS) + wanted[i] for i in order]) + sum(lengths)
+        seconds = self._seconds.diffusion(rows) - self._seconds.diffusion(np.array([sum(lengths)]))
+        seconds += self._seconds.search * np.arange(1, len(order) + 1)
+        count = self._num_worth(requests, free, gains, seconds, [wanted[i] for i in order])
+        for i in order[:count]:
+            lengths[i] = wanted[i]
+        for i in order[count:]:
+            if self._exploring.is_due(("pass", classes[i]), float(seconds[0])):
+                lengths[i] = wanted[i]
+                break
+        return lengths
+
+    def choose(
+        self,
+        requests: Sequence[DraftRequest],
+        free: Sequence[Draft],
+        found: Sequence[Draft | None],
+        spent_seconds: float = 0.0,
+    ) -> list[Draft]:
+        """Return what is verified: the better of each request's two drafts, cut to the length that pays.
+
+        found: weighed drafts that begin with a searched path; None without a pass. spent_seconds: on drafting in this
+        step, which no choice can bring back.
+        """
+        drafts = [self._better(*pair) for pair in zip(requests, free, found, strict=True)]
+        lengths = [
+            min(len(draft.tokens), self._length(request)) for request, draft in zip(requests, drafts, strict=True)
+        ]
+        adaptive = [i for i, request in enumerate(requests) if self.is_adaptive(request)]
+        if adaptive:
+            others = sum(lengths) - sum(lengths[i] for i in adaptive)
+            best, _, _ = self._best_lengths([drafts[i] for i in adaptive], others, spent_seconds)
+            for i, length in zip(adaptive, best, strict=True):
+                state = self._state(requests[i])
+                state.idle_steps = 0 if length else state.idle_steps + 1
+                state.rest_steps = min(state.idle_steps // 2, MAX_REST_STEPS)
+                lengths[i] = length or self._probe(state, drafts[i])
+        return [draft.cut(length) for draft, length in zip(drafts, lengths, strict=True)]
+
+    def observe(self, step: StepRecord) -> None:
+        """Learn from one verified step: from its drafts as they were verified, and from what it cost."""
+        known = [(self._states[each.request_id], each) for each in step.outcomes if each.request_id in self._states]
+        drafted = [(state, outcome) for state, outcome in known if outcome.draft.tokens]
+        drafts, classes = [each.draft for _, each in drafted], [state.temperature_class for state, _ in drafted]
+        expected = self._acceptance.survival(drafts, classes, [1.0] * len(drafts)).sum(axis=1).tolist()
+        self._acceptance.observe(drafts, classes, [outcome.num_accepted for _, outcome in drafted])
+        for (state, outcome), tokens in zip(drafted, expected, strict=True):
+            state.factor.observe(outcome.num_accepted, tokens)
+        for state, outcome in known:
+            if not outcome.draft.tokens:
+                state.factor.observe(0.0, 0.0)
+            if outcome.draft.search is not None:
+                self._learn_pass(state, outcome)
+        self._seconds.observe(step)
+        self._exploring.pass_time(step.seconds.total)
+        for where in set(classes):
+            self._exploring.saw(("free", where))
+        if not drafts:
+            self._exploring.saw("plain")
+
+    def release(self, request_id: str) -> None:
+        """Forget a request; unknown ids are fine."""
+        self._states.pop(request_id, None)
+
+    def _learn_pass(self, state: RequestState, outcome: Outcome) -> None:
+        """Learn what a pass really added: accepted tokens, less those that the free draft would have had accepted."""
+        draft, facts = outcome.draft, outcome.draft.search
+        assert facts is not None
+        added = 0
+        if draft.source == "diffusion":
+            state.paper.observe(facts.raw_length, outcome.num_accepted)
+            right = draft.tokens[: outcome.num_accepted]
+            if outcome.next_token is not None:
+                right = (*right, outcome.next_token)
+            added = outcome.num_accepted - num_common(draft.free, right)
+        where = state.temperature_class, bisect_left(PROMISES, facts.promised)
+        self._num_passes[where] += 1.0
+        self._gains[where] += max(RATE, 1.0 / self._num_passes[where]) * (added - self._gains[where])
+        self._exploring.saw(("pass", where))
+
+    def _num_worth(
+        self,
+        requests: Sequence[DraftRequest],
+        free: Sequence[Draft],
+        gains: Floats,
+        seconds: Floats,
+        wanted: Sequence[int],
+    ) -> int:
+        """Return for how many requests a pass pays, those that gain most first; 0 for none.
+
+        gains, seconds, wanted: `[requests]` accepted tokens and seconds of a pass for the first 1, 2, ... of them, and
+        tokens of each one's draft.
+        """
+        plain = self._plain_seconds()
+        if (gains / seconds).max() * plain <= self._num_requests:  # slower than plain decoding: not worth a closer look
+            return 0
+        adaptive = [draft for request, draft in zip(requests, free, strict=True) if self.is_adaptive(request)]
+        _, tokens, before = self._best_lengths(adaptive, 0, 0.0)
+        more = self._seconds.row(self._num_requests) * np.cumsum(wanted)
+        rates = (tokens + gains) / (before + seconds + more)
+        best = int(rates.argmax())
+        return best + 1 if rates[best] > (1.0 + MIN_GAIN) * tokens / before else 0
+
+    def _best_lengths(
+        self, drafts: Sequence[Draft], other_rows: int, spent_seconds: float
+    ) -> tuple[list[int], float, float]:
+        """Return the lengths that maximise expected committed tokens per second, and those tokens and seconds.
+
+        A batch's tokens are taken in the order of their survival, as many as pay. other_rows: drafted for requests
+        whose length is settled otherwise.
+        """
+        count, longest = len(drafts), max(max(len(draft.tokens) for draft in drafts), 1)
+        survival = np.zeros((count, longest))
+        for row, draft in zip(survival, drafts, strict=True):
+            row[: len(draft.tokens)] = draft.survival
+        flat = survival.ravel()
+        order = np.argsort(-flat, kind="stable")[: np.count_nonzero(flat)]
+        rows = self._num_rows + other_rows + np.arange(len(order) + 1.0)
+        seconds = self._seconds.drafted(self._num_requests, rows)
+        if not other_rows:
+            seconds[0] = self._seconds.plain(self._num_requests, self._num_rows)
+        seconds += self._seconds.overhead + spent_seconds
+        tokens = self._num_requests + np.append(0.0, np.cumsum(flat[order]))
+        rates = tokens / seconds
+        best = int(rates.argmax())
+        if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
+            best = 0
+        lengths = np.bincount(order[:best] // longest, minlength=count).tolist()
+        return lengths, float(tokens[best]), float(seconds[best])
+
+    def _better(self, request: DraftRequest, free: Draft, found: Draft | None) -> Draft:
+        """Return the draft that is expected to have more tokens accepted; a fixed length takes any searched path."""
+        if found is None:
+            return free
+        prefers = bool(found.tokens) and (
+            not self.is_adaptive(request) or found.expected_accepted > free.expected_accepted
+        )
+        return replace(found, free=free.tokens) if prefers else replace(free, search=found.search)
+
+    def _probe(self, state: RequestState, draft: Draft) -> int:
+        """Return 1 if a token is worth verifying for what it tells, though not for itself; else 0."""
+        if not draft.tokens:
+            return 0
+        rows = np.array([self._num_rows + 1.0])
+        more = float(self._seconds.drafted(self._num_requests, rows)[0]) - self._plain_seconds()
+        price = max(more, self._seconds.row(self._num_requests))
+        return int(self._exploring.is_due(("free", state.temperature_class), price))
+
+    def _plain_seconds(self) -> float:
+        return self._seconds.plain(self._num_requests, self._num_rows)
+
+    def _length(self, request: DraftRequest) -> int:
+        """Return the most tokens of the request's draft by its policy."""
+        policy = request.policy or self._options.policy
+        if policy == "fixed":
+            return self._options.fixed_length
+        if policy == "paper":
+            return self._state(request).paper.next_length
+        return self._options.max_draft_tokens
+
+    def _rests(self, request: DraftRequest) -> bool:
+        state = self._state(request)
+        if not self.is_adaptive(request) or state.rest_steps == 0:
+            return False
+        state.rest_steps -= 1
+        return True
+
+    def _pass_class(self, request: DraftRequest, promised: float) -> tuple[int, int]:
+        return self._state(request).temperature_class, bisect_left(PROMISES, promised)
+
+    def _state(self, request: DraftRequest) -> RequestState:
+        state = self._states.get(request.request_id)
+        if state is None:
+            state = RequestState(temperature_class(request.temperature), PaperLength(self._options.paper))
+            self._states[request.request_id] = state
+        return state
