@@ -77,7 +77,9 @@ class VllmProposer:
 
     def propose(self, rows: Sequence[Row]) -> list[list[int]]:
         """Learn from the step that made `rows`, then return one draft per row, none longer than the row allows."""
-        self._pipeline.observe(self._note(rows))
+        record = self._note(rows)
+        if all(row.options.probe is None for row in rows):  # a probe's draft is wrong on purpose
+            self._pipeline.observe(record)
         drafts = self._draft(rows)
         self._last_ended = self._clock()
         return drafts
