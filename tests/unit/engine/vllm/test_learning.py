@@ -64,9 +64,9 @@ def test_drafts_that_the_scheduler_cut_teach_no_false_rejections(policy: PolicyN
         length += 1 + verified
     assert len(first) == 8
     assert all(later >= earlier for earlier, later in zip(first, expected(pipeline, names), strict=True))
-    assert lengths == [8] * 100
+    assert lengths.count(8) >= 95  # now and then, a step without drafts tells what plain decoding costs
     outcomes = [outcome for record in proposer.take_records() for outcome in record.outcomes]
-    assert {len(outcome.draft.survival) for outcome in outcomes[1:]} == {2}
+    assert {len(outcome.draft.survival) for outcome in outcomes} == {0, 2}
 
 
 def test_probes_teach_nothing_about_acceptance() -> None:
