@@ -1,4 +1,4 @@
-"""What travels between the service and vLLM's worker: a request's options one way, the records of its steps the other.
+"""Messages between the service and vLLM's worker: a request's options one way, the records of its steps the other.
 
 vLLM carries lists and numbers, no objects of ours.
 """
