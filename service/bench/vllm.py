@@ -1,4 +1,4 @@
-"""Contestants on vLLM: our pipeline and vLLM's own methods, each in its own engine, on the same target."""
+"""Contestants on vLLM: our pipeline beside vLLM's own methods, on the same target, one engine each."""
 
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from service.engine.base import GenerationRequest, SpeculationStats
 from service.engine.vllm.engine import VllmEngine
 from service.settings import Settings
 
-NEAR_TIE_NATS = 1e-4  # a step over several rows rounds differently from a step over one row
+NEAR_TIE_NATS = 1e-4  # a step of several rows rounds differently from a step of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def choose_vllm_cells(names: Sequence[str] | None, everything: bool) -> list[Vll
 
 
 def garbage(settings: Mapping[str, Any], device: str) -> Any:
-    """Build the service's pipeline with an always wrong drafter (see ShiftedTransformer) and without free drafts."""
+    """Return our pipeline without free drafts, with a drafter whose logits are all given to the next token id."""
     import torch
 
     from service.bench.cells import ShiftedTransformer
@@ -86,7 +86,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
 
 
 class VllmContestant(EmbeddedContestant):
-    """A vLLM engine as a contestant. Its step records come from the worker, its counts from vLLM itself."""
+    """Sends the same requests to vLLM. Its steps come from the worker, its counts from vLLM itself."""
 
     def __init__(self, name: str, engine: VllmEngine, log: StepLog, role: Role) -> None:
         super().__init__(name, engine, log, role, time.perf_counter)
@@ -95,7 +95,7 @@ class VllmContestant(EmbeddedContestant):
         self._stats: dict[str, SpeculationStats] = {}
 
     def takes(self, workload: Workload) -> bool:
-        return workload.temperature == 0  # vLLM makes its own draws, so sampled texts can't be compared
+        return workload.temperature == 0  # vLLM draws with its own noise, so sampled texts cannot be compared
 
     async def run(self, prompts: Sequence[Prompt], workload: Workload, pair: int, seed: int) -> Pass:
         self._stats.clear()
@@ -125,7 +125,7 @@ class VllmContestant(EmbeddedContestant):
 
 
 def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
-    """Compute acceptance from totals: every step after the prompt added one token to those it accepted."""
+    """Derive the steps from totals: each step after the prompt's adds one token to those that it accepts."""
     num_steps = max(num_tokens - 1 - stats.num_accepted_draft_tokens, stats.num_spec_steps)
     return Acceptance(num_steps, stats.num_spec_steps, stats.num_draft_tokens, stats.num_accepted_draft_tokens)
 
@@ -134,7 +134,7 @@ def _acceptance(num_tokens: int, stats: SpeculationStats) -> Acceptance:
 async def vllm_contestants(
     settings: Settings, cells: Sequence[VllmCell], num_running: int
 ) -> AsyncIterator[list[VllmContestant]]:
-    """Start one engine per cell, in processes of their own. Only one of them works at any time."""
+    """Start one engine per cell, in processes of its own. Only one of them works at any time."""
     scheduler = settings.scheduler.model_copy(update={"max_running": num_running, "prefix_cache": False})
     engines: list[VllmEngine] = []
     contestants = []
@@ -152,8 +152,8 @@ async def vllm_contestants(
             engines.append(engine)
             try:
                 await engine.start()
-            except (ValueError, ImportError) as error:  # vLLM raises these for a method that it can't run here
-                raise UnknownCellError(f"the cell {cell.name!r} can't be started: {error}") from error
+            except (ValueError, ImportError) as error:  # vLLM cannot run this method here
+                raise UnknownCellError(f"the cell {cell.name!r} cannot be started: {error}") from error
             contestants.append(VllmContestant(cell.name, engine, log, cell.role))
         yield contestants
     finally:

@@ -34,16 +34,15 @@ class InProcess:
     """vLLM's `LLM` over the service's own engine arguments, and a way to its worker."""
 
     def __init__(self, settings: Any) -> None:
-        from service.engine.vllm.config import budget, engine_arguments, prepare_environment
-        from service.engine.vllm.memory import TargetFacts
+        from service.engine.vllm.config import TargetFacts, budget, engine_arguments, prepare_environment
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         prepare_environment(settings)
         from llvmlite.binding.ffi import lib
         from vllm import LLM
 
-        # vLLM looks for its kernels in the `__dict__` of whatever modules hold. llvmlite's library, which this process
-        # has loaded by then and the service's worker has not, takes that for the name of a C function.
+        # vLLM looks for its kernels in the `__dict__` of every object that a module holds. This process has loaded
+        # llvmlite's library by then, unlike the service's worker, and that library takes `__dict__` for a C function.
         lib._fntab["__dict__"] = {}
         target = TargetFacts.from_folder(Path(settings.model.target), settings.model.dtype)
         arguments = engine_arguments(settings, target, budget(settings, target))
@@ -64,11 +63,11 @@ class InProcess:
     def use(self, pipeline: Any) -> None:
         """Draft with another pipeline from now on, as if nothing had ever failed."""
         self.proposer._pipeline.inner = pipeline
-        self.guard._resumes_at = self.guard._pause_seconds = 0.0
+        self.guard.backoff.succeed()
         self.guard.num_failures = 0
 
     def run(self, prompts: list[list[int]], params: Any, batch: int | None = None) -> list[Run]:
-        """Continue prompts, at most `batch` of them at the same time. `params`: of all, or one for each."""
+        """Continue prompts, at most `batch` of them at the same time. params: one for all, or one for each."""
         runs: list[Run] = []
         many = params if isinstance(params, list) else [params] * len(prompts)
         size = batch or len(prompts)
@@ -122,7 +121,7 @@ def tiny(tiny_folders: tuple[Path, Path]) -> InProcess:
 
 @pytest.fixture(scope="session")
 def speculative() -> InProcess:
-    """The bundled pair, drafted by whatever a test chooses."""
+    """The bundled pair, with a pipeline that each test chooses."""
     return InProcess(settings_for(**{"speculation.max_draft_tokens": 8, "vllm.pipeline": "tests.vllm.pipelines:make"}))
 
 

@@ -1,6 +1,6 @@
-"""What drafts in the tests of the vLLM engine: real pipelines, knowing ones, useless ones and broken ones.
+"""Pipelines for the tests of the vLLM engine: real ones, some that know the answer, useless ones and broken ones.
 
-`make` is what the worker loads. It gives a `Switch`, whose inner pipeline a test in the same process may change.
+The worker loads `make`. It gives a `Switch`, whose inner pipeline a test in the same process may change.
 """
 
 import random
@@ -16,10 +16,11 @@ Propose = Callable[[Sequence[DraftRequest]], Any]
 
 
 class Scripted:
-    """Drafts what a function says, and counts its steps."""
+    """Lets a function draft, and counts the steps."""
 
     description = "a script"
     drafter_up = True
+    num_failures = 0
     last_cost = DraftingCost()
     reads_hidden_states = False
 
@@ -73,7 +74,7 @@ def make_failing(settings: Mapping[str, Any], device: str) -> Scripted:
 
 
 def draft(tokens: Sequence[int]) -> Draft:
-    return Draft(tuple(tokens), "diffusion", confidences=(0.9,) * len(tokens), expected_accepted=1.0)
+    return Draft(tuple(tokens), "diffusion", (0.9,) * len(tokens), survival=(0.9,) * len(tokens))
 
 
 def garbage(vocabulary_size: int) -> Scripted:
@@ -90,7 +91,7 @@ def garbage(vocabulary_size: int) -> Scripted:
 
 
 def oracle(texts: Sequence[Sequence[int]]) -> Scripted:
-    """Drafts what will come, for requests that follow one of `texts` so far; wrong in its last token now and then."""
+    """Drafts the right tokens for requests that follow one of `texts` so far; the last one is wrong now and then."""
 
     def propose(requests: Sequence[DraftRequest]) -> list[Draft]:
         drafts = []
@@ -129,7 +130,7 @@ def sleeping(at_step: int, seconds: float) -> Scripted:
 
 
 def nonsense(kind: str) -> Scripted:
-    """Something no drafter may return."""
+    """Returns something that no drafter may return."""
 
     def propose(requests: Sequence[DraftRequest]) -> Any:
         count = len(requests)

@@ -1,4 +1,4 @@
-"""Greedy output is vLLM's own, token by token, whoever drafts and whoever else is in the batch."""
+"""Greedy output is vLLM's own, token by token, with every drafter and any neighbours in the batch."""
 
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     drafter: str,
     batch: int,
 ) -> None:
-    """In batches with sampled neighbours: every second request is sampled, and nobody looks at those."""
+    """In batches, every second request is a sampled neighbour, whose output is not compared."""
     ours = getattr(speculative, "ours", None) or speculative.proposer._pipeline.inner
     speculative.ours = ours  # type: ignore[attr-defined]
     texts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, expected, strict=True)]

@@ -160,10 +160,10 @@ def test_seeded_requests_are_exact_too(tiny: InProcess, exact: Exact, full: bool
 
 
 def test_vllms_cpu_sampling_is_mended() -> None:
-    """Without `mend_cpu_sampling` both calls go wrong: the first reads memory that nobody wrote, the last raises."""
+    """Without `mend_cpu_sampling` both calls go wrong: the first reads uninitialised memory, the last raises."""
     from vllm.v1.sample import rejection_sampler
 
-    from service.engine.vllm.cpu_sampling import mend_cpu_sampling
+    from service.engine.vllm.patches import mend_cpu_sampling
 
     assert mend_cpu_sampling()
     counts = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -188,7 +188,7 @@ def test_a_seeded_prompt_is_read_in_parts(speculative: InProcess, prompts: list[
 
 
 def test_a_token_drawn_in_vain_leaves_no_trace() -> None:
-    from service.engine.vllm.cpu_sampling import hiding_generators, keeping_generators
+    from service.engine.vllm.patches import hiding_generators, keeping_generators
 
     generators = {row: torch.Generator().manual_seed(row) for row in range(3)}
     batch = SimpleNamespace(num_reqs=4, generators=generators)
@@ -206,7 +206,7 @@ def test_a_token_drawn_in_vain_leaves_no_trace() -> None:
 
 
 def test_vllms_own_kernel_still_needs_mending() -> None:
-    """Fails once vLLM has mended it: then `service.engine.vllm.cpu_sampling` can go."""
+    """Fails once vLLM has mended it: then that part of `service.engine.vllm.patches` can go."""
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
     output = torch.full((5,), -1.0)
@@ -217,7 +217,7 @@ def test_vllms_own_kernel_still_needs_mending() -> None:
 def test_other_versions_of_vllm_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
 
-    from service.engine.vllm.cpu_sampling import mend_cpu_sampling
+    from service.engine.vllm.patches import mend_cpu_sampling
 
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     assert not mend_cpu_sampling()

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.engine.vllm.lifeline import parent_of
+from service.engine.vllm.patches import parent_of
 from tests.integration.api_server import wait_for
 
 PORT = 8157
@@ -26,7 +26,7 @@ BODY = {"prompt": "def f(x):\n    return f(x) + ", "max_tokens": 300, "temperatu
 
 
 class Server:
-    """The process, and what it has said on stderr so far."""
+    """The process and its lines on stderr so far."""
 
     def __init__(self, target: Path, drafter: Path) -> None:
         environment = os.environ | {
@@ -71,7 +71,7 @@ class Server:
         return sum(values)
 
     def worker_pids(self) -> list[int]:
-        """Every descendant that is neither the server nor multiprocessing's own helper."""
+        """Process ids of the server's descendants that are workers."""
         table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in table.splitlines()[1:]]
         known, grown = {self.process.pid}, True
@@ -86,11 +86,11 @@ def test_vllms_processes_end_with_a_service_that_was_killed_outright() -> None:
     """With stand-ins for the three processes: the service, vLLM's engine process and a worker that holds the line."""
     script = """
 import multiprocessing, os, sys, time
-from service.engine.vllm import lifeline as vllm_lifeline
+from service.engine.vllm import patches
 
 def worker():
-    vllm_lifeline.POLL_SECONDS = vllm_lifeline.GRACE_SECONDS = 0.1
-    vllm_lifeline.hold_lifeline()
+    patches.POLL_SECONDS = patches.GRACE_SECONDS = 0.1
+    patches.hold_lifeline()
     print(os.getppid(), os.getpid(), flush=True)
     time.sleep(120)
 

@@ -1,1 +1,1 @@
-"""Everything that knows vLLM: its engine in this process, and our drafting inside its worker."""
+"""Everything that knows vLLM: its engine in the service's process, and our drafting inside its worker."""

@@ -21,21 +21,46 @@ from service.engine.base import (
     TokenDelta,
 )
 from service.engine.vllm import config as vllm_config
-from service.engine.vllm.live import LiveRequests
-from service.engine.vllm.memory import GIB, TargetFacts
-from service.engine.vllm.probes import PROBES, SLOW_PROBE_SECONDS, probe_requests
-from service.engine.vllm.requests import DeltaReader, leaves_no_token, sampling_params
-from service.engine.vllm.step_packing import unpack_records
+from service.engine.vllm.calibration import run_probes
+from service.engine.vllm.config import GIB, TargetFacts
+from service.engine.vllm.records import NO_DRAFTS_HERE, unpack_records
+from service.engine.vllm.requests import DeltaReader, LiveRequests, leaves_no_token, sampling_params
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 0.25  # between two questions to the worker about its steps
-_LAST_STEP_SECONDS = 5.0
+REPORT_SECONDS = 0.25  # between two reports of the worker about its steps
+_LAST_STEP_SECONDS = 5.0  # the wait for a last step after aborting all requests
+
+
+class StepWatch:
+    """Counts vLLM's steps and keeps its newest gauges. Implements vLLM's `StatLoggerBase` without importing it."""
+
+    def __init__(self, note_progress: Callable[[], None]) -> None:
+        self._note_progress = note_progress
+        self.num_steps = 0
+        self.num_running = 0
+        self.kv_cache_usage = 0.0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        if scheduler_stats is None:
+            return
+        self.num_steps += 1
+        self.num_running = scheduler_stats.num_running_reqs
+        self.kv_cache_usage = scheduler_stats.kv_cache_usage
+        self._note_progress()
+
+    def log(self) -> None: ...
+
+    def log_engine_initialized(self) -> None: ...
+
+    def record_sleep_state(self, is_awake: int, level: int) -> None: ...
 
 
 class VllmEngine:
-    """Implements `Engine`. Of the event loop in which `start` was awaited, and not to be started twice."""
+    """Implements `Engine`. Bound to the event loop that awaited `start`. Start it once."""
 
     def __init__(
         self,
@@ -44,19 +69,21 @@ class VllmEngine:
         observe_failures: Callable[[int], None] = lambda count: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """observers: get every step's record, in the event loop. observe_failures: hears how often the drafter failed
-        since the last time."""
+        """observers: get every step's record, in the event loop.
+
+        observe_failures: gets the number of the drafter's failures since the last time.
+        """
         self._settings = settings
         self._observers = list(observers)
         self._observe_failures = observe_failures
         self._clock = clock
         self._llm: Any = None
-        self._watch: Any = None
+        self._live = LiveRequests(clock)
+        self._watch = StepWatch(self._live.note_progress)
         self._loading = ("not started", 0.0)
         self._failure = ""
         self._is_ready = False
         self._is_stopping = False
-        self._live = LiveRequests(clock)
         self._reporting: asyncio.Task[None] | None = None
         self._drafter_up, self.num_drafter_failures = True, 0
         self._target: TargetFacts | None = None
@@ -86,7 +113,7 @@ class VllmEngine:
         return self._description
 
     async def start(self) -> None:
-        """Load everything; returns when ready, raises CheckpointError, MemoryBudgetError or what vLLM raises."""
+        """Load everything and return when ready. Raises CheckpointError, MemoryBudgetError, or an error of vLLM's."""
         try:
             await asyncio.to_thread(self._load)
             if self._is_stopping:
@@ -101,12 +128,12 @@ class VllmEngine:
         self._is_ready = True
 
     async def stop(self, drain_seconds: float) -> None:
-        """Refuse new requests, let the others end for at most `drain_seconds`, then end them with `abort`."""
+        """Refuse new requests, give the others at most `drain_seconds` to end, then end them with `abort`."""
         self._is_stopping = True
         if not await self._live.wait_idle(drain_seconds) and self._llm is not None:
             await self._llm.abort(list(self._live))
             if not await self._live.wait_idle(_LAST_STEP_SECONDS):
-                log.error("vLLM hangs in a step and is left behind")
+                log.error("vLLM hangs in a step; shutting down without waiting for it")
         if self._reporting is not None:
             self._reporting.cancel()
             await asyncio.gather(self._reporting, return_exceptions=True)
@@ -117,10 +144,9 @@ class VllmEngine:
             return EngineStatus("dead", self._failure)
         if not self._is_ready:
             return EngineStatus("loading", *self._loading)
-        watch = self._watch
-        running = min(watch.num_running, len(self._live))
-        counts = (1.0, running, len(self._live) - running, watch.kv_cache_usage, self._drafter_up)
-        if self._llm is None and self._is_stopping:  # being shut down, which takes seconds and is no death
+        running = min(self._watch.num_running, len(self._live))
+        counts = (1.0, running, len(self._live) - running, self._watch.kv_cache_usage, self._drafter_up)
+        if self._llm is None and self._is_stopping:  # the shutdown takes seconds; the engine has not died
             return EngineStatus("draining", "the server is shutting down", *counts)
         if self._llm is None or self._llm.errored:
             return EngineStatus("dead", "vLLM's engine has died", *counts)
@@ -132,7 +158,7 @@ class VllmEngine:
         return EngineStatus("ready", "", *counts)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Yield the request's deltas; closing the generator cancels the request (see `Engine.generate`)."""
+        """Yield the request's deltas. Closing the generator cancels the request (see `Engine.generate`)."""
         self._admit(request)
         with self._live.hold(request.request_id, len(request.prompt) + request.max_tokens):
             async with aclosing(self._deltas(request)) as deltas:
@@ -140,7 +166,7 @@ class VllmEngine:
                     yield delta
 
     async def _deltas(self, request: GenerationRequest, probe: int | None = None) -> AsyncGenerator[TokenDelta, None]:
-        """Run one request in vLLM, with its errors in this service's words."""
+        """Run one request in vLLM and translate vLLM's errors into this service's."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -182,7 +208,7 @@ class VllmEngine:
             raise RequestFailedError(f"vLLM failed on this request: {error!r}") from error
 
     def _admit(self, request: GenerationRequest) -> None:
-        """Raises QueueFullError, EngineUnavailableError, RequestFailedError."""
+        """Check that the request may come in. Raises QueueFullError, EngineUnavailableError, RequestFailedError."""
         status = self.status()
         if status.phase != "ready":
             raise EngineUnavailableError(f"the engine is {status.phase}: {status.detail}")
@@ -207,7 +233,7 @@ class VllmEngine:
         return self._target
 
     def _load(self) -> None:
-        """In another thread: everything that takes long."""
+        """Start vLLM, which takes long: runs in a thread of its own."""
         settings = self._settings
         self._loading = ("reading the target's configuration", 0.0)
         target = self._target = TargetFacts.from_folder(Path(settings.model.target), settings.model.dtype)
@@ -221,11 +247,8 @@ class VllmEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from service.engine.vllm.watch import StepWatch
-
         self._loading = ("starting vLLM's processes", 0.3)
         arguments = vllm_config.engine_arguments(settings, target, plan)
-        self._watch = StepWatch(self._live.note_progress)
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**arguments), stat_loggers=[lambda config, index: self._watch]
         )
@@ -236,21 +259,16 @@ class VllmEngine:
         if not self.default_draft_tokens:
             return "none"
         descriptions: list[str] = await self._llm.collective_rpc("diffuspec_describe")
-        return next((text for text in descriptions if text and text != "nothing on this rank"), "none")
+        return next((text for text in descriptions if text and text != NO_DRAFTS_HERE), "none")
 
     async def _calibrate(self) -> None:
-        """Measure what a step costs by batch and drafted tokens, on real requests, before anybody else comes."""
+        """Measure what a step costs by requests and draft tokens, on real requests, before any other comes."""
         if self._settings.vllm.method != vllm_config.OURS or not self.default_draft_tokens:
             return
         self._loading = ("measuring what a step costs", 0.95)
-        started = self._clock()
-        for batch, drafted in PROBES:
-            if batch > self._settings.scheduler.max_running or drafted > self.default_draft_tokens:
-                continue
-            if self._clock() - started > SLOW_PROBE_SECONDS and batch > 1:
-                break
-            requests = probe_requests(batch, drafted, self.context_length, self.vocabulary_size)
-            await asyncio.gather(*(self._exhaust(request, drafted) for request in requests))
+        max_running = self._settings.scheduler.max_running
+        sizes = (max_running, self.default_draft_tokens, self.context_length, self.vocabulary_size)
+        await run_probes(self._exhaust, *sizes, self._clock)
         measured: list[list[list[float]]] = await self._llm.collective_rpc("diffuspec_calibrate")
         log.info(
             "steps: %s",
@@ -266,7 +284,7 @@ class VllmEngine:
         return next((steps for steps in answers if steps), [])
 
     async def _report_forever(self) -> None:
-        """Fetch the steps' records for whoever observes them, for as long as the engine lives."""
+        """Call `report` while steps are made, for as long as the engine lives."""
         seen = -1
         while not self._llm.errored:
             await asyncio.sleep(REPORT_SECONDS)
@@ -280,7 +298,7 @@ class VllmEngine:
                     log.error("the worker does not report (%r)", error)
 
     async def report(self) -> None:
-        """Hand on the records of the steps since the last time, and note how the drafter is."""
+        """Fetch the records of the steps since the last time, pass them to the observers, note the drafter's health."""
         answers: list[dict[str, Any]] = await self._llm.collective_rpc("diffuspec_report")
         self._drafter_up = all(answer["up"] for answer in answers)
         failures = sum(answer["failures"] for answer in answers)

@@ -1,12 +1,16 @@
-"""One request on its way into vLLM, and its outputs on their way back."""
+"""A request's way through vLLM: its parameters going in, its outputs coming out, and which requests are live."""
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from drafters.base import max_draft_tokens
 from service.engine.base import (
     FinishReason,
     GenerationRequest,
@@ -15,8 +19,8 @@ from service.engine.base import (
     StructureSpec,
     TokenDelta,
 )
-from service.engine.vllm.proposer import RequestOptions
-from service.engine.vllm.step_packing import KEY
+from service.engine.pace import Pace
+from service.engine.vllm.records import KEY, RequestOptions
 from verifiers.base import TokenLogprobs
 from verifiers.sampling import BANNED, ban, restrict
 
@@ -24,8 +28,80 @@ SEED_MASK = 2**63 - 1
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
+class LiveRequests:
+    """The requests that vLLM has now. Bound to one event loop.
+
+    Progress is any step of vLLM's. vLLM hangs if there is none while requests are live.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tokens: dict[str, int] = {}  # request id -> tokens of its prompt and output, in the order of arrival
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._endings = Pace(clock)
+        self._progress_at = 0.0  # time of the latest step, or of the first request after an idle time
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._tokens
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    @contextlib.contextmanager
+    def hold(self, request_id: str, num_tokens: int) -> Iterator[None]:
+        """Count the request as live while the block lasts. num_tokens: the most that prompt and output may have."""
+        if not self._tokens:
+            self.note_progress()
+        self._tokens[request_id] = num_tokens
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            del self._tokens[request_id]
+            self._endings.note()
+            if not self._tokens:
+                self._endings.forget()
+                self._idle.set()
+
+    def note_progress(self) -> None:
+        self._progress_at = self._clock()
+
+    @property
+    def seconds_without_progress(self) -> float:
+        return self._clock() - self._progress_at if self._tokens else 0.0
+
+    def waiting_tokens(self, num_places: int) -> list[int]:
+        """Return the tokens of each waiting request. vLLM does not say who runs: assume the first `num_places`."""
+        return list(islice(self._tokens.values(), num_places, None))
+
+    def what_is_full(self, num_places: int, max_waiting: int, max_waiting_tokens: int | None) -> str:
+        """Return, for people, the bound that keeps one more request out; empty if there is room."""
+        waiting = self.waiting_tokens(num_places)
+        if len(self) >= num_places + max_waiting:
+            if not waiting:
+                return f"{len(self)} requests are running already, and none may wait"
+            return f"{len(waiting)} requests are waiting already"
+        if waiting and max_waiting_tokens is not None and sum(waiting) >= max_waiting_tokens:
+            return f"requests of {sum(waiting)} tokens are waiting already"
+        return ""
+
+    def retry_after(self, num_ahead: int) -> float:
+        """Return the seconds until `num_ahead` places should be free, from the rate at which requests ended lately."""
+        return self._endings.seconds_until(num_ahead)
+
+    async def wait_idle(self, seconds: float) -> bool:
+        """Wait until no request is live, at most `seconds`; returns whether that was reached."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return not self._tokens
+
+
 def sampling_params(request: GenerationRequest, probe: int | None = None) -> Any:
-    """vLLM's `SamplingParams`. `probe`: always draft so many tokens (see `service.engine.vllm.proposer`)."""
+    """Return vLLM's `SamplingParams`. probe: draft exactly so many tokens (see `service.engine.vllm.calibration`)."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -49,7 +125,7 @@ def sampling_params(request: GenerationRequest, probe: int | None = None) -> Any
         logit_bias=dict(rules.logit_bias) or None,
         allowed_token_ids=None if rules.allowed_token_ids is None else list(rules.allowed_token_ids),
         seed=None if rules.is_greedy else rules.seed & SEED_MASK,
-        max_tokens=max(request.max_tokens, 1),  # vLLM always generates; whoever wants nothing is not shown it
+        max_tokens=max(request.max_tokens, 1),  # vLLM generates at least one; `DeltaReader` hides it if none was wanted
         min_tokens=rules.min_tokens,
         stop_token_ids=list(rules.stop_token_ids),
         ignore_eos=True,  # end tokens that count are among the stop tokens
@@ -75,14 +151,14 @@ def _structured_outputs(spec: StructureSpec) -> Any:
 
 
 def leaves_no_token(request: GenerationRequest, output: Sequence[int], vocabulary_size: int) -> bool:
-    """Whether the structure and the other rules together forbade every token somewhere along `output`.
+    """Return whether the structure and the other rules together forbid every token at some place of `output`.
 
     vLLM ends such a request as failed and does not say why.
     """
     if request.structure is None:
         return False
     state = request.structure.start()
-    for position, token in enumerate([*output, -1]):  # -1: whatever would have come next
+    for position, token in enumerate([*output, -1]):  # -1: the token that would have come next
         logits = torch.zeros(1, vocabulary_size)
         restrict(logits, state.masks([]))
         ban(logits, request.rules, np.array(output[:position], dtype=np.int32), [])
@@ -99,9 +175,10 @@ class DeltaReader:
 
     def __init__(self, request: GenerationRequest, service_draft_tokens: int) -> None:
         speculation = request.speculation
-        wanted = service_draft_tokens if speculation.max_draft_tokens is None else speculation.max_draft_tokens
         self._request = request
-        self._num_spec_tokens = max(min(wanted, service_draft_tokens), 0) if speculation.enabled else 0
+        self._num_spec_tokens = max_draft_tokens(
+            speculation.enabled, speculation.max_draft_tokens, service_draft_tokens
+        )
         self._stats = SpeculationStats(
             num_spec_tokens=self._num_spec_tokens, acceptance_histogram=[0] * (self._num_spec_tokens + 1)
         )
@@ -110,7 +187,7 @@ class DeltaReader:
         self.has_ended = False
 
     def read(self, output: Any, steps: Sequence[Sequence[Any]] = ()) -> Iterator[TokenDelta]:
-        """The output's tokens: one delta, or one for each of the traced `steps` that made them."""
+        """Yield the output's tokens: one delta, or one for each of the traced `steps` that made them."""
         completion = output.outputs[0]
         self._count(output, completion)
         self.has_ended = bool(output.finished)
@@ -124,26 +201,26 @@ class DeltaReader:
         logprobs = tuple(
             _token_logprobs(token, known, wanted) for token, known in zip(tokens, entries, strict=True) if known
         )
-        parts = self._parts(len(tokens), steps)
+        pieces = self._by_step(len(tokens), steps)
         begin = 0
-        for number, (count, trace) in enumerate(parts):
-            is_last = number == len(parts) - 1
+        for number, (count, trace) in enumerate(pieces):
+            is_last = number == len(pieces) - 1
             end = begin + count
             yield self._delta(output, tokens[begin:end], logprobs[begin:end], reason if is_last else None, trace)
             begin = end
 
-    def _parts(self, count: int, steps: Sequence[Sequence[Any]]) -> list[tuple[int, StepTrace | None]]:
-        """How the tokens fall into steps."""
-        parts: list[tuple[int, StepTrace | None]] = []
+    def _by_step(self, count: int, steps: Sequence[Sequence[Any]]) -> list[tuple[int, StepTrace | None]]:
+        """Divide `count` tokens among the steps that made them."""
+        pieces: list[tuple[int, StepTrace | None]] = []
         while count > 0 and self._num_traced < len(steps):
             source, drafted, num_accepted = steps[self._num_traced]
             self._num_traced += 1
             size = min(num_accepted + 1, count)
-            parts.append((size, StepTrace(source, tuple(drafted), min(num_accepted, size))))
+            pieces.append((size, StepTrace(source, tuple(drafted), min(num_accepted, size))))
             count -= size
-        if count or not parts:
-            parts.append((count, None))
-        return parts
+        if count or not pieces:
+            pieces.append((count, None))
+        return pieces
 
     def _delta(
         self,
@@ -170,6 +247,7 @@ class DeltaReader:
         )
 
     def _count(self, output: Any, completion: Any) -> None:
+        """Take over vLLM's counts, which come with the last output, or ours, which come with every one."""
         metrics = completion.spec_decode_metrics
         if metrics is not None:
             drafted, histogram = metrics.num_draft_tokens, list(metrics.histogram)
@@ -187,7 +265,7 @@ class DeltaReader:
 
 
 def _token_logprobs(token: int, entries: Any, count: int) -> TokenLogprobs:
-    """From vLLM's mapping of token id to log probability: the token's own, and the `count` best."""
+    """Return the token's own log probability and the `count` best. entries: vLLM's, by token id."""
     own = entries[token]
     best = sorted((entry.rank, other, entry.logprob) for other, entry in entries.items())[:count]
     return TokenLogprobs(token, own.logprob, own.rank, tuple((other, logprob) for _, other, logprob in best))

@@ -1,7 +1,8 @@
-"""Where the drafting pipeline meets vLLM's insides, in the engine's and the workers' processes (vLLM 0.32).
+"""Where drafting meets vLLM's insides, in the processes of its engine and its workers (vLLM 0.32).
 
-`DraftingWorker` gives the proposer what vLLM's interface for custom proposers keeps to itself: who is in the batch, who
-left it, what was really verified. `ReportingScheduler` sends each request's counts along with its tokens.
+`DraftingWorker` gives the proposer what vLLM's interface for custom proposers does not: which requests are in the
+batch, which left it, and which draft tokens were verified. `ReportingScheduler` sends each request's counts with its
+tokens.
 """
 
 import importlib
@@ -14,11 +15,10 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from drafters.base import StepRecord
-from service.engine.vllm.cpu_sampling import mend_cpu_sampling
 from service.engine.vllm.guard import DraftGuard
-from service.engine.vllm.lifeline import hold_lifeline
-from service.engine.vllm.proposer import RequestOptions, Row, Trace, VllmProposer
-from service.engine.vllm.step_packing import KEY, pack_record
+from service.engine.vllm.patches import hold_lifeline, mend_cpu_sampling
+from service.engine.vllm.proposer import Row, VllmProposer
+from service.engine.vllm.records import KEY, NO_DRAFTS_HERE, RequestOptions, Trace, pack_record
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -26,22 +26,23 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 _ANY_LENGTH = 1 << 40
+_NO_OPTIONS = RequestOptions()
 
 
 class PipelineProposer:
-    """vLLM's custom proposer: named in `speculative_config`, made by the model runner, fed by `DraftingWorker`."""
+    """vLLM's custom proposer, named in `speculative_config`. The model runner makes it, `DraftingWorker` feeds it."""
 
     def __init__(self, vllm_config: Any) -> None:
         self._config = vllm_config
         self._proposer: VllmProposer | None = None  # only on the rank whose drafts vLLM takes
         self._pipeline: Any = None
         self._runner: Any = None
-        self._verified: dict[str, list[int]] = {}
-        self._rows: dict[str, int] = {}  # scheduled tokens
-        self._states: dict[str, Tensor] = {}  # by request: what each token was predicted from, [most tokens, hidden]
+        self._verified: dict[str, list[int]] = {}  # by request: draft tokens of the running step
+        self._rows: dict[str, int] = {}  # by request: scheduled tokens of the running step
+        self._states: dict[str, Tensor] = {}  # by request: [max tokens, hidden] what each token was predicted from
 
     def load_model(self, target_model: Any) -> None:
-        """Load the pipeline by the name in `additional_config`, on the target's device."""
+        """Load the pipeline that `additional_config` names, on the target's device."""
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
         if not (get_tp_group().is_first_rank and get_pp_group().is_last_rank):
@@ -54,6 +55,7 @@ class PipelineProposer:
         self._proposer = VllmProposer(self._pipeline, vocabulary_size, time.perf_counter)
 
     def attach(self, runner: Any) -> None:
+        """Take the model runner, which knows the batch."""
         self._runner = runner
 
     @property
@@ -62,15 +64,15 @@ class PipelineProposer:
 
     @property
     def num_failures(self) -> int:
-        """Those that the pipeline has contained itself."""
+        """Failures that the pipeline contained itself."""
         return int(getattr(self._pipeline, "num_failures", 0))
 
     @property
     def description(self) -> str:
-        return str(getattr(self._pipeline, "description", "nothing on this rank"))
+        return str(getattr(self._pipeline, "description", NO_DRAFTS_HERE))
 
     def begin(self, scheduler_output: Any) -> None:
-        """A step starts."""
+        """Note that a step starts."""
         if self._proposer is None:
             return
         self._verified = scheduler_output.scheduled_spec_decode_tokens
@@ -81,9 +83,9 @@ class PipelineProposer:
         self._proposer.begin(gone, self._rows)
 
     def keep_states(self, hidden_states: Tensor) -> None:
-        """Remember a step's hidden states `[rows, hidden]` (after the final norm), for a drafter that reads them.
+        """Keep a step's hidden states `[rows, hidden]` (after the final norm), for a drafter that reads them.
 
-        Those of rejected drafts are overwritten by the next step; those of a cached prefix are not known and stay zero.
+        The next step overwrites those of rejected drafts. Those of a cached prefix are unknown and stay zero.
         """
         if self._proposer is None or not getattr(self._pipeline, "reads_hidden_states", False):
             return
@@ -92,8 +94,8 @@ class PipelineProposer:
             count, state = self._rows[request_id], self._runner.requests[request_id]
             kept = self._states.get(request_id)
             if kept is None:
-                most = state.num_prompt_tokens + state.sampling_params.max_tokens + self._pipeline.max_draft_tokens + 2
-                kept = self._states[request_id] = hidden_states.new_zeros(most, hidden_states.shape[1])
+                size = state.num_prompt_tokens + state.sampling_params.max_tokens + self._pipeline.max_draft_tokens + 2
+                kept = self._states[request_id] = hidden_states.new_zeros(size, hidden_states.shape[1])
             first = state.num_computed_tokens + 1
             kept[first : first + count] = hidden_states[begin : begin + count]
             begin += count
@@ -107,7 +109,7 @@ class PipelineProposer:
         return self._proposer.propose(self._batch(sampled_token_ids, num_tokens_no_spec, token_ids_cpu))
 
     def skip(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any) -> None:
-        """The same step, while nothing may be drafted."""
+        """Note the same step while the pipeline is paused."""
         if self._proposer is not None:
             self._proposer.skip(self._batch(sampled_token_ids, num_tokens_no_spec, token_ids_cpu))
 
@@ -121,7 +123,7 @@ class PipelineProposer:
         return {} if self._proposer is None else self._proposer.calibrate()
 
     def _batch(self, sampled: list[list[int]], num_tokens: Any, token_ids: Any) -> list[Row]:
-        """The batch in the words of `VllmProposer`; the tokens are views."""
+        """Return the batch as rows of `VllmProposer`; their tokens are views."""
         requests = self._runner.requests
         rows = []
         for i, (request_id, drawn) in enumerate(zip(self._runner.input_batch.req_ids, sampled, strict=True)):
@@ -146,11 +148,8 @@ class PipelineProposer:
         return rows
 
 
-_NO_OPTIONS = RequestOptions()
-
-
 class DraftingWorker(PlatformWorker):
-    """vLLM's worker, with our proposer (or anybody's custom proposer) behind a guard."""
+    """vLLM's worker, with our proposer, or any other custom proposer, behind a guard."""
 
     _guard: DraftGuard | None = None
 
@@ -162,7 +161,7 @@ class DraftingWorker(PlatformWorker):
         if speculation is None or speculation.method != "custom_class" or not hasattr(self.model_runner, "drafter"):
             return
         runner = self.model_runner
-        # vLLM drafts for nobody once a single request is near the context's end; the guard bounds each draft by itself.
+        # vLLM drafts for no request at all once one is near the context's end. The guard bounds each draft by itself.
         runner.effective_drafter_max_model_len = _ANY_LENGTH
         options = self.vllm_config.additional_config.get(KEY, {})
         self._guard = DraftGuard(
@@ -179,7 +178,7 @@ class DraftingWorker(PlatformWorker):
             self._watch_hidden_states(self._guard, self._ours)
 
     def _watch_hidden_states(self, guard: DraftGuard, ours: PipelineProposer) -> None:
-        """Let the proposer see the step's hidden states, which vLLM gives to its own proposers alone."""
+        """Show the proposer each step's hidden states, which vLLM shows to its own proposers only."""
         propose = self.model_runner.propose_draft_token_ids
 
         def keep_and_propose(
@@ -192,7 +191,7 @@ class DraftingWorker(PlatformWorker):
 
     @property
     def _ours(self) -> PipelineProposer | None:
-        """This project's proposer, if that is what the guard guards."""
+        """This project's proposer, if the guard guards one."""
         proposer: Any = None if self._guard is None else self._guard.proposer
         return proposer if isinstance(proposer, PipelineProposer) else None
 
@@ -202,8 +201,10 @@ class DraftingWorker(PlatformWorker):
             guard.contain(lambda: ours.begin(scheduler_output))
         return super().execute_model(scheduler_output)
 
+    # The service calls the following by name (`collective_rpc`); every rank answers.
+
     def diffuspec_report(self) -> dict[str, Any]:
-        """What the service asks for now and then: steps since the last time, and how the drafter is."""
+        """Return the steps since the last call, and the drafter's health."""
         guard = self._guard
         if guard is None:
             return {"up": True, "failures": 0, "failure": "", "records": []}
@@ -216,23 +217,23 @@ class DraftingWorker(PlatformWorker):
         }
 
     def diffuspec_describe(self) -> str:
-        """What drafts here."""
+        """Name what drafts here."""
         if self._guard is None:
             return ""
         return type(self._guard.proposer).__name__ if self._ours is None else self._ours.description
 
     def diffuspec_trace(self, name: str) -> list[list[Any]]:
-        """The steps of one request."""
+        """Return the steps of one request."""
         return [] if self._ours is None else [list(step) for step in self._ours.trace_of(name)]
 
     def diffuspec_calibrate(self) -> list[list[float]]:
-        """Take in what the probe requests cost: pairs of rows and seconds."""
+        """Set the pipeline's costs from the probe requests. Returns pairs of rows and seconds."""
         measured = {} if self._ours is None else self._ours.calibrate()
         return [[rows, seconds] for rows, seconds in measured.items()]
 
 
 class ReportingScheduler(Scheduler):
-    """vLLM's scheduler; every output carries its request's counts so far, as vLLM itself sends them with the last."""
+    """vLLM's scheduler, which sends a request's counts with every output instead of only the last."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -1,11 +1,11 @@
-"""vLLM's configuration follows from the settings. These tests don't need vLLM."""
+"""vLLM's engine arguments and memory follow from the settings; nothing here needs vLLM."""
 
 from pathlib import Path
 
 import pytest
 
 from service.engine.vllm import config as vllm_config
-from service.engine.vllm.memory import MemoryBudgetError, TargetFacts, plan_memory
+from service.engine.vllm.config import MemoryBudgetError, TargetFacts, plan_memory
 from service.settings import Settings, SettingsError, load_settings
 from transformer.config import CheckpointError
 

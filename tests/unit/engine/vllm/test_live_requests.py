@@ -1,10 +1,10 @@
-"""The record of vLLM's live requests: progress, queue and pace."""
+"""Live requests: who waits, what is full, when to come back, and when vLLM hangs."""
 
 import asyncio
 
 import pytest
 
-from service.engine.vllm.live import LiveRequests
+from service.engine.vllm.requests import LiveRequests
 
 
 class Clock:

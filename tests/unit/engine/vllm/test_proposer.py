@@ -1,19 +1,21 @@
-"""The pipeline as vLLM's worker sees it: what was really verified is what counts, and nobody's state is left behind."""
+"""The pipeline inside vLLM's worker: it learns from the verified tokens only, and forgets every request that leaves."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from drafters.base import Draft, DraftingCost, DraftRequest, StepRecord
-from service.engine.vllm.proposer import RequestOptions, Row, VllmProposer
-from service.engine.vllm.step_packing import pack_record, unpack_records
+from drafters.base import Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord
+from service.engine.vllm.proposer import Row, VllmProposer
+from service.engine.vllm.records import RequestOptions, pack_record, unpack_records
 
 
 class CopyingPipeline:
     """A real, if simple pipeline: repeats the last token."""
 
     max_draft_tokens = 4
+    description, drafter_up, num_failures = "copies", True, 0
     last_cost = DraftingCost(0.25, 0.125, 0.0625, num_diffusion_rows=3, num_searches=2)
 
     def __init__(self) -> None:
@@ -24,10 +26,7 @@ class CopyingPipeline:
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
         self.requests = list(requests)
-        return [
-            Draft((int(request.tokens[-1]),) * request.max_draft_tokens, "free", (0.5,) * request.max_draft_tokens)
-            for request in requests
-        ]
+        return [_copied(int(request.tokens[-1]), request.max_draft_tokens) for request in requests]
 
     def observe(self, step: StepRecord) -> None:
         self.observed.append(step)
@@ -37,6 +36,11 @@ class CopyingPipeline:
 
     def calibrate(self, verify_seconds: Mapping[int, float], plain_seconds: Mapping[int, float] | None = None) -> None:
         self.calibrated = verify_seconds
+
+
+def _copied(token: int, length: int) -> Draft:
+    survival = tuple(0.5 ** (1 + i) for i in range(length))
+    return Draft((token,) * length, "free", (0.5,) * length, survival=survival, search=SearchFacts(3, 1.5, 0.25))
 
 
 class Clock:
@@ -81,7 +85,9 @@ def test_a_draft_that_the_scheduler_cut_counts_as_what_was_left(
     (outcome,) = pipeline.observed[-1].outcomes
     assert outcome.draft.tokens == (7, 7)
     assert outcome.draft.confidences == (0.5, 0.5)
+    assert outcome.draft.survival == (0.5, 0.25)
     assert outcome.num_accepted == 2
+    assert outcome.next_token == 7
     proposer.begin([], ["a"])
     proposer.propose([row("a")])
     (outcome,) = pipeline.observed[-1].outcomes
@@ -143,6 +149,20 @@ def test_skipped_steps_are_recorded_but_not_drafted_for(proposer: VllmProposer, 
     assert record.outcomes[0].draft.bypass_reason == "drafter_failed"
 
 
+def test_a_call_that_failed_leaves_no_draft_behind() -> None:
+    class Broken(CopyingPipeline):
+        def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
+            return [None] * len(requests)  # type: ignore[list-item]
+
+    proposer = VllmProposer(Broken(), 100, Clock())
+    proposer.begin([], ["a"])
+    with pytest.raises(AttributeError):
+        proposer.propose([row("a")])
+    proposer.begin([], ["a"])
+    proposer.skip([row("a")])
+    assert proposer.take_records()[-1].outcomes[0].draft.bypass_reason == "drafter_failed"
+
+
 def test_probes_set_the_costs_and_stay_out_of_the_records(proposer: VllmProposer, pipeline: CopyingPipeline) -> None:
     for drafted in (0, 3):
         for _ in range(4):
@@ -159,6 +179,6 @@ def test_a_record_survives_the_way_between_processes(proposer: VllmProposer) -> 
     for record in proposer.take_records():
         (again,) = unpack_records([pack_record(record)])
         assert (again.seconds, again.drafting) == (record.seconds, record.drafting)
-        assert (again.num_rows, again.mean_context) == (record.num_rows, record.mean_context)
-        assert [o.draft.tokens for o in again.outcomes] == [o.draft.tokens for o in record.outcomes]
-        assert [o.num_accepted for o in again.outcomes] == [o.num_accepted for o in record.outcomes]
+        assert again.num_rows == record.num_rows
+        for one, other in zip(again.outcomes, record.outcomes, strict=True):
+            assert one == replace(other, draft=replace(other.draft, confidences=()))
