@@ -24,20 +24,20 @@ class ServerSettings(SettingsGroup):
     host: str = Field(default="127.0.0.1", description="Address to listen on. `0.0.0.0`: every interface.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on. 0: any free one.")
     drain_seconds: float = Field(
-        default=30.0, ge=0, description="After SIGTERM, how long running requests may still take, in seconds."
+        default=30.0, ge=0, description="Seconds that running requests may still take after SIGTERM."
     )
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest request body, in bytes.")
     body_seconds: float = Field(
-        default=30.0, gt=0, description="How long a client may take to send a request body, in seconds."
+        default=30.0, gt=0, description="Seconds that a client may take to send a request body."
     )
     unread_seconds: float = Field(
         default=60.0,
         gt=0,
         le=86400,
-        description="A client that reads nothing for this long is cut off; it can take up to twice as long.",
+        description="A client that reads nothing for this many seconds is cut off. It can take up to twice as long.",
     )
     request_seconds: float | None = Field(
-        default=None, gt=0, description="Maximum time for one request, in seconds. Unset: no limit."
+        default=None, gt=0, description="Maximum seconds for one request. Unset: no limit."
     )
     max_header_bytes: int = Field(default=32768, ge=1024, description="Largest head of a request, in bytes.")
     max_connections: int = Field(
@@ -49,9 +49,7 @@ class ServerSettings(SettingsGroup):
         default=None, description="File with the certificate chain (PEM), to serve HTTPS. Needs `tls_key`."
     )
     tls_key: Path | None = Field(default=None, description="File with the certificate's private key (PEM).")
-    keep_alive_seconds: int = Field(
-        default=75, ge=1, description="How long an idle connection is kept open, in seconds."
-    )
+    keep_alive_seconds: int = Field(default=75, ge=1, description="Seconds that an idle connection is kept open.")
 
     @model_validator(mode="after")
     def _check_tls(self) -> "ServerSettings":
@@ -61,7 +59,7 @@ class ServerSettings(SettingsGroup):
 
 
 class ModelSettings(SettingsGroup):
-    """What is served: target, drafter, number format and device."""
+    """Target, drafter, number format and device."""
 
     engine: Literal["embedded", "vllm"] = Field(
         default="embedded",
@@ -101,7 +99,7 @@ class ModelSettings(SettingsGroup):
     context_length: int | None = Field(
         default=None,
         ge=2,
-        description="Maximum tokens of prompt and output together. Unset: what the target was made for.",
+        description="Maximum tokens of prompt and output together. Unset: the target's own maximum.",
     )
     num_threads: int | None = Field(
         default=None,
@@ -159,7 +157,7 @@ class SchedulerSettings(SettingsGroup):
     )
     prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
     hang_seconds: float = Field(
-        default=60.0, gt=0, description="A step that takes longer than this counts as hung, and the probes fail."
+        default=60.0, gt=0, description="A step that takes more seconds than this counts as hung, and the probes fail."
     )
 
 
@@ -169,7 +167,7 @@ class VllmSettings(SettingsGroup):
     method: str = Field(
         default="diffuspec",
         min_length=1,
-        description="Who drafts: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: "
+        description="Drafting method: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: "
         "`ngram`, `suffix`, `draft_model`, `eagle3`, `dflash`, ...",
     )
     method_tokens: int = Field(default=8, ge=1, le=128, description="vLLM's own methods: tokens of a draft.")
@@ -193,8 +191,8 @@ class VllmSettings(SettingsGroup):
     )
     distributed_executor: Literal["mp", "ray"] | None = Field(
         default=None,
-        description="How workers are started: `mp` on one machine, `ray` across machines. Unset: vLLM decides by "
-        "the number of devices.",
+        description="Way to start workers: `mp` on one machine, `ray` across machines. Unset: vLLM decides by the "
+        "number of devices.",
     )
     quantization: str | None = Field(
         default=None, description="vLLM's name of a quantisation. Unset: the checkpoint's own."
@@ -208,7 +206,8 @@ class VllmSettings(SettingsGroup):
     slow_draft_seconds: float = Field(
         default=2.0,
         gt=0,
-        description="A drafting call that takes longer counts as a failure: requests are decoded plainly for a while.",
+        description="A drafting call that takes more seconds counts as a failure: requests are decoded plainly for "
+        "a while.",
     )
 
 
@@ -226,7 +225,7 @@ class LimitSettings(SettingsGroup):
         description="Maximum length of a JSON schema, regular expression or grammar, in characters.",
     )
     structure_seconds: float = Field(
-        default=5.0, gt=0, description="How long a request may wait until its structure is compiled, in seconds."
+        default=5.0, gt=0, description="Seconds that a request may wait until its structure is compiled."
     )
     structure_cache_size: int = Field(default=64, ge=0, description="Number of compiled structures kept for reuse.")
     max_tools: int = Field(default=128, ge=1, description="Maximum number of tools in a chat request.")
@@ -243,13 +242,13 @@ class AuditSettings(SettingsGroup):
         description="Share of the requests that are audited, in idle time.",
     )
     idle_seconds: float = Field(
-        default=1.0, ge=0, description="How long the engine must have been idle before it audits, in seconds."
+        default=1.0, ge=0, description="Seconds that the engine must have been idle before it audits."
     )
     max_pending: int = Field(default=64, ge=1, description="Maximum number of requests that wait for their audit.")
 
 
 class AuthSettings(SettingsGroup):
-    """Who may use the API."""
+    """Keys that clients need. Without any, the API is open."""
 
     api_keys: tuple[SecretStr, ...] = Field(
         default=(),

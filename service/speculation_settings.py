@@ -11,9 +11,8 @@ class SpeculationSettings(SettingsGroup):
 
     policy: PolicyName = Field(
         default="goodput",
-        description="What decides how much is drafted: `goodput` (maximises committed tokens per second, from "
-        "measurements taken while serving), `paper` (DiffuSpec's rule) or `fixed` (always "
-        "`fixed_draft_tokens`).",
+        description="Policy that decides how much is drafted: `goodput` (maximises committed tokens per second, as "
+        "measured while serving), `paper` (DiffuSpec's rule) or `fixed` (always `fixed_draft_tokens`).",
     )
     max_draft_tokens: int = Field(
         default=32,
@@ -31,7 +30,7 @@ class SpeculationSettings(SettingsGroup):
     diffusion: bool = Field(default=True, description="Let the diffusion model draft.")
     causal_model: CausalModelName = Field(
         default="mixed",
-        description="What the causal model, which scores a path from left to right, knows: n-grams fitted offline "
+        description="Knowledge of the causal model, which scores a path from left to right: n-grams fitted offline "
         "(`ngram`), the request's own text (`text`), both (`mixed`) or nothing (`uniform`).",
     )
     free_drafts: bool = Field(
