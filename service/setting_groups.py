@@ -1,7 +1,7 @@
-"""The settings of each part of the service: what they are called, what they may be, and what they mean.
+"""The settings of each part of the service: names, allowed values and descriptions.
 
-`--help`, the README's table and `.env.example` are made from the descriptions here and in
-`service.speculation_settings` (see `service.settings`).
+`--help`, `docs/settings.md` and `.env.example` are made from the descriptions here and in
+`service.speculation_settings`: run `make settings` after a change.
 """
 
 from pathlib import Path
@@ -19,31 +19,37 @@ class SettingsGroup(BaseModel):
 
 
 class ServerSettings(SettingsGroup):
-    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    """The address, the bounds on what clients send, and HTTPS."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on. `0.0.0.0`: every interface.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on. 0: any free one.")
     drain_seconds: float = Field(
-        default=30.0, ge=0, description="After SIGTERM, how long running requests may still take."
+        default=30.0, ge=0, description="Seconds that running requests may still take after SIGTERM."
     )
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest request body, in bytes.")
-    body_seconds: float = Field(default=30.0, gt=0, description="How long a client may take to send a request body.")
+    body_seconds: float = Field(
+        default=30.0, gt=0, description="Seconds that a client may take to send a request body."
+    )
     unread_seconds: float = Field(
         default=60.0,
         gt=0,
         le=86400,
-        description="How long a client may read nothing of what it is sent, up to twice as long, until it is cut off.",
+        description="A client that reads nothing for this many seconds is cut off. It can take up to twice as long.",
     )
     request_seconds: float | None = Field(
-        default=None, gt=0, description="Longest time for one request; unset: no limit."
+        default=None, gt=0, description="Maximum seconds for one request. Unset: no limit."
     )
-    max_header_bytes: int = Field(default=32768, ge=1024, description="Longest head of a request, in bytes.")
+    max_header_bytes: int = Field(default=32768, ge=1024, description="Largest head of a request, in bytes.")
     max_connections: int = Field(
-        default=1024, ge=1, description="Most open connections; beyond it requests get 503, but for probes and metrics."
+        default=1024,
+        ge=1,
+        description="Maximum number of open connections. Requests on further ones get 503, except probes and metrics.",
     )
     tls_certificate: Path | None = Field(
         default=None, description="File with the certificate chain (PEM), to serve HTTPS. Needs `tls_key`."
     )
     tls_key: Path | None = Field(default=None, description="File with the certificate's private key (PEM).")
-    keep_alive_seconds: int = Field(default=75, ge=1, description="How long an idle connection is kept open.")
+    keep_alive_seconds: int = Field(default=75, ge=1, description="Seconds that an idle connection is kept open.")
 
     @model_validator(mode="after")
     def _check_tls(self) -> "ServerSettings":
@@ -53,24 +59,27 @@ class ServerSettings(SettingsGroup):
 
 
 class ModelSettings(SettingsGroup):
+    """Target, drafter, number format and device."""
+
     engine: Literal["embedded", "vllm"] = Field(
         default="embedded",
-        description="What runs the target: `embedded` (this project's torch engine) or `vllm` (`make setup-vllm`).",
+        description="Engine that runs the target: `embedded` (this project's torch engine) or `vllm` (`make "
+        "setup-vllm`).",
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
-        description="Folder of the target, the model whose text is served (safetensors), or its name on the hub if "
-        "`diffuspec pull` has fetched it.",
+        description="Folder of the target, the model whose text is served (safetensors). Or its name on the hub, "
+        "after `diffuspec pull`.",
     )
     drafter: str | None = Field(
         default=None,
-        description="Folder or name of the diffusion drafter, or `prompt-lookup`, or `none`. "
-        "Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
+        description="Folder or hub name of the diffusion drafter, or `prompt-lookup` (free drafts only), or "
+        "`none`. Unset: the bundled drafter for the bundled target, else `prompt-lookup`.",
     )
     ngram: Path | None = Field(
         default=None,
-        description="Folder of an n-gram model over the target's token ids. "
-        "Unset: the bundled one for the bundled target, else only what a request's own text teaches.",
+        description="Folder of an n-gram model over the target's token ids. Unset: the bundled one for the bundled "
+        "target, else none.",
     )
     served_model_name: str | None = Field(
         default=None,
@@ -79,23 +88,24 @@ class ModelSettings(SettingsGroup):
     )
     tool_call_parser: Literal["auto", "hermes", "llama3_json", "none"] = Field(
         default="auto",
-        description="How the target writes tool calls: `hermes` (Qwen2.5, Qwen3), `llama3_json`, or `auto`: by its "
-        "chat template. `none`: calls are not looked for, only required ones are to be had.",
+        description="Format in which the target writes tool calls: `hermes` (Qwen2.5, Qwen3), `llama3_json`, or "
+        "`auto` (the chat template tells). `none`: the target's text is not searched for calls; only "
+        "forced calls work.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="Type of weights and arithmetic."
+        default="float32", description="Number format of weights and arithmetic."
     )
-    device: str = Field(default="cpu", description="torch device, such as `cpu` or `cuda:0`.")
+    device: str = Field(default="cpu", description="Torch device, such as `cpu` or `cuda:0`.")
     context_length: int | None = Field(
         default=None,
         ge=2,
-        description="Most tokens of prompt and output together. Unset: what the target was made for.",
+        description="Maximum tokens of prompt and output together. Unset: the target's own maximum.",
     )
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads for torch. Unset: one for the bundled pair, which is too small for more; else torch "
-        "decides.",
+        description="CPU threads for torch. Unset: one for the bundled pair, which is too small to use more; else "
+        "torch decides.",
     )
 
     @property
@@ -104,12 +114,12 @@ class ModelSettings(SettingsGroup):
 
     @property
     def threads_choice(self) -> int | None:
-        """CPU threads for torch, with the default worked out; None: torch decides."""
+        """CPU threads for torch, defaults resolved. None: torch decides."""
         return 1 if self.num_threads is None and self.is_bundled else self.num_threads
 
     @property
     def drafter_choice(self) -> str:
-        """A folder, `prompt-lookup` or `none`, with the default worked out."""
+        """A folder, `prompt-lookup` or `none`, defaults resolved."""
         if self.drafter is not None:
             return self.drafter
         return str(BUNDLED_MODELS / "drafter") if self.is_bundled else PROMPT_LOOKUP
@@ -126,27 +136,39 @@ class ModelSettings(SettingsGroup):
 
 
 class SchedulerSettings(SettingsGroup):
-    max_running: int = Field(default=32, ge=1, le=1024, description="Most sequences generated at the same time.")
-    max_waiting: int = Field(default=256, ge=0, description="Most sequences in the queue; beyond it requests get 429.")
-    max_waiting_tokens: int | None = Field(
-        default=None, ge=1, description="Most tokens of prompts and outputs in the queue. Unset: no bound of their own."
+    """How many requests run and wait, and what the KV cache holds."""
+
+    max_running: int = Field(
+        default=32, ge=1, le=1024, description="Maximum number of sequences generated at the same time."
     )
-    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Most prompt tokens read in one step.")
+    max_waiting: int = Field(
+        default=256, ge=0, description="Maximum number of sequences in the queue. Beyond it requests get 429."
+    )
+    max_waiting_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of prompt and output tokens in the queue. Unset: only the sequences are counted.",
+    )
+    prefill_chunk_tokens: int = Field(
+        default=256, ge=1, description="Maximum number of prompt tokens read in one step."
+    )
     kv_cache_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens whose keys and values are held. Unset: `max_running` full contexts."
+        default=None, ge=1, description="Size of the KV cache in tokens. Unset: `max_running` full contexts."
     )
     prefix_cache: bool = Field(default=True, description="Reuse the keys and values of prompts that share a beginning.")
-    hang_seconds: float = Field(default=60.0, gt=0, description="A step that takes longer counts as hung: probes fail.")
+    hang_seconds: float = Field(
+        default=60.0, gt=0, description="A step that takes more seconds than this counts as hung, and the probes fail."
+    )
 
 
 class VllmSettings(SettingsGroup):
-    """Only read with `model.engine = vllm`."""
+    """Only used with `model.engine = vllm`."""
 
     method: str = Field(
         default="diffuspec",
         min_length=1,
-        description="Who drafts: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: `ngram`, "
-        "`suffix`, `draft_model`, `eagle3`, `dflash`, ...",
+        description="Drafting method: `diffuspec` (this project's pipeline), `none`, or one of vLLM's own methods: "
+        "`ngram`, `suffix`, `draft_model`, `eagle3`, `dflash`, ...",
     )
     method_tokens: int = Field(default=8, ge=1, le=128, description="vLLM's own methods: tokens of a draft.")
     method_model: str | None = Field(
@@ -158,16 +180,22 @@ class VllmSettings(SettingsGroup):
     pipeline: str = Field(
         default="service.wiring:load_vllm_pipeline",
         pattern=r"[\w.]+:\w+",
-        description="`diffuspec` method: `module:function` that makes the pipeline in vLLM's worker; for drafters of "
-        "your own.",
+        description="`diffuspec` method: `module:function` that makes the pipeline in vLLM's worker. Name your own "
+        "to plug in a drafter.",
     )
-    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share each layer of the target.")
-    pipeline_parallel_size: int = Field(default=1, ge=1, description="Groups of devices that share the layers.")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="Number of devices that share each layer of the target."
+    )
+    pipeline_parallel_size: int = Field(
+        default=1, ge=1, description="Number of groups of devices that share the layers."
+    )
     distributed_executor: Literal["mp", "ray"] | None = Field(
-        default=None, description="How workers are started: `mp` on one machine, `ray` across machines. Unset: by size."
+        default=None,
+        description="Way to start workers: `mp` on one machine, `ray` across machines. Unset: vLLM decides by the "
+        "number of devices.",
     )
     quantization: str | None = Field(
-        default=None, description="vLLM's name of a quantisation. Unset: the checkpoint's."
+        default=None, description="vLLM's name of a quantisation. Unset: the checkpoint's own."
     )
     enforce_eager: bool | None = Field(
         default=None, description="Run the target without compiling it. Unset: only on a CPU."
@@ -176,60 +204,73 @@ class VllmSettings(SettingsGroup):
         default=0.9, gt=0, le=1, description="Share of the device's memory for target, drafter and KV cache together."
     )
     slow_draft_seconds: float = Field(
-        default=2.0, gt=0, description="A drafting call that takes longer counts as failed: plain decoding for a while."
+        default=2.0,
+        gt=0,
+        description="A drafting call that takes more seconds counts as a failure: requests are decoded plainly for "
+        "a while.",
     )
 
 
 class LimitSettings(SettingsGroup):
+    """Bounds on the fields of one request, and on compiling its structures."""
+
     max_choices: int = Field(default=16, ge=1, le=128, description="Largest `n`.")
-    max_prompts: int = Field(default=64, ge=1, description="Most prompts in one completion request.")
-    max_sequences: int = Field(default=128, ge=1, description="Most prompts times `n` of one request.")
-    max_logit_bias: int = Field(default=1024, ge=0, description="Most entries of `logit_bias`.")
-    max_bad_words: int = Field(default=128, ge=0, description="Most entries of `bad_words`.")
+    max_prompts: int = Field(default=64, ge=1, description="Maximum number of prompts in one completion request.")
+    max_sequences: int = Field(default=128, ge=1, description="Maximum number of prompts times `n` in one request.")
+    max_logit_bias: int = Field(default=1024, ge=0, description="Maximum number of entries of `logit_bias`.")
+    max_bad_words: int = Field(default=128, ge=0, description="Maximum number of entries of `bad_words`.")
     max_structure_characters: int = Field(
-        default=65536, ge=1, description="Longest JSON schema, regular expression or grammar."
+        default=65536,
+        ge=1,
+        description="Maximum length of a JSON schema, regular expression or grammar, in characters.",
     )
     structure_seconds: float = Field(
-        default=5.0, gt=0, description="How long a request may wait for its structure to be compiled."
+        default=5.0, gt=0, description="Seconds that a request may wait until its structure is compiled."
     )
-    structure_cache_size: int = Field(default=64, ge=0, description="Compiled structures that are kept.")
-    max_tools: int = Field(default=128, ge=1, description="Most tools of a chat request.")
-    max_messages: int = Field(default=1024, ge=1, description="Most messages of a chat request.")
+    structure_cache_size: int = Field(default=64, ge=0, description="Number of compiled structures kept for reuse.")
+    max_tools: int = Field(default=128, ge=1, description="Maximum number of tools in a chat request.")
+    max_messages: int = Field(default=1024, ge=1, description="Maximum number of messages in a chat request.")
 
 
 class AuditSettings(SettingsGroup):
+    """Checks losslessness on live requests: decodes some again without speculation and compares."""
+
     fraction: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="Share of the requests that are decoded again without speculation, in idle time, and compared.",
+        description="Share of the requests that are audited, in idle time.",
     )
     idle_seconds: float = Field(
-        default=1.0, ge=0, description="How long the engine must have been idle before it audits."
+        default=1.0, ge=0, description="Seconds that the engine must have been idle before it audits."
     )
-    max_pending: int = Field(default=64, ge=1, description="Most requests that wait for their audit.")
+    max_pending: int = Field(default=64, ge=1, description="Maximum number of requests that wait for their audit.")
 
 
 class AuthSettings(SettingsGroup):
+    """Keys that clients need. Without any, the API is open."""
+
     api_keys: tuple[SecretStr, ...] = Field(
         default=(),
-        description="Keys that clients may send as `Authorization: Bearer KEY`, each as it is or as `sha256:` and its "
-        "hash. Without these and a file of keys none is asked for.",
+        description="Keys that clients may send as `Authorization: Bearer KEY`, each in plain text or as `sha256:` "
+        "and its hash. Without any keys, here or in a file, the API is open.",
     )
     keys_file: Path | None = Field(
         default=None,
-        description="TOML file with a `[[keys]]` table for each key: its hash, limits and expiry (`diffuspec key`).",
+        description="TOML file with a `[[keys]]` table per key: its hash, limits and expiry. `diffuspec key` "
+        "prints an entry.",
     )
     open_metrics: bool = Field(default=False, description="Answer `/metrics` without a key, for Prometheus.")
     api_keys_file: Path | None = Field(
         default=None,
-        description="File with more such keys, one a line, without limits; lines that begin with # are comments.",
+        description="File with more keys in the form of `api_keys`, one per line, without limits. Lines that begin "
+        "with # are comments.",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _add_keys_of_file(cls, given: Any) -> Any:
-        """A file without a key is refused: whoever names one does not want an open server."""
+        """Refuse a file without a key: someone who names a file does not want an open server."""
         if not isinstance(given, dict) or given.get("api_keys_file") is None:
             return given
         try:
@@ -243,9 +284,9 @@ class AuthSettings(SettingsGroup):
 
 
 class LoggingSettings(SettingsGroup):
-    format: Literal["text", "json"] = Field(
-        default="text", description="One line of text or of JSON per request, on stderr."
-    )
+    """One line per request, on stderr; prompts are never logged."""
+
+    format: Literal["text", "json"] = Field(default="text", description="Format of the log: `text` or `json`.")
     level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least level that is logged."
+        default="info", description="Lowest level that is logged."
     )

@@ -1,7 +1,8 @@
-"""Every setting of the service, in one frozen tree.
+"""All settings of the service, in one frozen tree.
 
-Command line flags win over `DIFFUSPEC_GROUP__NAME` environment variables, those over the `--config` file (TOML or
-JSON), that over the defaults below. `--help` and the README's table are made from the descriptions in this file.
+Flags of the command line come first, then environment variables (`DIFFUSPEC_GROUP__NAME`), then the `--config` file
+(TOML or JSON), then the defaults. The settings themselves are in `service.setting_groups` and
+`service.speculation_settings`.
 """
 
 import json
@@ -16,7 +17,6 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.setting_groups import (
-    BUNDLED_MODELS,
     NO_DRAFTER,
     AuditSettings,
     AuthSettings,
@@ -34,7 +34,7 @@ PREFIX = "DIFFUSPEC_"
 
 
 class SettingsError(Exception):
-    """A setting is unknown or has an impossible value; the message is one readable sentence per problem."""
+    """A setting is unknown or has an impossible value. The message has one sentence per problem."""
 
 
 class Settings(BaseSettings):
@@ -54,7 +54,7 @@ class Settings(BaseSettings):
 
     @property
     def drafts_freely(self) -> bool:
-        """Whether something may be drafted without a model: the causal model may propose, and knows something."""
+        """True if free drafts are on and the causal model knows something to draft from."""
         speculation, model = self.speculation, self.model
         has_ngrams = model.ngram_folder is not None and speculation.reads_ngrams
         is_wanted = speculation.free_drafts and model.drafter_choice != NO_DRAFTER
@@ -125,7 +125,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """A typing mistake such as DIFFUSPEC_SERVER_PORT (one underscore) must not go unnoticed."""
+    """Raise SettingsError for a misspelled variable, such as DIFFUSPEC_SERVER_PORT (one underscore)."""
     for variable in environment:
         if not variable.upper().startswith(PREFIX):
             continue
@@ -148,23 +148,5 @@ def iterate_fields() -> Iterator[tuple[str, FieldInfo]]:
 
 
 def describe(name: str) -> str:
-    """The description of one setting, such as `server.port`."""
+    """Return the description of one setting, such as `server.port`."""
     return dict(iterate_fields())[name].description or ""
-
-
-def _default_text(value: Any) -> str:
-    if value is None or value == ():
-        return ""
-    if isinstance(value, Path):
-        return f"`{value.relative_to(BUNDLED_MODELS.parent)}`"
-    return f"`{json.dumps(value)}`" if isinstance(value, bool) else f"`{value}`"
-
-
-def settings_table() -> str:
-    """The README's table: a Markdown row for each setting."""
-    rows = ["| setting | environment | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in iterate_fields():
-        variable = PREFIX + name.upper().replace(".", "__")
-        meaning = (field.description or "").replace("|", "\\|")
-        rows.append(f"| `{name}` | `{variable}` | {_default_text(field.default)} | {meaning} |")
-    return "\n".join(rows) + "\n"

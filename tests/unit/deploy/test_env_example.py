@@ -1,28 +1,28 @@
-"""`.env.example` shows every setting with its default, and changes nothing until a line is uncommented."""
+"""`.env.example` shows every setting with its default."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from service.env_example import TARGET, env_example
 from service.settings import PREFIX, iterate_fields, load_settings
+from service.settings_documents import ENV_EXAMPLE, env_example
 
 VARIABLES = dict(
     line.removeprefix("#").split("=", 1)
-    for line in TARGET.read_text().splitlines()
+    for line in ENV_EXAMPLE.read_text().splitlines()
     if line.startswith("#") and line[1:2].isupper()
 )
 
 
 def test_the_file_is_the_settings() -> None:
-    assert TARGET.read_text() == env_example(), "run: python -m service.env_example"
+    assert ENV_EXAMPLE.read_text() == env_example(), "run: make settings"
     expected = {PREFIX + name.upper().replace(".", "__") for name, _ in iterate_fields()}
     assert {name for name in VARIABLES if name.startswith(PREFIX)} == expected
 
 
 def test_nothing_is_set_before_a_line_is_uncommented() -> None:
-    assert all(not line or line.startswith("#") for line in TARGET.read_text().splitlines())
+    assert all(not line or line.startswith("#") for line in ENV_EXAMPLE.read_text().splitlines())
 
 
 def test_the_defaults_it_shows_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_the_defaults_it_shows_are_the_defaults(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_variable_of_the_compose_file_is_shown_with_its_default() -> None:
-    compose = (TARGET.parent / "docker-compose.yml").read_text()
+    compose = (ENV_EXAMPLE.parent / "docker-compose.yml").read_text()
     used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", compose))
     assert len(re.findall(r"(?<!\$)\$\{?[A-Z]", compose)) == len(re.findall(r"\$\{([A-Z_]+):-", compose))
     shown = {name: value for name, value in VARIABLES.items() if not name.startswith(PREFIX)}
