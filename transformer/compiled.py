@@ -1,6 +1,8 @@
 """Compile inner loops with numba, the same way everywhere."""
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,25 @@ def kernel_digest() -> str:
 numba.config.CACHE_DIR = str(
     Path(numba.config.CACHE_DIR or _ROOT / "transformer" / "__pycache__") / f"kernels-{kernel_digest()}"
 )
+
+
+def kernel_cache() -> Path:
+    """Return the folder of machine code. It changes with the source files."""
+    return Path(numba.config.CACHE_DIR)
+
+
+def kept(path: Path, make: Callable[[], bytes]) -> bytes:
+    """Return the content of a file, which is made and written if it is missing, and the folder is writable."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        content = make()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(path)  # at once, so that no other process reads a part
+    return content
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,18 +54,22 @@ class CompiledLayers:
 
         rotations: complex64 [positions, 1, head_dim / 2]. Raises IndexError if rows or cache do not fit.
         """
-        counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
-        firsts = np.concatenate([[0], np.cumsum(counts)])
-        if rows.limits is None:
-            limits = np.arange(1, len(hidden) + 1) + np.repeat(starts - firsts[:-1], counts)
-        else:
-            limits = rows.limits.numpy()
+        places = ragged_rows(rows)
         turns = torch.view_as_real(rotations).view(len(rotations), -1).numpy()
-        slots = np.array(rows.slots, np.int64)
-        places = Rows(firsts, slots, starts, limits)
         if not run_layers(hidden.numpy(), places, self._arrays, turns, cache.entries.numpy()):
             raise IndexError(f"rows that do not fit the cache of {cache.num_slots} slots of {cache.length} positions")
         return hidden
+
+
+def ragged_rows(rows: RowBatch) -> Rows:
+    """Return `rows` in the form that the kernels read."""
+    counts, starts = np.array(rows.counts, np.int64), np.array(rows.starts, np.int64)
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    if rows.limits is None:
+        limits = np.arange(1, len(rows.tokens) + 1) + np.repeat(starts - firsts[:-1], counts)
+    else:
+        limits = rows.limits.numpy()
+    return Rows(firsts, np.array(rows.slots, np.int64), starts, limits)
 
 
 def joined(weights: Sequence[Tensor | None], num_dimensions: int) -> Numbers:

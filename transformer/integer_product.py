@@ -7,6 +7,7 @@ any processor. Weights are unpacked once for up to sixteen rows: more rows cost 
 
 import ctypes
 import functools
+import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from transformer.compiled import kept, kernel_cache
 from transformer.integer_dots import WORD, Variant, call, possible_variants, spread, spread_constant
 
 BLOCK = 32  # inputs that share a scale, as in GGUF files
@@ -52,7 +54,7 @@ def variants() -> list[Variant]:
 
 @functools.cache
 def integer_kernels(name: str | None = None) -> IntegerKernels:
-    """Compile the variant of this name for this machine, or the fastest; takes about a second."""
+    """Return the variant of this name, or the fastest, as machine code. It takes seconds once, and is kept on disk."""
     variant = next(variant for variant in variants() if name in (None, variant.name))
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -60,8 +62,11 @@ def integer_kernels(name: str | None = None) -> IntegerKernels:
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=features, opt=3
     )
-    module = optimised(variant, machine)
-    engine = llvm.create_mcjit_compiler(module, machine)
+    processor = hashlib.sha256(f"{llvm.get_host_cpu_name()} {features} {llvm.llvm_version_info}".encode()).hexdigest()
+    path = kernel_cache() / f"integer-{variant.name}-{processor[:16]}.o"
+    code = kept(path, lambda: machine.emit_object(optimised(variant, machine)))
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     quantise, multiply_4, multiply_8 = (
         engine.get_function_address(function) for function in ("quantise", "multiply_4", "multiply_8")

@@ -1,5 +1,6 @@
 """Functions that kernels need and numba lacks."""
 
+import platform
 from typing import Any
 
 import numpy as np
@@ -77,3 +78,78 @@ def logarithm(x: Any) -> Any:
     series = np.float32(2 / 5) + square * (np.float32(2 / 7) + square * np.float32(2 / 9))
     series = np.float32(2.0) + square * (np.float32(2 / 3) + square * series)
     return np.float32(whole) * np.float32(0.69314718) + ratio * series
+
+
+@intrinsic
+def call_kernel(_: Any, address: Any, arguments: Any) -> Any:
+    """Call a function of `transformer.integer_product` by its address, with a tuple of int64 arguments."""
+    signature = types.void(types.int64, types.UniTuple(types.int64, arguments.count))
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        size = ir.IntType(64)
+        kernel = ir.FunctionType(ir.VoidType(), [size] * arguments.count).as_pointer()
+        values = [build.extract_value(given[1], index) for index in range(arguments.count)]
+        build.call(build.inttoptr(given[0], kernel), values)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def call_plain(_: Any, address: Any) -> Any:
+    """Call a function of the C library that takes nothing, by its address."""
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        kernel = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        build.call(build.inttoptr(given[0], kernel), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def atomic_add(_: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at an address, and return what it was before. Other threads see it, and all writes before it."""
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        pointer = build.inttoptr(given[0], ir.IntType(64).as_pointer())
+        return build.atomic_rmw("add", pointer, given[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def atomic_load(_: Any, address: Any) -> Any:
+    """Return the int64 at an address, as other threads see it, and see all that they wrote before it."""
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        return build.load_atomic(build.inttoptr(given[0], ir.IntType(64).as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def pause(_: Any) -> Any:
+    """Tell the processor that this thread waits in a loop."""
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            name = "llvm.x86.sse2.pause"
+            module = build.module
+            kind = ir.FunctionType(ir.VoidType(), [])
+            build.call(module.globals.get(name) or ir.Function(module, kind, name), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def atomic_store(_: Any, address: Any, value: Any) -> Any:
+    """Set the int64 at an address, after all earlier writes of this thread."""
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        pointer = build.inttoptr(given[0], ir.IntType(64).as_pointer())
+        build.store_atomic(given[1], pointer, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate

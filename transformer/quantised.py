@@ -41,7 +41,7 @@ class QuantisedWeight:
         """Take over a GGUF tensor [outputs, bytes of a row]; None if its kind is kept neither in 4 nor in 8 bit."""
         if kind == "Q8_0":
             blocks = rows.reshape(len(rows), -1, 2 + BLOCK)
-            return cls((blocks[..., 2:] ^ OFFSET).reshape(len(rows), -1), _halves(blocks[..., :2])[..., 0])
+            return cls((blocks[..., 2:] ^ np.uint8(OFFSET)).reshape(len(rows), -1), _halves(blocks[..., :2])[..., 0])
         if kind in ("Q4_0", "Q4_1"):
             header = 2 if kind == "Q4_0" else 4
             blocks = rows.reshape(len(rows), -1, header + BLOCK // 2)
@@ -107,7 +107,7 @@ class QuantisedMatrix:
         integers = np.pad(weight.integers, ((0, missing), (0, 0)))
         steps = integers.reshape(self.num_panels, LANES, self.num_blocks, STEPS, 4).transpose(0, 2, 3, 1, 4)
         if self.bits == 4:
-            steps = steps[:, :, : STEPS // 2] | steps[:, :, STEPS // 2 :] << 4
+            steps = steps[:, :, : STEPS // 2] | steps[:, :, STEPS // 2 :] << np.uint8(4)
         self.panels = np.ascontiguousarray(steps)
         factors = [weight.scales] if weight.least is None else [weight.scales, weight.least]
         padded = np.pad(np.stack(factors, axis=2), ((0, missing), (0, 0), (0, 0)))
@@ -149,10 +149,7 @@ class QuantisedMatrix:
         scales = self.scales[panels, :, :, lanes].astype(np.float32)
         steps = np.concatenate([packed & 15, packed >> 4], axis=2) if self.bits == 4 else packed
         blocks = steps.reshape(len(outputs), self.num_blocks, BLOCK).astype(np.float32)
-        if self.bits == 4:
-            values = blocks * scales[..., :1] + scales[..., 1:]
-        else:
-            values = (blocks - OFFSET) * scales
+        values = blocks * scales[..., :1] + scales[..., 1:] if self.bits == 4 else (blocks - OFFSET) * scales
         return values.reshape(len(outputs), self.num_inputs)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer.cache import lazy_zeros
+from transformer.integer_model import IntegerTransformer
 from transformer.matrix import is_plain
 from transformer.model import RowBatch, Transformer
 from verifiers.acceptance import accept
@@ -36,7 +37,7 @@ class TorchVerifier:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Transformer | IntegerTransformer,
         num_slots: int,
         context_length: int,
         num_tokens: int | None = None,
