@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from transformer.compiled import allocating, compiled
 from transformer.integer_product import BLOCK, LANES, RECORD
 from transformer.intrinsics import call_kernel, exponential
-from transformer.kernels import Indices, Numbers, add_to, attend_panel, copy, fits, normalize, scale, turn
+from transformer.kernels import Indices, Numbers, add_to, copy, normalize, scale, turn
+from transformer.panel_attention import PANELS_AT_ONCE, QUERIES_AT_ONCE
 from transformer.quantised import MAX_TILE_ROWS
 from transformer.sharing import claim, enter, finish, leave, wait
 
@@ -26,8 +27,7 @@ MAX_ITEM_PANELS = 32
 class IntegerArrays(NamedTuple):
     """A model's weights in the form that the kernels read. An array has no rows if the model lacks that weight."""
 
-    kernels: Indices  # [3] addresses of `IntegerKernels`
-    products: Indices  # [3] addresses of `transformer.product`'s kernels, for attention
+    kernels: Indices  # [6] addresses of `IntegerKernels`
     panels: Indices  # [layers, 4, 3] of q/k/v, output, gate/up and down: addresses of panels and scales; bits
     norms: Numbers  # [layers, 2, hidden] before attention and before the gates, times the root of hidden
     qkv_bias: Numbers  # [layers, (heads + 2 * kv_heads) * head_dim]
@@ -51,7 +51,10 @@ class IntegerWorkspace(NamedTuple):
     attended: Numbers  # [rows, heads * head_dim]
     gate_up: Numbers  # [rows, 2 * intermediate]
     gated: Numbers  # [rows, intermediate]
-    attention: tuple[Any, ...]  # `AttentionWorkspace`, each array with one entry per thread
+    queries: Numbers  # [threads, QUERIES_AT_ONCE, head_dim]
+    scores: Numbers  # [threads, QUERIES_AT_ONCE, positions]
+    totals: Numbers  # [threads, QUERIES_AT_ONCE]
+    read: Numbers  # [threads, QUERIES_AT_ONCE, head_dim]
 
 
 @allocating
@@ -71,12 +74,6 @@ def plan_attention(rows: Any, rows_at_once: int, num_shared: int) -> Any:
                 items[index, 2], items[index, 3] = min(rows_at_once, stop - begin), shared
                 index += 1
     return items
-
-
-@compiled
-def rows_fit(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) -> bool:
-    """See `transformer.kernels.fits`."""
-    return bool(fits(rows, num_rows, arrays, rotations, entries))
 
 
 @compiled
@@ -140,18 +137,19 @@ def share_product(
 
 @compiled
 def run_integer_layers(
-    share: Any, hidden: Any, rows: Any, items: Any, arrays: Any, rotations: Any, entries: Any, work: Any
+    share: Any, hidden: Any, rows: Any, items: Any, arrays: Any, rotations: Any, keys: Any, values: Any, work: Any
 ) -> None:
     """Do one thread's share of carrying `hidden` [rows, hidden] through all layers and the final norm, in place.
 
-    rotations, entries: as for `transformer.kernels.run_layers`. items: of `plan_attention`.
+    rotations: [positions, head_dim] cosine and sine of every pair. keys, values: of the `PanelCache`; receive those of
+    all rows. items: of `plan_attention`.
     """
     if not enter(share):
         return
     num_rows = len(hidden)
-    for layer in range(len(entries)):
-        _run_layer(share, layer, hidden, rows, items, arrays, rotations, entries[layer], work)
-    stage = STAGES * len(entries)
+    for layer in range(len(keys)):
+        _run_layer(share, layer, hidden, rows, items, arrays, rotations, keys[layer], values[layer], work)
+    stage = STAGES * len(keys)
     row = claim(share, stage, num_rows)
     while row >= 0:
         normalize(hidden[row : row + 1], arrays.epsilon, hidden[row : row + 1])
@@ -164,17 +162,18 @@ def run_integer_layers(
 
 @compiled
 def _run_layer(
-    share: Any, layer: int, hidden: Any, rows: Any, items: Any, arrays: Any, rotations: Any, entries: Any, work: Any
-) -> None:
-    """Run one layer, whose share of the cache is `entries`."""
+    share: Any, layer: int, hidden: Any, rows: Any, items: Any, arrays: Any, rotations: Any, keys: Any, values: Any,
+    work: Any,
+) -> None:  # fmt: skip
+    """Run one layer, whose share of the cache is `keys` and `values`."""
     num_rows, width = hidden.shape
     stage, kernels, panels = STAGES * layer, arrays.kernels, arrays.panels[layer]
     heads_width = arrays.num_heads * arrays.head_dim
     _share_norms(share, stage, hidden, arrays.norms[layer, 0], arrays.epsilon, kernels, work)
     records = work.records[: num_rows * width // BLOCK * RECORD]
     share_product(share, stage + 1, kernels, panels[0], width, records, work.qkv, 0)
-    _share_positions(share, stage + 2, layer, rows, arrays, rotations, entries, work.qkv)
-    _share_attention(share, stage + 3, rows, items, arrays, entries, work)
+    _share_positions(share, stage + 2, layer, rows, arrays, rotations, keys, values, work.qkv)
+    _share_attention(share, stage + 3, rows, items, arrays, keys, values, work)
 
     records = work.records[: num_rows * heads_width // BLOCK * RECORD]
     row = claim(share, stage + 4, num_rows)
@@ -212,48 +211,95 @@ def _share_norms(share: Any, stage: int, hidden: Any, norm: Any, epsilon: float,
 
 @compiled
 def _share_positions(
-    share: Any, stage: int, layer: int, rows: Any, arrays: Any, rotations: Any, entries: Any, qkv: Any
+    share: Any, stage: int, layer: int, rows: Any, arrays: Any, rotations: Any, keys: Any, values: Any, qkv: Any
 ) -> None:
     """Add biases, norm and turn queries and keys, and write keys and values into the cache."""
-    num_rows, num_kept = len(qkv), entries.shape[1]
-    num_heads, num_turned = arrays.num_heads, arrays.num_heads + num_kept // 2
+    num_rows, num_heads, num_shared = len(qkv), arrays.num_heads, arrays.num_shared
     row = claim(share, stage, num_rows)
     while row >= 0:
         sequence = 0
         while rows.firsts[sequence + 1] <= row:
             sequence += 1
-        position = rows.starts[sequence] + row - rows.firsts[sequence]
-        kept = entries[rows.slots[sequence]]
+        slot, position = rows.slots[sequence], rows.starts[sequence] + row - rows.firsts[sequence]
         if len(arrays.qkv_bias):
             add_to(arrays.qkv_bias[layer], qkv[row])
-        heads = qkv[row].reshape((num_heads + num_kept, arrays.head_dim))
-        for head in range(num_turned):
+        heads = qkv[row].reshape((num_heads + 2 * num_shared, arrays.head_dim))
+        for head in range(num_heads + num_shared):
             if len(arrays.head_norms):
                 normalize(heads[head : head + 1], arrays.head_epsilon, heads[head : head + 1])
                 scale(arrays.head_norms[layer, head], heads[head])
             turn(heads[head], rotations[position])
-        for head in range(num_kept):
-            copy(heads[num_heads + head], kept[head, position])
+        panel, lane = position // LANES, position % LANES
+        for head in range(num_shared):
+            for index in range(arrays.head_dim):
+                keys[slot, head, panel, index, lane] = heads[num_heads + head, index]
+            copy(heads[num_heads + num_shared + head], values[slot, head, position])
         finish(share, stage)
         row = claim(share, stage, num_rows)
     wait(share, stage, num_rows)
 
 
 @compiled
-def _share_attention(share: Any, stage: int, rows: Any, items: Any, arrays: Any, entries: Any, work: Any) -> None:
-    panel, scores, read, lane_limits, highest, totals = work.attention
-    thread, group = share.thread, arrays.num_heads // arrays.num_shared
-    memory = panel[thread], scores[thread], read[thread], lane_limits[thread], highest[thread], totals[thread]
+def _share_attention(
+    share: Any, stage: int, rows: Any, items: Any, arrays: Any, keys: Any, values: Any, work: Any
+) -> None:
     item = claim(share, stage, len(items))
     while item >= 0:
-        kept = entries[rows.slots[items[item, 0]]]
-        attend_panel(
-            arrays.products, work.qkv, items[item, 1], items[item, 2], items[item, 3], kept, rows.limits, group, memory,
-            work.attended,
+        slot, shared = rows.slots[items[item, 0]], items[item, 3]
+        attend_rows(
+            arrays, work.qkv, items[item, 1], items[item, 2], shared, keys[slot, shared], values[slot, shared],
+            rows.limits, work, share.thread, work.attended,
         )  # fmt: skip
         finish(share, stage)
         item = claim(share, stage, len(items))
     wait(share, stage, len(items))
+
+
+@compiled
+def attend_rows(
+    arrays: Any, qkv: Any, begin: int, num_rows: int, shared: int, keys: Any, values: Any, limits: Any, work: Any,
+    thread: int, out: Any,
+) -> None:  # fmt: skip
+    """Fill `out` with the attention results of a sequence's rows from `begin` on, for the queries of one shared head.
+
+    keys [panels, head_dim, LANES], values [positions, head_dim]: of this head.
+    """
+    head_dim, group, kernels = arrays.head_dim, arrays.num_heads // arrays.num_shared, arrays.kernels
+    root = np.float32(1.0 / np.sqrt(head_dim))
+    queries, scores, totals, read = work.queries[thread], work.scores[thread], work.totals[thread], work.read[thread]
+    stride = scores.shape[1]
+    num_queries = num_rows * group
+    done = 0
+    while done < num_queries:
+        count = min(QUERIES_AT_ONCE, num_queries - done)
+        num_positions = 0
+        for index in range(count):
+            row, head = begin + (done + index) // group, shared * group + (done + index) % group
+            num_positions = max(num_positions, limits[row])
+            for dimension in range(head_dim):
+                queries[index, dimension] = qkv[row, head * head_dim + dimension] * root
+        at_once = LANES * PANELS_AT_ONCE
+        num_panels = (num_positions + at_once - 1) // at_once * PANELS_AT_ONCE
+        call_kernel(
+            kernels[3],
+            (queries.ctypes.data, keys.ctypes.data, scores.ctypes.data, head_dim, num_panels, stride, count),
+        )
+        for index in range(count):
+            limit = limits[begin + (done + index) // group]
+            total = totals.ctypes.data + 4 * index
+            call_kernel(kernels[4], (scores.ctypes.data + 4 * index * stride, limit, num_panels, total))
+        call_kernel(
+            kernels[5],
+            (
+                scores.ctypes.data, values.ctypes.data, totals.ctypes.data, read.ctypes.data,
+                head_dim, num_positions, stride, count,
+            ),
+        )  # fmt: skip
+        for index in range(count):
+            row, head = begin + (done + index) // group, shared * group + (done + index) % group
+            for dimension in range(head_dim):
+                out[row, head * head_dim + dimension] = read[index, dimension]
+        done += count
 
 
 @compiled

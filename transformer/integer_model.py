@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from transformer.attention import RowBatch
-from transformer.cache import KeyValueCache
 from transformer.checkpoint import load_weights
 from transformer.compiled_layers import joined, ragged_rows
 from transformer.config import TransformerConfig
@@ -23,14 +22,14 @@ from transformer.integer_kernels import (
     IntegerArrays,
     IntegerWorkspace,
     plan_attention,
-    rows_fit,
     run_integer_layers,
     run_product,
 )
 from transformer.integer_product import BLOCK, LANES, RECORD, integer_kernels
-from transformer.kernels import AttentionWorkspace
+from transformer.kernels import rows_fit
 from transformer.layer import folded_norm
-from transformer.product import product_kernels
+from transformer.panel_attention import PANELS_AT_ONCE, QUERIES_AT_ONCE
+from transformer.panel_cache import PanelCache
 from transformer.quantised import QuantisedMatrix, QuantisedWeight
 from transformer.rotary import interleave, rotary_table
 from transformer.sharing import Helpers
@@ -90,15 +89,15 @@ class IntegerTransformer:
         matrices |= {id(m): m for m in (self._embedding, self._head)}
         return sum(matrix.num_bytes for matrix in matrices.values())
 
-    def new_cache(self, slots: int, length: int) -> KeyValueCache:
+    def new_cache(self, slots: int, length: int) -> PanelCache:
         """Return a cache for `slots` sequences of up to `length` tokens."""
         if length > len(self._rotations):
             self._rotations = rotary_table(self.config, length)
         sizes = self.config.num_layers, slots, self.config.num_key_value_heads, length, self.config.head_dim
-        return KeyValueCache(*sizes)
+        return PanelCache(*sizes)
 
     @torch.inference_mode()
-    def forward(self, rows: RowBatch, cache: KeyValueCache) -> Tensor:
+    def forward(self, rows: RowBatch, cache: PanelCache) -> Tensor:
         """Write all rows' keys and values into the cache; return [rows, hidden], the states after the final norm.
 
         Raises IndexError if rows or cache do not fit.
@@ -107,14 +106,16 @@ class IntegerTransformer:
         hidden = self._embedding.lookup(rows.tokens.numpy())
         places = ragged_rows(rows)
         rotations = torch.view_as_real(self._rotations).view(len(self._rotations), -1).numpy()
-        entries = cache.entries.numpy()
-        if not rows_fit(places, num_rows, self._arrays, rotations, entries):
+        shape = config.num_layers, cache.num_slots, config.num_key_value_heads, cache.length, config.head_dim
+        fitting = cache.values.shape == shape
+        if not fitting or not rows_fit(places, num_rows, len(rotations), cache.num_slots, cache.length):
             raise IndexError(f"rows that do not fit the cache of {cache.num_slots} slots of {cache.length} positions")
         group = config.num_heads // config.num_key_value_heads
-        items = plan_attention(places, LANES // group, config.num_key_value_heads)
+        items = plan_attention(places, max(1, 2 * QUERIES_AT_ONCE // group), config.num_key_value_heads)
         work = self._workspace(num_rows, int(places.limits.max()))
         stages = STAGES * config.num_layers + 1
-        self._helpers.run(run_integer_layers, stages, hidden, places, items, self._arrays, rotations, entries, work)
+        arguments = hidden, places, items, self._arrays, rotations, cache.keys, cache.values, work
+        self._helpers.run(run_integer_layers, stages, *arguments)
         return torch.from_numpy(hidden)
 
     @torch.inference_mode()
@@ -132,14 +133,8 @@ class IntegerTransformer:
         config, threads = self.config, self._helpers.num_threads
         heads, head_dim = config.num_heads, config.head_dim
         widest = max(config.hidden_size, heads * head_dim, config.intermediate_size)
-        attention = AttentionWorkspace(
-            np.empty((threads, head_dim, LANES), np.float32),
-            np.empty((threads, num_positions, LANES), np.float32),
-            np.empty((threads, LANES, head_dim), np.float32),
-            np.empty((threads, LANES), np.int32),
-            np.empty((threads, LANES), np.float32),
-            np.empty((threads, LANES), np.float32),
-        )
+        at_once = LANES * PANELS_AT_ONCE
+        padded = -(-num_positions // at_once) * at_once
         return IntegerWorkspace(
             np.empty(num_rows * widest // BLOCK * RECORD, np.int32),
             np.empty((num_rows, (heads + 2 * config.num_key_value_heads) * head_dim), np.float32),
@@ -147,7 +142,10 @@ class IntegerTransformer:
             np.empty((num_rows, heads * head_dim), np.float32),
             np.empty((num_rows, 2 * config.intermediate_size), np.float32),
             np.empty((num_rows, config.intermediate_size), np.float32),
-            attention,
+            np.empty((threads, QUERIES_AT_ONCE, head_dim), np.float32),
+            np.empty((threads, QUERIES_AT_ONCE, padded), np.float32),
+            np.empty((threads, QUERIES_AT_ONCE), np.float32),
+            np.empty((threads, QUERIES_AT_ONCE, head_dim), np.float32),
         )
 
     def _take_layer(self, weights: dict[str, Weight], name: str) -> "IntegerLayer":
@@ -196,7 +194,6 @@ class IntegerTransformer:
         config, layers = self.config, self._layers
         return IntegerArrays(
             kernels=np.array(self._kernels.addresses),
-            products=np.array(product_kernels().addresses),
             panels=np.stack([np.stack([address(matrix) for matrix in layer.matrices]) for layer in layers]),
             norms=joined([layer.norms for layer in layers], 3),
             qkv_bias=joined([layer.qkv_bias for layer in layers], 2),
@@ -225,9 +222,8 @@ class IntegerLayer(NamedTuple):
 def suits_integers(config: TransformerConfig) -> bool:
     """Return whether the integer kernels can run the model: all sizes are multiples of their blocks."""
     inputs = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    group = config.num_heads // config.num_key_value_heads
     is_plain = config.attention == "causal" and not config.target_hidden_size and not config.takes_hints
-    return is_plain and config.head_dim % LANES == 0 and group <= LANES and all(size % BLOCK == 0 for size in inputs)
+    return is_plain and config.head_dim % LANES == 0 and all(size % BLOCK == 0 for size in inputs)
 
 
 def address(matrix: QuantisedMatrix) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from llvmlite import ir
 
 from transformer.compiled import kept, kernel_cache
 from transformer.integer_dots import WORD, Variant, call, possible_variants, spread, spread_constant
+from transformer.panel_attention import write_attention
 
 BLOCK = 32  # inputs that share a scale, as in GGUF files
 LANES = 16  # outputs of a panel
@@ -43,7 +44,7 @@ class IntegerKernels:
     quantise: Callable[..., None]
     multiply_4: Callable[..., None]
     multiply_8: Callable[..., None]
-    addresses: tuple[int, int, int]
+    addresses: tuple[int, ...]  # of these three, and of the three of `transformer.panel_attention`
     engine: Any  # owns the machine code
 
 
@@ -68,9 +69,9 @@ def integer_kernels(name: str | None = None) -> IntegerKernels:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    quantise, multiply_4, multiply_8 = (
-        engine.get_function_address(function) for function in ("quantise", "multiply_4", "multiply_8")
-    )
+    names = ("quantise", "multiply_4", "multiply_8", "attend_scores", "attend_soften", "attend_values")
+    addresses = tuple(engine.get_function_address(function) for function in names)
+    quantise, multiply_4, multiply_8 = addresses[:3]
     size, address = ctypes.c_int64, ctypes.c_void_p
     product = ctypes.CFUNCTYPE(None, *[address] * 4, *[size] * 5)
     return IntegerKernels(
@@ -78,7 +79,7 @@ def integer_kernels(name: str | None = None) -> IntegerKernels:
         ctypes.CFUNCTYPE(None, address, address, size, size)(quantise),
         product(multiply_4),
         product(multiply_8),
-        (quantise, multiply_4, multiply_8),
+        addresses,
         engine,
     )
 
@@ -87,6 +88,7 @@ def optimised(variant: Variant, machine: Any) -> Any:
     """Return the module of a variant, verified and optimised for a target machine."""
     module = ir.Module()
     _write_quantise(module)
+    write_attention(module)
     for bits in (4, 8):
         columns = [_write_columns(module, variant, bits, rows) for rows in range(1, variant.rows + 1)]
         _write_product(module, variant, bits, columns)

@@ -143,49 +143,38 @@ def attend(
 ) -> None:
     """Fill `out` with the attention results of rows `first` to `stop` of one sequence.
 
-    keys_values: [2 * kv_heads, length, head_dim] of the sequence.
-    """
-    for shared in range(keys_values.shape[0] // 2):
-        for begin in range(first, stop, LANES // group):
-            count = min(LANES // group, stop - begin)
-            attend_panel(products, qkv, begin, count, shared, keys_values, limits, group, work, out)
-
-
-@compiled
-def attend_panel(
-    products: Any, qkv: Any, begin: int, num_rows: int, shared: int, keys_values: Any, limits: Any, group: int,
-    work: Any, out: Any,
-) -> None:  # fmt: skip
-    """Do so for `num_rows` rows and the queries that share one head of keys.
-
-    The queries are the lanes of one panel, so the scores are a product of the keys with it.
+    keys_values: [2 * kv_heads, length, head_dim] of the sequence. Queries that share keys are the lanes of one panel,
+    so the scores are a product of the keys with it.
     """
     num_shared, head_dim = keys_values.shape[0] // 2, keys_values.shape[2]
     panel, scores, read, lane_limits, highest, totals = work
     root = np.float32(1.0 / np.sqrt(head_dim))
-    count = num_rows * group
-    panel[:] = np.float32(0.0)
-    lane_limits[:] = 0
-    num_positions = 0
-    for lane in range(count):
-        row, head = begin + lane // group, shared * group + lane % group
-        num_positions = max(num_positions, limits[row])
-        lane_limits[lane] = limits[row]
-        for index in range(head_dim):
-            panel[index, lane] = qkv[row, head * head_dim + index] * root
-    call_product(
-        products[0], keys_values[shared].ctypes.data, panel.ctypes.data, scores.ctypes.data,
-        head_dim, LANES, num_positions,
-    )  # fmt: skip
-    soften(scores, num_positions, lane_limits, highest, totals)
-    call_product(
-        products[2], scores.ctypes.data, keys_values[num_shared + shared].ctypes.data, read.ctypes.data,
-        num_positions, head_dim, count,
-    )  # fmt: skip
-    for lane in range(count):
-        row, head = begin + lane // group, shared * group + lane % group
-        for index in range(head_dim):
-            out[row, head * head_dim + index] = read[lane, index] / totals[lane]
+    rows_at_once = LANES // group
+    for shared in range(num_shared):
+        for begin in range(first, stop, rows_at_once):
+            count = min(rows_at_once, stop - begin) * group
+            panel[:] = np.float32(0.0)
+            lane_limits[:] = 0
+            num_positions = 0
+            for lane in range(count):
+                row, head = begin + lane // group, shared * group + lane % group
+                num_positions = max(num_positions, limits[row])
+                lane_limits[lane] = limits[row]
+                for index in range(head_dim):
+                    panel[index, lane] = qkv[row, head * head_dim + index] * root
+            call_product(
+                products[0], keys_values[shared].ctypes.data, panel.ctypes.data, scores.ctypes.data,
+                head_dim, LANES, num_positions,
+            )  # fmt: skip
+            soften(scores, num_positions, lane_limits, highest, totals)
+            call_product(
+                products[2], scores.ctypes.data, keys_values[num_shared + shared].ctypes.data, read.ctypes.data,
+                num_positions, head_dim, count,
+            )  # fmt: skip
+            for lane in range(count):
+                row, head = begin + lane // group, shared * group + lane % group
+                for index in range(head_dim):
+                    out[row, head * head_dim + index] = read[lane, index] / totals[lane]
 
 
 @compiled
@@ -194,8 +183,14 @@ def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) ->
     num_layers, num_slots, num_kept, length, head_dim = entries.shape
     if (num_layers, num_kept, head_dim) != (len(arrays.panels), 2 * arrays.num_shared, arrays.head_dim):
         return False
+    return rows_fit(rows, num_rows, len(rotations), num_slots, length)
+
+
+@compiled
+def rows_fit(rows: Any, num_rows: int, num_rotations: int, num_slots: int, length: int) -> Any:
+    """Return whether all rows fit into `num_slots` slots of `length` positions."""
     sequences = len(rows.slots)
-    if len(rows.firsts) != sequences + 1 or len(rows.starts) != sequences or len(rotations) < length:
+    if len(rows.firsts) != sequences + 1 or len(rows.starts) != sequences or num_rotations < length:
         return False
     if num_rows == 0 or rows.firsts[sequences] != num_rows or len(rows.limits) != num_rows:
         return False

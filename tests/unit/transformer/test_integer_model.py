@@ -13,6 +13,7 @@ from transformer.config import TransformerConfig
 from transformer.integer_model import IntegerTransformer, Weight, suits_integers
 from transformer.integer_product import BLOCK, variants
 from transformer.model import RowBatch, Transformer
+from transformer.panel_cache import PanelCache
 from transformer.quantised import QuantisedWeight
 from transformer.sharing import Helpers, enter
 
@@ -51,11 +52,17 @@ def random_tokens(count: int) -> Tensor:
     return torch.randint(TOKENIZER_LENGTH, (count,), generator=torch.Generator().manual_seed(count))
 
 
-def plain_pass(model: IntegerTransformer, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return hidden states and keys and values of a text, run token by token."""
+def plain_pass(model: IntegerTransformer, text: Tensor) -> tuple[Tensor, PanelCache]:
+    """Return hidden states and the cache of a text, run token by token."""
     cache = model.new_cache(1, LENGTH)
     rows = [model.forward(RowBatch(text[at : at + 1], [0], [at], [1]), cache) for at in range(len(text))]
-    return torch.cat(rows), cache.entries
+    return torch.cat(rows), cache
+
+
+def same_entries(first: PanelCache, second: PanelCache, length: int) -> bool:
+    """Return whether the first keys and values of slot 0 are the same to the last bit."""
+    same_keys = np.array_equal(first.keys_of(0, length), second.keys_of(0, length))
+    return same_keys and np.array_equal(first.values[:, 0, :, :length], second.values[:, 0, :, :length])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,28 +86,28 @@ def test_hidden_states_are_close_to_those_of_float32(tmp_path: Path, family: Fam
 def test_a_row_is_the_same_to_the_last_bit_for_1_to_64_rows(tmp_path: Path, family: Family, threads: int) -> None:
     model = load(tmp_path, family, threads)
     text = random_tokens(104)
-    expected, entries = plain_pass(model, text)
+    expected, plain = plain_pass(model, text)
     logits = torch.cat([model.logits(row) for row in expected.split(1)])
     for count in range(1, 65):
         cache = model.new_cache(1, LENGTH)
-        cache.entries[:, 0, :, :40] = entries[:, 0, :, :40]
+        cache.keys[:], cache.values[:, 0, :, :40] = plain.keys, plain.values[:, 0, :, :40]
         hidden = model.forward(RowBatch(text[40 : 40 + count], [0], [40], [count]), cache)
         assert torch.equal(hidden, expected[40 : 40 + count])
         assert torch.equal(model.logits(hidden), logits[40 : 40 + count])
-        assert torch.equal(cache.entries[:, :, :, : 40 + count], entries[:, :, :, : 40 + count])
+        assert same_entries(cache, plain, 40 + count)
 
 
 @pytest.mark.parametrize("sizes", [[180], [1, 179], [100, 3, 77], [64, 64, 52], [129, 51]])
 def test_a_prompt_in_any_pieces_gives_the_same_bits(tmp_path: Path, sizes: list[int]) -> None:
     model = load(tmp_path, threads=2)
     text = random_tokens(180)
-    expected, entries = plain_pass(model, text)
+    expected, plain = plain_pass(model, text)
     cache, start, pieces = model.new_cache(1, LENGTH), 0, []
     for size in sizes:
         pieces.append(model.forward(RowBatch(text[start : start + size], [0], [start], [size]), cache))
         start += size
     assert torch.equal(torch.cat(pieces), expected)
-    assert torch.equal(cache.entries, entries)
+    assert same_entries(cache, plain, 180)
 
 
 def test_sequences_side_by_side_do_not_change_each_other(tmp_path: Path) -> None:
@@ -143,7 +150,7 @@ def test_nan_and_infinity_stay_in_their_sequence(tmp_path: Path, value: float) -
     cache, text = model.new_cache(2, LENGTH), random_tokens(50)
     for slot in (0, 1):
         model.forward(RowBatch(text[:40], [slot], [0], [40]), cache)
-    cache.keys[0, 1, 0, 7] = value
+    cache.keys[0, 1, 0, 0, :, 7] = value
     rows = model.forward(RowBatch(text[40:].repeat(2), [0, 1], [40, 40], [10, 10]), cache)
     assert rows[:10].isfinite().all()
     assert not rows[10:].isfinite().all(dim=1).any()
@@ -163,3 +170,23 @@ def test_models_of_odd_sizes_are_refused(tmp_path: Path) -> None:
     assert not suits_integers(odd)
     with pytest.raises(ValueError, match="do not suit"):
         IntegerTransformer(odd, weights)
+
+
+@pytest.mark.parametrize("start", [0, 5, 16, 37])
+def test_a_cleared_slot_keeps_what_lies_before(start: int) -> None:
+    cache = PanelCache(2, 2, 2, 50, 16)
+    cache.keys[:], cache.values[:] = 1.0, 1.0
+    cache.clear_slot(1, start)
+    assert (cache.keys_of(1, 50)[:, :, :start] == 1).all()
+    assert (cache.keys_of(1, 50)[:, :, start:] == 0).all()
+    assert (cache.values[:, 1, :, :start] == 1).all()
+    assert (cache.values[:, 1, :, start:] == 0).all()
+    assert (cache.keys[:, 0] == 1).all()
+
+
+def test_a_copied_slot_continues_like_its_source(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    text, cache = random_tokens(60), model.new_cache(2, LENGTH)
+    expected = model.forward(RowBatch(text, [0], [0], [60]), cache)
+    cache.copy_slot(0, 1, 37)
+    assert torch.equal(model.forward(RowBatch(text[37:], [1], [37], [23]), cache), expected[37:])
