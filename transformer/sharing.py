@@ -20,8 +20,9 @@ from transformer.intrinsics import atomic_add, atomic_load, atomic_store, call_p
 
 MAX_THREADS = 8  # more gain little with small models: each stage takes microseconds
 MAX_SPINS = 2000  # pauses (some 50 microseconds) before a waiting thread lets others run
+MAX_LINGER = 6000  # pauses (some milliseconds) before an idle helper sleeps; to wake it takes as long as a small pass
 LINE = 8  # int64 in a cache line
-GATE = 2 * LINE  # int64 before the stages: the number of the pass that may be entered, and the threads within
+GATE = 3 * LINE  # int64 before the stages: the pass that may be entered; the threads within; the latest pass
 
 
 class Share(NamedTuple):
@@ -37,12 +38,17 @@ class Share(NamedTuple):
 
 @compiled
 def enter(share: Any) -> bool:
-    """Return whether the pass is still going on. If so, the thread must `leave` it."""
+    """Return whether the pass is still going on. If so, the thread must `leave` it. The caller opens it."""
     gate = share.state.ctypes.data
     atomic_add(gate + 8 * LINE, 1)
+    if share.thread == 0:
+        atomic_store(gate, share.number)
+        atomic_store(gate + 16 * LINE, share.number)
+        return True
     if atomic_load(gate) == share.number:
         return True
     atomic_add(gate + 8 * LINE, -1)
+    linger(share)
     return False
 
 
@@ -51,11 +57,22 @@ def leave(share: Any) -> None:
     """Leave the pass. The caller closes it, and waits until all have left: then its arrays may be used again."""
     gate = share.state.ctypes.data
     atomic_add(gate + 8 * LINE, -1)
-    if share.thread == 0:
-        atomic_store(gate, 0)
-        spins = 0
-        while atomic_load(gate + 8 * LINE) > 0:
-            spins = rest(share, spins)
+    if share.thread > 0:
+        linger(share)
+        return
+    atomic_store(gate, 0)
+    spins = 0
+    while atomic_load(gate + 8 * LINE) > 0:
+        spins = rest(share, spins)
+
+
+@compiled
+def linger(share: Any) -> None:
+    """Wait a moment for the next pass, awake and without the interpreter lock."""
+    latest = share.state.ctypes.data + 16 * LINE
+    spins = 0
+    while atomic_load(latest) <= share.number and spins < MAX_LINGER:
+        spins = rest(share, spins)
 
 
 @compiled
@@ -107,6 +124,7 @@ class Helpers:
         self._stride = LINE * -(-(1 + self.num_threads) // LINE)
         self._number = 0
         self._state = np.zeros(0, np.int64)
+        self._yield_address = yield_address()
         self._helpers = [_Helper() for _ in range(self.num_threads - 1)]
 
     def run(self, work: Callable[..., None], num_stages: int, *arguments: Any) -> None:
@@ -115,8 +133,7 @@ class Helpers:
         if len(self._state) < GATE + num_stages * self._stride:
             self._state = np.zeros(GATE + num_stages * self._stride, np.int64)
         self._state[GATE : GATE + num_stages * self._stride] = 0
-        self._state[0] = self._number
-        share = Share(self._state, self._stride, self._number, 0, self.num_threads, yield_address())
+        share = Share(self._state, self._stride, self._number, 0, self.num_threads, self._yield_address)
         for thread, helper in enumerate(self._helpers, start=1):
             helper.give(work, (share._replace(thread=thread), *arguments))
         work(share, *arguments)
@@ -131,31 +148,46 @@ class _Helper:
 
     def give(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         """Set the next work. Work that was not begun is forgotten: its pass is over."""
-        self._inbox.work = work, arguments
-        if self._inbox.is_empty.locked():
-            self._inbox.is_empty.release()
+        self._inbox.put((work, arguments))
 
     def __del__(self) -> None:
-        self._inbox.work = None
-        if self._inbox.is_empty.locked():
-            self._inbox.is_empty.release()
+        self._inbox.put(None)
 
 
 class _Inbox:
+    """Holds the latest work. Its two threads look at each other's field after setting their own: no call is missed."""
+
     def __init__(self) -> None:
         self.work: tuple[Callable[..., None], tuple[Any, ...]] | None = None
-        self.is_empty = threading.Lock()
-        self.is_empty.acquire()
+        self.number = 0  # of works that were put in
+        self.is_asleep = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def put(self, work: tuple[Callable[..., None], tuple[Any, ...]] | None) -> None:
+        self.work = work
+        self.number += 1
+        if self.is_asleep and self._bell.locked():
+            self._bell.release()
+
+    def sleep(self, seen: int) -> None:
+        """Wait until there is more than `seen` works, or return for nothing."""
+        self.is_asleep = True
+        if self.number == seen:
+            self._bell.acquire()
+        self.is_asleep = False
 
 
 def _serve(inbox: _Inbox) -> None:
+    seen = 0
     while True:
-        inbox.is_empty.acquire()
-        if inbox.work is None:
+        while inbox.number == seen:
+            inbox.sleep(seen)
+        seen, given = inbox.number, inbox.work
+        if given is None:
             return
-        work, arguments = inbox.work
-        work(*arguments)
-        del work, arguments
+        given[0](*given[1])
+        del given
 
 
 def num_processors() -> int:

@@ -15,7 +15,7 @@ from transformer.integer_product import BLOCK, variants
 from transformer.model import RowBatch, Transformer
 from transformer.panel_cache import PanelCache
 from transformer.quantised import QuantisedWeight
-from transformer.sharing import Helpers, enter
+from transformer.sharing import Helpers, Share, enter, leave
 
 LENGTH = 200
 
@@ -136,12 +136,17 @@ def test_helpers_that_never_come_stop_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_helper_that_comes_late_is_not_let_in() -> None:
-    shares = []
+    shares: list[Share] = []
     helpers = Helpers(1)
-    helpers.run(lambda share: shares.append(share._replace(thread=1)), 1)
-    assert enter(shares[0])
-    helpers.run(lambda share: None, 1)
-    assert not enter(shares[0])
+
+    def work(share: Share) -> None:
+        assert enter(share)
+        shares.append(share)
+        leave(share)
+
+    helpers.run(work, 1)
+    helpers.run(work, 1)
+    assert not enter(shares[0]._replace(thread=1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
