@@ -17,7 +17,7 @@ class TextRules:
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
-    kept_special_tokens: frozenset[int] = frozenset()  # that say where a tool call begins and ends
+    kept_special_tokens: frozenset[int] = frozenset()  # they mark where a tool call begins and ends
     min_tokens: int = 0  # stop strings do not count in the text of that many first tokens
 
 
@@ -32,7 +32,7 @@ class TracedStep:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one delta adds to one choice."""
+    """The addition of one delta to one choice."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()
@@ -45,7 +45,7 @@ class Piece:
 
     @classmethod
     def join(cls, pieces: Sequence[Self]) -> Self:
-        """All of a choice's pieces as one."""
+        """Join a choice's pieces, in order."""
         last = pieces[-1]
         return cls(
             text="".join(piece.text for piece in pieces),
@@ -60,7 +60,7 @@ class Piece:
 
 
 class Choice:
-    """Puts one sequence's text together and counts what it took."""
+    """Puts one sequence's text together, and counts its tokens."""
 
     def __init__(self, tokenizer: TextTokenizer, rules: TextRules) -> None:
         self._end_token_ids = frozenset(tokenizer.end_token_ids)
@@ -110,7 +110,7 @@ class Choice:
         )
 
     def _show(self, text: str) -> tuple[str, str | None]:
-        """What may be shown once this text has come, and the stop string it completed."""
+        """Take in text. Return what may be shown now, and the stop string that the text completed."""
         self._num_characters += len(text)
         if self.num_tokens <= self._rules.min_tokens:
             return self._matcher.release(text), None

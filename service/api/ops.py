@@ -1,4 +1,4 @@
-"""What operators and their machines ask: health, readiness, start-up progress, metrics, version."""
+"""Routes for operators and their machines: health, readiness, start-up progress, metrics, version."""
 
 from fastapi import APIRouter, Request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest

@@ -1,13 +1,15 @@
-"""What clients are answered. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
+"""The bodies of answers. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic needs this one on Python 3.11
 
+TokenKind = Literal["drafted", "recovered", "bonus", "plain"]
+
 
 def about(description: str) -> Any:
-    """What OpenAPI says of a field."""
+    """Describe a field for OpenAPI."""
     return Field(description=description)
 
 
@@ -67,15 +69,18 @@ class TracedToken(TypedDict):
     token_id: Annotated[int, about("The token.")]
     text: Annotated[str, about("Its text.")]
     kind: Annotated[
-        str,
-        about("`drafted`, or the target's own: `recovered` in place of a rejected one, `bonus` after the draft."),
+        TokenKind,
+        about(
+            "`drafted`, or the target's own: `recovered` in place of a rejected one, `bonus` after a draft that was "
+            "accepted whole, `plain` in a step without a draft."
+        ),
     ]
 
 
 class TraceStep(TypedDict):
     """One decoding step."""
 
-    source: Annotated[str, about("Who drafted: `none`, `copy` or `diffusion`.")]
+    source: Annotated[str, about("Who drafted: `none`, `free` or `diffusion`.")]
     tokens: Annotated[list[TracedToken], about("The tokens that the step added to the text.")]
     rejected: Annotated[list[int], about("Drafted tokens that were not kept.")]
     cut: NotRequired[

@@ -1,15 +1,15 @@
-"""What clients may send. Types are strict, unknown fields are refused, null means unset."""
+"""The bodies that clients may send. Types are strict, unknown fields are refused, null means unset."""
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from drafters.base import PolicyName
 from service.api.fields import (
     MAX_INT,
     MAX_LOGPROBS,
-    MAX_STOP_TOKENS,
     BestOf,
     Content,
     LogitBias,
@@ -17,12 +17,18 @@ from service.api.fields import (
     RequestModel,
     Seed,
     Stop,
+    StopTokenIds,
     TokenIds,
     Unsupported,
-    refuse,
+    invalid,
 )
-from service.api.structures import ResponseFormat, StructuredOutputs
 from service.api.tools import Tool, ToolCall, ToolChoice
+from service.structured import StructureSpec
+
+MAX_CHOICE_TEXTS = 256
+ANY_OBJECT = StructureSpec("json_schema", '{"type": "object"}')
+
+Schema = dict[str, Any]
 
 
 class StreamOptions(RequestModel):
@@ -38,7 +44,69 @@ class SpeculativeField(RequestModel):
     enabled: bool | None = Field(None, description="False: plain decoding for this request. The text is the same.")
     max_draft_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens drafted in one step.")
     policy: PolicyName | None = Field(None, description="Who decides the draft length; unset: the service's policy.")
-    trace: bool | None = Field(None, description="Say of every token whether it was drafted, recovered or a bonus.")
+    trace: bool | None = Field(
+        None, description="Say of every token whether it was drafted, recovered, a bonus or plain."
+    )
+
+
+class JsonSchemaFormat(RequestModel):
+    """A JSON schema, as OpenAI's API wraps it."""
+
+    name: str | None = Field(None, max_length=128, description="Not used.")
+    description: str | None = Field(None, description="Not used.")
+    json_schema: Schema = Field(alias="schema", description="The JSON schema that the output keeps to.")
+    strict: bool | None = Field(None, description="Not needed: the output always keeps to the schema.")
+
+
+class ResponseFormat(RequestModel):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"] = Field(description="What the output is.")
+    json_schema: JsonSchemaFormat | None = Field(None, description="With `json_schema` as type.")
+
+    @model_validator(mode="after")
+    def check(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise invalid('a json_schema goes with the type "json_schema", and with no other')
+        return self
+
+    @property
+    def spec(self) -> StructureSpec | None:
+        """The structure that is asked for; None for plain text."""
+        if self.json_schema is not None:
+            return StructureSpec("json_schema", json.dumps(self.json_schema.json_schema))
+        return ANY_OBJECT if self.type == "json_object" else None
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's way to ask for a structure: exactly one of these."""
+
+    json_schema: Schema | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    json_object: Literal[True] | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(None, min_length=1, description="A regular expression that the whole output matches.")
+    grammar: str | None = Field(None, min_length=1, description="A context-free grammar, in Lark's or GBNF's notation.")
+    choice: Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = Field(
+        None, description="The output is one of these texts."
+    )
+
+    @model_validator(mode="after")
+    def check(self) -> "StructuredOutputs":
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise invalid("takes exactly one of json, json_object, regex, grammar and choice")
+        if self.choice is not None and not all(self.choice):
+            raise invalid("no choice may be an empty text")
+        return self
+
+    @property
+    def spec(self) -> StructureSpec:
+        if self.json_schema is not None:
+            schema = self.json_schema
+            return StructureSpec("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        if self.regex is not None:
+            return StructureSpec("regex", self.regex)
+        if self.grammar is not None:
+            return StructureSpec("grammar", self.grammar)
+        return ANY_OBJECT if self.choice is None else StructureSpec("choice", json.dumps(self.choice))
 
 
 class GenerationFields(RequestModel):
@@ -55,7 +123,7 @@ class GenerationFields(RequestModel):
     stream: bool | None = Field(None, description="Send the text as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     stop: Stop = Field(None, description="Up to four texts that end the output.")
-    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_STOP_TOKENS, description="Tokens that end the output.")
+    stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the output.")
     include_stop_str_in_output: bool | None = Field(None, description="Show the text that ended the output.")
     ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Taken from tokens generated already.")
@@ -74,6 +142,11 @@ class GenerationFields(RequestModel):
     speculative: SpeculativeField | None = Field(None, description="Speculative decoding of this request.")
     response_format: ResponseFormat | None = Field(None, description="Text, a JSON object, or JSON by a schema.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What the output keeps to, in vLLM's words.")
+
+    @property
+    def num_choices(self) -> int:
+        """Choices per prompt."""
+        return 1 if self.n is None else self.n
 
 
 class CompletionRequest(GenerationFields):
@@ -121,7 +194,7 @@ class ChatMessage(RequestModel):
     @classmethod
     def check_assistants(cls, value: Any, info: ValidationInfo) -> Any:
         if value and info.data.get("role") not in ("assistant", None):
-            raise refuse("only with the role assistant")
+            raise invalid("only with the role assistant")
         return value or None
 
     @field_validator("tool_call_id")
@@ -131,7 +204,7 @@ class ChatMessage(RequestModel):
         if value is None and role == "tool":
             raise PydanticCustomError("missing", "missing")
         if value is not None and role not in ("tool", None):
-            raise refuse("only with the role tool")
+            raise invalid("only with the role tool")
         return value
 
     @field_validator("content")

@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is there once loading is done."""
+    """A model that is loaded: the engine, the tokenizer, and the compiler of structures for it."""
 
     name: str
     engine: Engine
@@ -28,7 +28,10 @@ class ServedModel:
     structures: StructureCompiler
 
     async def compile(self, spec: StructureSpec, seconds: float) -> Structure:
-        """Find or compile a structure, in another thread. Raises StructureError; TimeoutError if others come first."""
+        """Find a structure, or compile it in another thread.
+
+        Raises StructureError; TimeoutError if it waited `seconds` for others.
+        """
         known = self.structures.find(spec)
         if known is not None:
             return known
@@ -78,7 +81,7 @@ class Serving:
         metrics.watch_phase(lambda: self.status().phase)
 
     async def start(self) -> None:
-        """Load tokenizer and models; raises what made that impossible, which `status` then reports too."""
+        """Load tokenizer and models. Raises what made that impossible; `status` reports it, too."""
         try:
             tokenizer = self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
             await self._engine.start()
@@ -111,11 +114,11 @@ class Serving:
 
     @property
     def failure(self) -> Exception | None:
-        """What made loading impossible."""
+        """The error that made loading impossible."""
         return self._failure
 
     def status(self) -> EngineStatus:
-        """The engine's, without what only the log should say of a failure."""
+        """Return the engine's status; why it failed is left to the log."""
         if self._failure is not None:
             return EngineStatus("dead", "the model could not be loaded")
         status = self._engine.status()
@@ -128,7 +131,7 @@ class Serving:
         return status
 
     def model(self, name: str | None) -> ServedModel:
-        """The model a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
+        """Return the model that a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
         status = self.status()
         if self._model is None and status.phase == "ready":  # between the engine's last step of loading and ours
             status = replace(status, phase="loading")

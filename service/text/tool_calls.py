@@ -31,7 +31,7 @@ def style_of_template(template: str) -> ToolCallStyle | None:
 
 
 @dataclass(frozen=True, slots=True)
-class CallPart:
+class CallFragment:
     """Something new of one call: its name comes with the first part, its arguments are JSON text in pieces."""
 
     index: int
@@ -44,7 +44,7 @@ class ToolText:
     """What a piece of text adds to the message."""
 
     content: str = ""
-    calls: tuple[CallPart, ...] = ()
+    calls: tuple[CallFragment, ...] = ()
 
 
 class State(Enum):
@@ -64,15 +64,15 @@ class ToolCallParser:
     """
 
     def __init__(
-        self, style: ToolCallStyle, names: Collection[str], *, eager: bool, most_calls: int | None = None
+        self, style: ToolCallStyle, names: Collection[str], *, eager: bool, max_calls: int | None = None
     ) -> None:
         """eager: give arguments away while they are written; what turns out to be no JSON then stays a broken call,
-        which is content otherwise. names: of the tools that may be called. most_calls: further ones are dropped.
+        which is content otherwise. names: of the tools that may be called. max_calls: further ones are dropped.
         """
         self._opening, self._closing = HERMES_TAGS if style == "hermes" else ("", "")
         self._names = frozenset(names)
         self._eager = eager
-        self._most_calls = most_calls
+        self._max_calls = max_calls
         self._state = State.TEXT if style == "hermes" else State.HEAD
         # What is looked at with every piece is short, or endless blanks would take time that grows with their square.
         self._held = ""  # text that is not judged yet
@@ -89,7 +89,7 @@ class ToolCallParser:
         self._num_started = 0
         self._num_failures = 0
         self._content: list[str] = []
-        self._calls: list[CallPart] = []
+        self._calls: list[CallFragment] = []
         self.num_calls = 0  # complete ones
 
     def push(self, piece: str) -> ToolText:
@@ -161,7 +161,7 @@ class ToolCallParser:
         self._state = State.ARGUMENTS
         self._name, begin = found
         self._pass_over(begin)
-        self._is_given = self._eager and (self._most_calls is None or self._num_started < self._most_calls)
+        self._is_given = self._eager and (self._max_calls is None or self._num_started < self._max_calls)
         if self._is_given:
             self._start_call(self._name)
         return True
@@ -216,22 +216,22 @@ class ToolCallParser:
         self._num_started += 1
         self._blanks = []
         if self._is_wanted:
-            self._calls.append(CallPart(self._num_started - 1, name))
+            self._calls.append(CallFragment(self._num_started - 1, name))
 
     def _give(self, arguments: str) -> None:
         if arguments and self._is_wanted:
-            self._calls.append(CallPart(self._num_started - 1, None, arguments))
+            self._calls.append(CallFragment(self._num_started - 1, None, arguments))
 
     @property
     def has_only_whole_calls(self) -> bool:
         """Whether there are calls, and none of them is broken or cut."""
-        num_told = self._num_started if self._most_calls is None else min(self._num_started, self._most_calls)
+        num_told = self._num_started if self._max_calls is None else min(self._num_started, self._max_calls)
         return 0 < num_told == self.num_calls
 
     @property
     def _is_wanted(self) -> bool:
         """Whether the call that was started last is one to tell of."""
-        return self._most_calls is None or self._num_started <= self._most_calls
+        return self._max_calls is None or self._num_started <= self._max_calls
 
     def _read_arguments(self, is_end: bool) -> bool:
         has_ended, piece = self._read_object()

@@ -39,7 +39,7 @@ def read(
     style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
 ) -> tuple[str, list[tuple[str, str]], int]:
     """Content, calls, and how many of them are complete."""
-    parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
+    parser = ToolCallParser(style, NAMES, eager=eager, max_calls=most)
     content, calls = "", list[tuple[str, str]]()
     for part in [*map(parser.push, pieces), parser.finish()]:
         content += part.content
