@@ -34,7 +34,7 @@ from service.setting_groups import LimitSettings
 from service.text.tokenizer import ChatTemplateError
 from service.text.tool_calls import ToolCallParser, style_of_template
 
-LONG_CONVERSATION_MESSAGES = 64  # beyond it rendering leaves the event loop
+LONG_CONVERSATION_MESSAGES = 64  # longer conversations are rendered in another thread
 
 router = APIRouter(tags=["text"])
 

@@ -1,4 +1,4 @@
-"""The served model and everything a route needs, from the first moment of loading to the end of draining."""
+"""The served model, and all else that a route needs, from the start of loading to the end of draining."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from service.settings import Settings
 from service.structured import Structure, StructureCompiler, StructureSpec
 from service.text.tokenizer import TextTokenizer
 
-LONG_TEXT_CHARACTERS = 4096  # beyond it tokenizing leaves the event loop
+LONG_TEXT_CHARACTERS = 4096  # longer texts are tokenized in another thread
 
 Clock = Callable[[], float]
 
@@ -47,7 +47,7 @@ class ServedModel:
 
 
 class Serving:
-    """One engine and its tokenizer on their way from loading to ready to draining."""
+    """One engine and its tokenizer: loading, then ready, then draining."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class Serving:
         clock: Clock,
         now: Clock,
     ) -> None:
-        """`load_tokenizer` may take seconds and runs in another thread; `draw_seed` serves requests without a seed.
+        """load_tokenizer: runs in another thread, as it may take seconds. draw_seed: for requests without a seed.
 
-        `clock` measures durations; `now` is Unix time.
+        clock: measures durations, in seconds. now: Unix time.
         """
         self.settings = settings
         self.metrics = metrics
@@ -95,7 +95,7 @@ class Serving:
         self.metrics.watch(self._engine)
 
     async def stop(self) -> None:
-        """Refuse new requests, and let running ones end within the drain time. Only the first call does anything."""
+        """Refuse new requests, and let running ones end within the drain time. A second call does nothing."""
         if self._is_stopping:
             return
         self._is_stopping = True
@@ -133,7 +133,7 @@ class Serving:
     def model(self, name: str | None) -> ServedModel:
         """Return the model that a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
         status = self.status()
-        if self._model is None and status.phase == "ready":  # between the engine's last step of loading and ours
+        if self._model is None and status.phase == "ready":  # the engine is loaded, but `start` has not finished
             status = replace(status, phase="loading")
         if status.phase != "ready" or self._model is None:
             detail = f": {status.detail}" if status.detail else ""
