@@ -36,7 +36,7 @@ def _card(model: ServedModel) -> ModelCard:
     tags=["models"],
 )
 async def list_models(request: Request) -> ModelList:
-    """A server has one model; its `id` is what requests name, or leave out."""
+    """A server has one model. Requests may name its `id`, or leave it out."""
     serving: Serving = request.app.state.serving
     return {"object": "list", "data": [_card(serving.model(None))]}
 
@@ -56,7 +56,7 @@ _ID: dict[str, Any] = {
     tags=["models"],
 )
 async def retrieve_model(request: Request) -> ModelCard:
-    """Name, context length, and who drafts for it."""
+    """Return the model's name, context length and drafter."""
     serving: Serving = request.app.state.serving
     return _card(serving.model(request.path_params["model_id"]))
 
@@ -70,7 +70,7 @@ async def retrieve_model(request: Request) -> ModelCard:
     tags=["tokens"],
 )
 async def tokenize(request: Request) -> Tokenized:
-    """What a prompt, or a conversation by the model's chat template, is to the model."""
+    """Return the token ids of a prompt, or of a conversation as the model's chat template writes it."""
     call = await receive(request, TokenizeRequest)
     fields, model = call.fields, call.model
     if (fields.prompt is None) == (fields.messages is None):
@@ -107,7 +107,7 @@ async def tokenize(request: Request) -> Tokenized:
     tags=["tokens"],
 )
 async def detokenize(request: Request) -> Detokenized:
-    """The text of tokens, special ones included."""
+    """Return the text of tokens, special ones included."""
     call = await receive(request, DetokenizeRequest)
     fields, model = call.fields, call.model
     check_ids(fields.tokens, "tokens", model.engine.vocabulary_size)
@@ -122,7 +122,7 @@ async def detokenize(request: Request) -> Detokenized:
     tags=["tokens"],
 )
 async def tokenizer_info(request: Request) -> TokenizerInfo:
-    """Its kind and sizes, special tokens and chat template."""
+    """Return its kind and sizes, special tokens and chat template."""
     serving: Serving = request.app.state.serving
     model = serving.model(None)
     special_tokens = model.tokenizer.special_tokens

@@ -15,9 +15,9 @@ from service.api.responses import ChatCompletionChunk, ErrorBody
 DESCRIPTION = """OpenAI-compatible completions by lossless speculative decoding: a diffusion language model drafts, the
 target model verifies, and the text is the one that the target alone would have written.
 
-**Beyond OpenAI's API:** the field `speculative` steers how a request is drafted for; answers say in
+**Beyond OpenAI's API:** the field `speculative` steers the drafting for a request; answers say in
 `metrics.speculative_decoding` how much was drafted and accepted; vLLM's sampling fields (`top_k`, `min_p`,
-`structured_outputs`, ...) and its `/tokenize` and `/detokenize` are known.
+`structured_outputs`, ...) and its `/tokenize` and `/detokenize` work, too.
 
 **Errors** have one shape, `{"error": {"message", "type", "param", "code"}}`. An unknown field is an error.
 `Retry-After` says when a refused request is worth another try.
@@ -27,9 +27,9 @@ first chunk comes as an event in the shape of errors.
 """
 TAGS = [
     {"name": "text", "description": "Completions of texts and conversations."},
-    {"name": "models", "description": "What is served."},
+    {"name": "models", "description": "The served model."},
     {"name": "tokens", "description": "From text to token ids and back."},
-    {"name": "operations", "description": "For probes, Prometheus and whoever runs the server."},
+    {"name": "operations", "description": "For probes, Prometheus and operators."},
 ]
 REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.CompletionRequest,

@@ -32,20 +32,20 @@ Schema = dict[str, Any]
 
 
 class StreamOptions(RequestModel):
-    """What a stream tells beside the text."""
+    """Additions to a stream."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
     continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
 
 
 class SpeculativeField(RequestModel):
-    """How this request is drafted for, an extension of OpenAI's API; what is unset is as the service is set."""
+    """Speculative decoding of one request, an extension of OpenAI's API. Unset fields are as the service is set."""
 
     enabled: bool | None = Field(None, description="False: plain decoding for this request. The text is the same.")
     max_draft_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens drafted in one step.")
-    policy: PolicyName | None = Field(None, description="Who decides the draft length; unset: the service's policy.")
+    policy: PolicyName | None = Field(None, description="What decides the draft length; unset: the service's policy.")
     trace: bool | None = Field(
-        None, description="Say of every token whether it was drafted, recovered, a bonus or plain."
+        None, description="Tell for every token whether it was drafted, recovered, a bonus or plain."
     )
 
 
@@ -114,7 +114,7 @@ class GenerationFields(RequestModel):
 
     model: str | None = Field(None, max_length=256, description="Name from /v1/models; unset: the one there is.")
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Most tokens to generate.")
-    min_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="No stopping before that many tokens.")
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT, description="Do not stop before so many tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1.")
     top_p: float | None = Field(None, gt=0, le=1, description="Draw from the smallest set with this mass.")
     top_k: int | None = Field(None, ge=-1, le=MAX_INT, description="Draw from this many; 0 or -1: all.")
@@ -126,8 +126,12 @@ class GenerationFields(RequestModel):
     stop_token_ids: StopTokenIds | None = Field(None, description="Tokens that end the output.")
     include_stop_str_in_output: bool | None = Field(None, description="Show the text that ended the output.")
     ignore_eos: bool | None = Field(None, description="Go on past the model's end-of-text tokens.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Taken from tokens generated already.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Taken for each time it was generated.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted from logits of tokens generated already."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="Subtracted once for each time a token was generated."
+    )
     repetition_penalty: float | None = Field(None, ge=0.01, le=10, description="Divides logits of tokens seen already.")
     logit_bias: LogitBias | None = Field(None, description="Added to the logits, by token id.")
     allowed_token_ids: TokenIds | None = Field(None, description="Only these tokens may be generated.")
@@ -135,13 +139,15 @@ class GenerationFields(RequestModel):
     seed: Seed | None = Field(None, description="The same seed gives the same text, speculation on or off.")
     user: str | None = Field(None, max_length=512, description="Not used, not logged.")
     priority: int | None = Field(None, ge=-MAX_INT, le=MAX_INT, description="Lower runs first.")
-    timeout: float | None = Field(None, gt=0, description="Give up after so many seconds; the server's limit stands.")
+    timeout: float | None = Field(
+        None, gt=0, description="Give up after so many seconds; the server's limit applies, too."
+    )
     skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; default true.")
     return_token_ids: bool | None = Field(None, description="Answer with token ids too.")
     truncate_prompt_tokens: int | None = Field(None, ge=1, le=MAX_INT, description="Keep this many last tokens.")
     speculative: SpeculativeField | None = Field(None, description="Speculative decoding of this request.")
     response_format: ResponseFormat | None = Field(None, description="Text, a JSON object, or JSON by a schema.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="What the output keeps to, in vLLM's words.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Structure of the output, in vLLM's words.")
 
     @property
     def num_choices(self) -> int:
@@ -169,12 +175,12 @@ class CompletionRequest(GenerationFields):
 
 
 class ChatMessage(RequestModel):
-    """A message; its fields beside role and content are the assistant's, but for name and tool_call_id."""
+    """A message. Only an assistant's has fields other than role, content, name and tool_call_id."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
         description="Who says it; `developer` is the newer name of `system`."
     )
-    tool_calls: list[ToolCall] | None = Field(None, description="What an assistant asked to be called.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Calls that an assistant asked for.")
     tool_call_id: str | None = Field(
         None, validate_default=True, max_length=256, description="With the role `tool`: the call that this answers."
     )
@@ -265,7 +271,7 @@ class TokenizeRequest(RequestModel):
     model: str | None = Field(None, max_length=256, description="Name from /v1/models; unset: the one there is.")
     prompt: str | None = Field(None, description="A text; either this or `messages`.")
     messages: list[ChatMessage] | None = Field(None, min_length=1, description="A conversation.")
-    tools: list[Tool] | None = Field(None, description="For messages: what the chat template is to show.")
+    tools: list[Tool] | None = Field(None, description="For messages: the tools that the chat template shows.")
     add_special_tokens: bool | None = Field(None, description="Default: true for a text, false for messages.")
     add_generation_prompt: bool | None = Field(None, description="For messages; default true.")
     return_token_strs: bool | None = Field(None, description="Answer with each token's text too.")

@@ -107,7 +107,7 @@ def _check_arguments(value: Any) -> Any:
 
 
 class FunctionCall(RequestModel):
-    """A function and the arguments that it was to be called with."""
+    """A function and the arguments to call it with."""
 
     name: ToolName = Field(description="The function's name.")
     arguments: Annotated[str, BeforeValidator(_check_arguments)] = Field(description="JSON, as the model wrote it.")
@@ -121,7 +121,7 @@ class ToolCall(RequestModel):
         min_length=1, max_length=256, description="The call's name; the message that answers it has it, too."
     )
     type: Literal["function"] = Field(description="There are only functions.")
-    function: FunctionCall = Field(description="What was to be called.")
+    function: FunctionCall = Field(description="The function to call.")
     index: int | None = Field(None, description="Not used; clients keep it from streams.")
 
     def for_template(self) -> dict[str, Any]:
