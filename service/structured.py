@@ -201,4 +201,4 @@ def _grammar(spec: StructureSpec) -> str:
 
 def _first_line(message: str) -> str:
     """Shorten an error of the library to its first line; the others quote the structure."""
-    return " ".join(message.split("\n")[0].split())[:300] or "it cannot be compiled"
+    return " ".join(message.split("\n")[0].split())[:300].rstrip(" .:") or "it cannot be compiled"

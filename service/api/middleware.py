@@ -76,7 +76,7 @@ class CrowdMiddleware:
             await self._app(scope, receive, send)
             return
         error = NotReadyError(
-            f"more than {self._max_connections} connections are open: try again later.",
+            f"More than {self._max_connections} connections are open: try again later.",
             code="too_many_connections",
             headers={"Retry-After": str(RETRY_SECONDS), "Connection": "close"},
         )

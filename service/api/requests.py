@@ -68,6 +68,8 @@ async def make_requests(
     """
     fields, model = call.fields, call.model
     check_supported(fields, model)
+    priority = permitted_priority(call.key, fields.priority)
+    structure = await find_structure(call, tools)  # before the lengths: tools may be what makes the prompt too long
     lengths = [check_length(len(prompt.tokens), max_tokens, model.engine.context_length) for prompt in prompts]
     min_tokens = fields.min_tokens or 0
     if min_tokens > min(lengths):
@@ -75,8 +77,6 @@ async def make_requests(
     rules = sampling_rules(fields, model, call.limits, logprobs, min_tokens, call.serving.draw_seed())
     timeouts = [one for one in (fields.timeout, call.serving.settings.server.request_seconds) if one is not None]
     speculation = speculation_options(fields.speculative, model.engine.default_draft_tokens)
-    priority = permitted_priority(call.key, fields.priority)
-    structure = await find_structure(call, tools)
     requests: list[GenerationRequest] = []
     for prompt, length in zip(prompts, lengths, strict=True):
         for choice in range(fields.num_choices):
