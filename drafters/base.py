@@ -39,8 +39,8 @@ class DraftConstraint(Protocol):
     def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
         """Return `[tokens]` which may follow the committed tokens and `draft`; None if `draft` breaks or ends it."""
 
-    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
-        """Return the allowed beginning of a draft, then the tokens that the structure forces; at most `most`."""
+    def complete(self, draft: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Return the allowed beginning of a draft, then the tokens that the structure forces; at most `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +237,11 @@ def draft_limit(request_limit: int, num_left: int) -> tuple[int, BypassReason]:
     return min(request_limit, num_left - 1), ""
 
 
-def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+def num_common(left: Sequence[int] | Tokens, right: Sequence[int] | Tokens) -> int:
     """Return how many tokens two sequences begin with in common."""
-    for count, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return count
-    return min(len(left), len(right))
+    size = min(len(left), len(right))
+    differs = np.asarray(left[:size]) != np.asarray(right[:size])
+    return int(differs.argmax()) if differs.any() else size
 
 
 class Backoff:

@@ -19,7 +19,7 @@ class ChatTemplateError(Exception):
 
 
 class TextTokenizer:
-    """Encodes, decodes and renders chats. Nothing here keeps state between calls, so any thread may call it."""
+    """Encodes, decodes and renders chats. Any thread may call it: nothing keeps state between calls."""
 
     def __init__(self, loaded: Any, end_token_ids: Sequence[int]) -> None:
         """Wrap a fast tokenizer of transformers; `end_token_ids` end a text. Raises UnsupportedDecoderError."""
@@ -49,7 +49,7 @@ class TextTokenizer:
             raise TokenizerError(f"no usable tokenizer in {folder}: {error}") from None
 
     def to_json(self) -> str:
-        """The content of a tokenizer.json."""
+        """Return the content of a tokenizer.json."""
         return self._backend.to_str()
 
     @property
@@ -58,25 +58,25 @@ class TextTokenizer:
         return len(self._bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of `text`, with the checkpoint's begin-of-text token if it has one and `add_special_tokens`."""
+        """Return the ids of `text`; with `add_special_tokens` after the begin-of-text token, if there is one."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `tokens`; what is not UTF-8 becomes U+FFFD."""
+        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         pieces = (self.bytes_of(token) for token in tokens if not (skip_special_tokens and token in self.special_ids))
         return b"".join(pieces).decode("utf-8", "replace")
 
     def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
-        """The special tokens that are written so."""
+        """Return the special tokens whose texts are among `texts`."""
         return frozenset(token for token in self.special_ids if self.bytes_of(token).decode() in texts)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes one token adds to the text; none for ids beyond the tokenizer's (padding rows of the logits)."""
+        """Return the bytes that a token adds to the text; none for ids that only pad the logits."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
     def name_of(self, token: int) -> str:
-        """A token as a key of the legacy `logprobs`: its text, or `bytes:\\xe2\\x82` where it is no whole text."""
+        """Name a token in the legacy `logprobs`: by its text, or as `bytes:\\xe2\\x82` if it is no whole text."""
         data = self.bytes_of(token)
         try:
             return data.decode("utf-8")
@@ -90,7 +90,7 @@ class TextTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
+        """Write the prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
 
         Raises ChatTemplateError.
         """
@@ -114,12 +114,12 @@ class TextTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """By role, such as `eos_token`."""
+        """Special tokens by role, such as `eos_token`."""
         return {role: str(token) for role, token in self._loaded.special_tokens_map.items()}
 
     @property
     def tool_template(self) -> str:
-        """The chat template that renders tools, among several the one that is made for it; empty if there is none."""
+        """The chat template for conversations with tools; empty if there is none."""
         template = self._loaded.chat_template
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")
