@@ -103,7 +103,7 @@ class StructureState:
         return None if bits is None else np.unpackbits(bits, bitorder="little").astype(bool)
 
     def complete(self, draft: Sequence[int], max_tokens: int) -> tuple[int, ...]:
-        """Return the allowed beginning of a draft, and the tokens that the structure forces after it; at most `max_tokens`."""
+        """Return the allowed beginning of a draft, and the tokens that the structure forces after it."""
         text = self._text_of(draft)
         num_consumed = self._matcher.try_consume_tokens(text)
         following: Sequence[int] = ()
