@@ -21,9 +21,7 @@ MIN_SURVIVAL = 0.05  # of a free draft's tokens, however cheap rows are. Doubled
 MAX_REST_STEPS = 16  # in which a request isn't looked at while nothing pays. Doubled: cheaper, slower to see a change
 PROMISES = (0.4, 0.9, 1.8, 4.0)  # accepted tokens expected of a free draft: upper edges of the classes of passes
 PRIOR_GAIN = 1.0  # accepted tokens that a pass adds, before any was verified. Doubled: more passes are tried at first
-MAX_CATCH_UP_ROWS = (
-    16  # context rows charged to one pass. Doubled: a drafter that was left out for long stays out longer
-)
+MAX_CATCH_UP_ROWS = 16  # context rows charged to one pass. Doubled: long-idle drafters are asked less
 FIRST_GUESS = {1: 3e-3, 64: 2e-2}  # seconds of passes by rows, until `calibrate`
 
 
