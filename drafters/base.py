@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int32]
 PolicyName = Literal["goodput", "paper", "fixed"]
 CausalModelName = Literal["mixed", "ngram", "text", "uniform"]
-"""What the causal model knows: `ngram` n-grams fitted offline, `text` the request's own text as it grows, `mixed` both,
-`uniform` nothing."""
+"""Knowledge of the causal model: `ngram` n-grams fitted offline, `text` the request's own text as it grows, `mixed`
+both, `uniform` nothing."""
 SourceName = Literal["none", "free", "diffusion"]
 """`none`: nothing drafted. `free`: the causal model alone (the request's own text, n-grams). `diffusion`: begins with a
 path that the search found in the diffusion model's lattice."""
@@ -59,7 +59,7 @@ class DraftRequest:
 
 @dataclass(frozen=True, slots=True)
 class SearchFacts:
-    """What a path search reports beside its path."""
+    """Findings of a path search beside its path."""
 
     raw_length: int = 0  # tokens before the first end-of-text in the drafter's raw argmax (Eq. 9)
     lattice_width: float = 0.0  # mean candidates per position
@@ -117,7 +117,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request's draft in one step: fed back to the pipeline by `observe`."""
+    """The fate of one request's draft in one step, fed back to the pipeline by `observe`."""
 
     request_id: str
     draft: Draft  # as it was verified
@@ -176,7 +176,7 @@ class StepRecord:
 
 
 class Pipeline(Protocol):
-    """What both engines ask of whatever drafts for them; `drafters.pipeline.DraftPipeline` is the real one."""
+    """The interface of anything that drafts for an engine; `drafters.pipeline.DraftPipeline` is the real one."""
 
     @property
     def max_draft_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""How the policy learns: moving means that begin with a prior, and one rule against estimates that go stale."""
+"""Moving means that begin with a prior, and one rule against estimates that go stale."""
 
 from collections import defaultdict
 from collections.abc import Hashable

@@ -1,15 +1,15 @@
-"""How much to draft. `fixed` and `paper` say a length; `goodput` takes what pays, by acceptance and by seconds."""
+"""The length of drafts: `fixed` and `paper` say one; `goodput` takes what pays, by acceptance and by seconds."""
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord, num_common
-from drafters.policy.acceptance import NUM_CLASSES, Acceptance, RequestFactor, temperature_class
-from drafters.policy.learning import PRIOR_WEIGHT, RATE, Exploring
+from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
+from drafters.policy.acceptance import Acceptance, RequestFactor, temperature_class
+from drafters.policy.gains import PassGains, added_tokens, pass_class
+from drafters.policy.learning import Exploring
 from drafters.policy.paper import PaperLength, PaperOptions
 from drafters.policy.seconds import StepSeconds
 from transformer.compiled import allocating
@@ -19,15 +19,13 @@ Floats = NDArray[np.float64]
 MIN_GAIN = 0.03  # smallest relative gain for which drafting beats plain decoding. Doubled: fewer drafts that hardly pay
 MIN_SURVIVAL = 0.05  # of a free draft's tokens, however cheap rows are. Doubled: shorter free drafts
 MAX_REST_STEPS = 16  # in which a request isn't looked at while nothing pays. Doubled: cheaper, slower to see a change
-PROMISES = (0.4, 0.9, 1.8, 4.0)  # accepted tokens expected of a free draft: upper edges of the classes of passes
-PRIOR_GAIN = 1.0  # accepted tokens that a pass adds, before any was verified. Doubled: more passes are tried at first
 MAX_CATCH_UP_ROWS = 16  # context rows charged to one pass. Doubled: long-idle drafters are asked less
 FIRST_GUESS = {1: 3e-3, 64: 2e-2}  # seconds of passes by rows, until `calibrate`
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """How long drafts are where a request doesn't say."""
+    """Lengths of drafts where a request doesn't say."""
 
     policy: PolicyName = "goodput"
     max_draft_tokens: int = 32
@@ -38,7 +36,7 @@ class PolicyOptions:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the policy remembers of one request."""
+    """The policy's memory of one request."""
 
     temperature_class: int
     paper: PaperLength
@@ -60,9 +58,7 @@ class Policy:
         self._seconds = StepSeconds(FIRST_GUESS, FIRST_GUESS)
         self._exploring = Exploring()
         self._states: dict[str, RequestState] = {}
-        shape = (NUM_CLASSES, len(PROMISES) + 1)  # of passes: by temperature, by what the free draft promised
-        self._gains: Floats = np.full(shape, PRIOR_GAIN)  # accepted tokens that a pass really added to the free draft
-        self._num_passes: Floats = np.full(shape, PRIOR_WEIGHT)
+        self._gains = PassGains()
         self._num_requests, self._num_rows = 1, 1  # of the step: requests, and rows without drafts
         self._plain_seconds = 0.0  # of its verification without drafts
 
@@ -115,9 +111,11 @@ class Policy:
             return lengths
         for i in adaptive:
             wanted[i] = min(wanted[i], self._options.diffusion_length)
-        classes = {i: self._pass_class(requests[i], free[i].expected_accepted) for i in adaptive}
-        order = sorted(adaptive, key=lambda i: -self._gains[classes[i]])
-        gains = np.cumsum([self._gains[classes[i]] for i in order])
+        classes = {
+            i: pass_class(self._state(requests[i]).temperature_class, free[i].expected_accepted) for i in adaptive
+        }
+        order = sorted(adaptive, key=lambda i: -self._gains.of(classes[i]))
+        gains = np.cumsum([self._gains.of(classes[i]) for i in order])
         rows = np.cumsum([min(pending[i], MAX_CATCH_UP_ROWS) + wanted[i] for i in order]) + sum(lengths)
         seconds = self._seconds.diffusion(rows) - self._seconds.diffusion(np.array([sum(lengths)]))
         seconds += self._seconds.search * np.arange(1, len(order) + 1)
@@ -168,8 +166,14 @@ class Policy:
         for state, outcome in known:
             if not outcome.draft.tokens:
                 state.factor.observe(0.0, 0.0)
-            if outcome.draft.search is not None:
-                self._learn_pass(state, outcome)
+            facts = outcome.draft.search
+            if facts is None:
+                continue
+            if outcome.draft.source == "diffusion":
+                state.paper.observe(facts.raw_length, outcome.num_accepted)
+            kind = pass_class(state.temperature_class, facts.promised)
+            self._gains.observe(kind, added_tokens(outcome))
+            self._exploring.saw(("pass", kind))
         self._seconds.observe(step)
         self._exploring.pass_time(step.seconds.total)
         for where in set(classes):
@@ -180,22 +184,6 @@ class Policy:
     def release(self, request_id: str) -> None:
         """Forget a request; unknown ids are fine."""
         self._states.pop(request_id, None)
-
-    def _learn_pass(self, state: RequestState, outcome: Outcome) -> None:
-        """Learn what a pass really added: accepted tokens, less those that the free draft would have had accepted."""
-        draft, facts = outcome.draft, outcome.draft.search
-        assert facts is not None
-        added = 0
-        if draft.source == "diffusion":
-            state.paper.observe(facts.raw_length, outcome.num_accepted)
-            right = draft.tokens[: outcome.num_accepted]
-            if outcome.next_token is not None and outcome.num_accepted < len(draft.tokens):
-                right = (*right, outcome.next_token)  # in place of a rejected token: the free draft may have had it
-            added = outcome.num_accepted - num_common(draft.free, right)
-        where = state.temperature_class, bisect_left(PROMISES, facts.promised)
-        self._num_passes[where] += 1.0
-        self._gains[where] += max(RATE, 1.0 / self._num_passes[where]) * (added - self._gains[where])
-        self._exploring.saw(("pass", where))
 
     def _num_worth(
         self,
@@ -270,9 +258,6 @@ class Policy:
             return False
         state.rest_steps -= 1
         return True
-
-    def _pass_class(self, request: DraftRequest, promised: float) -> tuple[int, int]:
-        return self._state(request).temperature_class, bisect_left(PROMISES, promised)
 
     def _state(self, request: DraftRequest) -> RequestState:
         state = self._states.get(request.request_id)

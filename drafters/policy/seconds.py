@@ -1,4 +1,4 @@
-"""What a step costs: measured at start-up by rows and requests, corrected by every step while serving."""
+"""Seconds of a step: measured at start-up by rows and requests, corrected by every step while serving."""
 
 from collections.abc import Mapping
 from typing import Literal

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PolicyName, SearchFacts, StepRecord
 from drafters.policy import Policy, PolicyOptions
 from drafters.policy.acceptance import Acceptance, RequestFactor, temperature_class
+from drafters.policy.gains import PRIOR_GAIN
 from drafters.policy.learning import EXPLORE_SHARE, Exploring
-from drafters.policy.policy import MIN_GAIN, PRIOR_GAIN
+from drafters.policy.policy import MIN_GAIN
 from drafters.policy.seconds import StepSeconds
 
 STEP = 1e-3  # seconds
