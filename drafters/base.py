@@ -264,5 +264,10 @@ class Backoff:
         self._resumes_at = self._clock() + self.seconds
         return self.seconds
 
+    def end(self) -> None:
+        """End the pause: the next try may come at once."""
+        self._resumes_at = 0.0
+
     def succeed(self) -> None:
+        """Forget the failures: the next pause is a short one again."""
         self.seconds = 0.0
