@@ -125,6 +125,7 @@ class Outcome:
     policy: PolicyName | None = None  # the request's; None: the service's
     num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
     next_token: int | None = None  # what the target drew after the accepted tokens; None: unknown
+    is_cut: bool = False  # less was verified than was proposed: what the whole draft was worth is not known
 
     @property
     def num_kept(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord
+from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord, num_common
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.coupling import known_noise
 from drafters.diffusion.masked import MaskedDrafter, MaskedRequest, measure_passes
@@ -178,11 +178,11 @@ class DraftPipeline:
     def _from_path(self, request: DraftRequest, path: Path, free: Draft) -> Draft:
         """Return a searched path as a draft; without tokens if the structure refuses all of it."""
         facts = SearchFacts(path.raw_length, path.lattice_width, path.gain, free.expected_accepted)
-        path = keep_path_to_structure(request, path, request.max_draft_tokens)
-        if not path.tokens:
+        kept = keep_path_to_structure(request, path, request.max_draft_tokens)
+        if not kept.tokens:
             return Draft(search=facts, bypass_reason="no_candidates")
-        confidences = tuple(path.confidences.tolist())
-        return Draft(path.tokens, "diffusion", confidences, num_searched=len(path.tokens), search=facts)
+        num_searched = num_common(kept.tokens, path.tokens)  # what the structure forces was not searched for
+        return Draft(kept.tokens, "diffusion", tuple(kept.confidences.tolist()), num_searched, search=facts)
 
     def _draft_on(
         self, requests: Sequence[DraftRequest], drafts: Sequence[Draft], free: Sequence[Draft]

@@ -136,10 +136,11 @@ class Decoder:
         return fresh
 
     def _report(self, record: StepRecord) -> None:
-        try:
-            self._pipeline.observe(record)
-        except Exception:
-            self._pause("the drafter could not learn from a step")
+        if not self._backoff.is_paused:  # else a pipeline that cannot learn would fail in every step
+            try:
+                self._pipeline.observe(record)
+            except Exception:
+                self._pause("the drafter could not learn from a step")
         for observe in tuple(self._observers):
             try:
                 observe(record)
