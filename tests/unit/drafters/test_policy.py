@@ -358,7 +358,7 @@ def test_a_pass_that_the_free_draft_would_have_been_as_right_without_adds_nothin
 
 @pytest.mark.parametrize("change", [{"policy": "fixed"}, {"is_cut": True}])
 def test_only_what_goodput_chose_and_saw_whole_tells_what_a_pass_adds(change: Mapping[str, Any]) -> None:
-    """`fixed` verifies paths that `goodput` would drop, and vLLM's scheduler cuts drafts: neither counts as a failure."""
+    """`fixed` verifies paths that `goodput` would drop, and vLLM's scheduler cuts drafts: neither is a failed pass."""
     policy = make(SOME_ROWS, CHEAP_PASS)
     ask_passes(policy, [ask("a")], [Draft()])
     for _ in range(300):
