@@ -51,7 +51,7 @@ def convert(
     tokenizer.save(folder)
     name = str(dtype).removeprefix("torch.")
     shards = list(_shards(weight_shapes(facts.config), BYTES_OF_TYPE[name]))
-    files = {}
+    files: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write(model, names, folder / file, dtype)

@@ -96,15 +96,20 @@ class GgufFile:
         return stored.reshape(rows, -1)
 
     def dequantize(self, name: str) -> npt.NDArray[np.float32]:
-        """Return a tensor's values."""
+        """Return a tensor's values. Raises CheckpointError if some are no numbers."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor, blocks = self.tensors[name], self.raw_blocks(name)
         kind = GGMLQuantizationType[tensor.type.name]
-        if tensor.type.name in ("F32", "F16"):
-            return blocks.view(f"<f{tensor.type.block_bytes}").astype(np.float32).reshape(tensor.shape)
-        values: npt.NDArray[np.float32] = dequantize(blocks, kind)
+        values: npt.NDArray[np.float32]
+        with np.errstate(all="ignore"):
+            if tensor.type.name in ("F32", "F16"):
+                values = blocks.view(f"<f{tensor.type.block_bytes}").astype(np.float32)
+            else:
+                values = dequantize(blocks, kind)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.path}: the tensor {name} holds values that are no numbers.")
         return values.reshape(tensor.shape)
 
 
@@ -186,13 +191,15 @@ def _read(path: Path, content: memoryview, size: int) -> GgufFile:
             raise ValueError(f"it holds the tensor {tensor.name} twice")
         tensors[tensor.name] = tensor
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment}")
     begin = -(-reader.position // alignment) * alignment
     placed = {
         name: GgufTensor(name, tensor.type, tensor.shape, begin + tensor.offset) for name, tensor in tensors.items()
     }
     for tensor in placed.values():
+        if tensor.offset % alignment:
+            raise ValueError(f"the tensor {tensor.name} does not begin at a multiple of {alignment} bytes")
         if tensor.offset + tensor.num_bytes > size:
             raise CheckpointError(
                 f"{path}: the tensor {tensor.name} ends at byte {tensor.offset + tensor.num_bytes}, and the file has "

@@ -113,7 +113,8 @@ class GgufModel:
             if self._size(key, head_dim) != head_dim:
                 length = f"{self.architecture}.{key} is {self._size(key)}, and heads are {head_dim} wide"
                 raise CheckpointError(f"{path}: {length}; both must be the same.")
-        fields = {
+        theta = self._decimal("rope.freq_base", 10_000.0)
+        fields: dict[str, Any] = {
             "architectures": [MODEL_CLASSES[self.architecture]],
             "model_type": self.architecture,
             "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -126,13 +127,13 @@ class GgufModel:
             "hidden_act": "silu",
             "rms_norm_eps": self._decimal("attention.layer_norm_rms_epsilon", 1e-6),
             "max_position_embeddings": self._size("context_length"),
-            "rope_theta": self._decimal("rope.freq_base", 10_000.0),
+            "rope_theta": theta,
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,
             "bos_token_id": self.file.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.end_token_ids(),
         }
-        scaling = self._rotary_scaling(head_dim, fields["rope_theta"])
+        scaling = self._rotary_scaling(head_dim, theta)
         return fields if scaling is None else fields | {"rope_scaling": scaling}
 
     def end_token_ids(self) -> list[int]:
