@@ -1,4 +1,4 @@
-"""Write tiny GGUF files from the tiny checkpoints, with the writer of the package `gguf`, as llama.cpp converts them."""
+"""Write tiny GGUF files from the tiny checkpoints as llama.cpp converts them, with the writer of the package `gguf`."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -144,7 +144,7 @@ def store(values: npt.NDArray[np.float32], kind: str, generator: np.random.Gener
         return quantize(values, GGMLQuantizationType[kind]), kind
     num_bytes = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[kind]
     blocks = generator.integers(0, 256, (values.shape[0], values.shape[1] // 256, num_bytes), np.uint8)
-    scales = generator.uniform(1e-4, 2e-4, blocks.shape[:2] + (1,)).astype(np.float16)
+    scales = generator.uniform(1e-4, 2e-4, (*blocks.shape[:2], 1)).astype(np.float16)
     if kind == "Q6_K":
         blocks[..., 192:208] = generator.integers(1, 16, blocks[..., 192:208].shape)  # int8, small
         blocks[..., 208:] = scales.view(np.uint8)

@@ -132,7 +132,7 @@ UNFIT: dict[str, tuple[Callable[[Content], None], str]] = {
     "yarn": (set_metadata(rope__scaling__type="yarn"), "rope type 'yarn' is not supported"),
     "factors": (
         set_tensor("rope_freqs.weight", zeros(8) + 3),
-        "the factors in rope_freqs.weight are none of Llama 3's",
+        "rope_freqs.weight are none of Llama 3's",
     ),
     "missing": (set_tensor("blk.1.ffn_up.weight", None), "the weight blk.1.ffn_up.weight is missing"),
     "no embedding": (set_tensor("token_embd.weight", None), "the tensor token_embd.weight is missing"),
