@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 
 from service.text.token_bytes import UnsupportedDecoderError, token_bytes
 
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name -> the name in a GGUF file
+
 
 class TokenizerError(Exception):
     """The folder holds no usable tokenizer; the message is one clear sentence."""
@@ -32,6 +34,32 @@ class TextTokenizer:
         )
 
     @classmethod
+    def read(cls, checkpoint: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
+        """Read the tokenizer of a folder or of a GGUF file. Raises TokenizerError or CheckpointError."""
+        read = cls.from_gguf if checkpoint.is_file() else cls.from_folder
+        return read(checkpoint, end_token_ids)
+
+    @classmethod
+    def from_gguf(cls, path: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
+        """Build the tokenizer that a GGUF file describes. Raises TokenizerError or CheckpointError."""
+        from transformers import PreTrainedTokenizerFast
+
+        from service.text.gguf_tokenizer import Vocabulary
+
+        vocabulary = Vocabulary.of(path)
+        roles = {f"{name}_token": vocabulary.role(short) for name, short in ROLES.items()}
+        try:
+            loaded = PreTrainedTokenizerFast(
+                tokenizer_object=vocabulary.build(),
+                chat_template=vocabulary.chat_template(),
+                clean_up_tokenization_spaces=False,
+                **{name: token for name, token in roles.items() if token is not None},
+            )
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise TokenizerError(f"no usable tokenizer in {path}: {error}") from None
+        return cls(loaded, end_token_ids)
+
+    @classmethod
     def from_folder(cls, folder: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
         """Read tokenizer.json as it is, never running code from the checkpoint. Raises TokenizerError."""
         # Not AutoTokenizer: it imports torch and every model's configuration, which takes seconds, to choose a class
@@ -47,6 +75,13 @@ class TextTokenizer:
             raise TokenizerError(f"the tokenizer in {folder} is not supported: {error}") from None
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise TokenizerError(f"no usable tokenizer in {folder}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers and vLLM read them."""
+        self._loaded.save_pretrained(str(folder))
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # older versions' name
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
     def to_json(self) -> str:
         """Return the content of a tokenizer.json."""
