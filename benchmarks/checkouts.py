@@ -1,7 +1,7 @@
 """Compares this checkout with another one: the speed-ups of `diffuspec bench`, in turns, side by side.
 
     git worktree add ../before SOME_COMMIT
-    python -m benchmarks.checkouts ../before --turns 3 -- --cells plain,default --concurrency 1,4 --threads 1
+    python -m benchmarks.checkouts ../before --turns 3 --bench "--cells plain,default --concurrency 1,4 --threads 1"
 
 Both checkouts run in this environment, one after the other in every turn. A cell's speed-up is over the plain decoding
 of its own run, so that a machine whose speed drifts favours neither.
@@ -10,6 +10,7 @@ of its own run, so that a machine whose speed drifts favours neither.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="folder of the other checkout")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("bench", nargs="*", help="arguments of `diffuspec bench`, after --")
+    parser.add_argument("--bench", default="", help="arguments of `diffuspec bench`, in one text")
     arguments = parser.parse_args(argv)
     speed_ups: dict[Path, defaultdict[Cell, list[float]]] = {
         checkout: defaultdict(list) for checkout in (arguments.other.resolve(), HERE)
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for turn in range(arguments.turns):
         for checkout, found in speed_ups.items():
             print(f"turn {turn + 1} of {arguments.turns}: {checkout.name}", file=sys.stderr, flush=True)
-            for cell, speed_up in measure(checkout, arguments.bench).items():
+            for cell, speed_up in measure(checkout, shlex.split(arguments.bench)).items():
                 found[cell].append(speed_up)
     others, ours = speed_ups.values()
     ratios = []
