@@ -20,7 +20,8 @@ import torch
 from benchmarks.decoding import decode, held_out_prompts
 from drafters.base import Draft, DraftRequest, num_common
 from drafters.pipeline import DraftPipeline
-from drafters.policy.policy import PROMISES, Policy, PolicyOptions
+from drafters.policy import Policy, PolicyOptions
+from drafters.policy.gains import PROMISES
 from service.bench.cells import build, find_cell
 from service.bench.environment import describe_environment
 from service.bench.loading import Loaded, load

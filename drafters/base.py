@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.int32]
 PolicyName = Literal["goodput", "paper", "fixed"]
 CausalModelName = Literal["mixed", "ngram", "text", "uniform"]
-"""What the causal model knows: `ngram` n-grams fitted offline, `text` the request's own text as it grows, `mixed` both,
-`uniform` nothing."""
+"""Knowledge of the causal model: `ngram` n-grams fitted offline, `text` the request's own text as it grows, `mixed`
+both, `uniform` nothing."""
 SourceName = Literal["none", "free", "diffusion"]
 """`none`: nothing drafted. `free`: the causal model alone (the request's own text, n-grams). `diffusion`: begins with a
 path that the search found in the diffusion model's lattice."""
@@ -39,8 +39,8 @@ class DraftConstraint(Protocol):
     def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
         """Return `[tokens]` which may follow the committed tokens and `draft`; None if `draft` breaks or ends it."""
 
-    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
-        """Return the allowed beginning of a draft, then the tokens that the structure forces; at most `most`."""
+    def complete(self, draft: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Return the allowed beginning of a draft, then the tokens that the structure forces; at most `max_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class DraftRequest:
 
 @dataclass(frozen=True, slots=True)
 class SearchFacts:
-    """What a path search reports beside its path."""
+    """Findings of a path search beside its path."""
 
     raw_length: int = 0  # tokens before the first end-of-text in the drafter's raw argmax (Eq. 9)
     lattice_width: float = 0.0  # mean candidates per position
@@ -117,7 +117,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request's draft in one step: fed back to the pipeline by `observe`."""
+    """The fate of one request's draft in one step, fed back to the pipeline by `observe`."""
 
     request_id: str
     draft: Draft  # as it was verified
@@ -125,6 +125,7 @@ class Outcome:
     policy: PolicyName | None = None  # the request's; None: the service's
     num_cut: int = 0  # accepted tokens behind a stop token: drafted right, but no part of the output
     next_token: int | None = None  # what the target drew after the accepted tokens; None: unknown
+    is_cut: bool = False  # less was verified than was proposed: what the whole draft was worth is not known
 
     @property
     def num_kept(self) -> int:
@@ -176,7 +177,7 @@ class StepRecord:
 
 
 class Pipeline(Protocol):
-    """What both engines ask of whatever drafts for them; `drafters.pipeline.DraftPipeline` is the real one."""
+    """The interface of anything that drafts for an engine; `drafters.pipeline.DraftPipeline` is the real one."""
 
     @property
     def max_draft_tokens(self) -> int:
@@ -237,12 +238,11 @@ def draft_limit(request_limit: int, num_left: int) -> tuple[int, BypassReason]:
     return min(request_limit, num_left - 1), ""
 
 
-def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+def num_common(left: Sequence[int] | Tokens, right: Sequence[int] | Tokens) -> int:
     """Return how many tokens two sequences begin with in common."""
-    for count, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return count
-    return min(len(left), len(right))
+    size = min(len(left), len(right))
+    differs = np.asarray(left[:size]) != np.asarray(right[:size])
+    return int(differs.argmax()) if differs.any() else size
 
 
 class Backoff:
@@ -265,5 +265,10 @@ class Backoff:
         self._resumes_at = self._clock() + self.seconds
         return self.seconds
 
+    def end(self) -> None:
+        """End the pause: the next try may come at once."""
+        self._resumes_at = 0.0
+
     def succeed(self) -> None:
+        """Forget the failures: the next pause is a short one again."""
         self.seconds = 0.0

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.base import DraftRequest
+from drafters.base import DraftRequest, num_common
 from drafters.search.path_search import Path
 
 FORCED_CONFIDENCE = 0.9  # of a token that the structure forces; below 1, as the target may cut the same text otherwise
@@ -54,9 +54,7 @@ def keep_to_structure(
     if request.constraint is None:
         return tokens, confidences
     kept = request.constraint.complete(tokens, max_tokens)
-    num_own = next(
-        (i for i, (a, b) in enumerate(zip(kept, tokens, strict=False)) if a != b), min(len(kept), len(tokens))
-    )
+    num_own = num_common(kept, tokens)
     forced = np.full(len(kept) - num_own, FORCED_CONFIDENCE)
     return kept, np.concatenate([confidences[:num_own], forced])
 

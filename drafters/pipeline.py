@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord
+from drafters.base import Backoff, Draft, DraftingCost, DraftRequest, SearchFacts, StepRecord, num_common
 from drafters.constraint import keep_path_to_structure, keep_to_structure, mask_logits
 from drafters.coupling import known_noise
 from drafters.diffusion.masked import MaskedDrafter, MaskedRequest, measure_passes
@@ -39,9 +39,9 @@ class DraftPipeline:
         clock: Callable[[], float] = time.perf_counter,
         free_drafts: bool = True,
     ) -> None:
-        """causal: drafts freely, and judges paths. search: None without `diffusion`.
+        """causal: makes free drafts, and scores paths (Eq. 8). search: None without `diffusion`.
 
-        free_drafts: False lets `causal` only judge; nothing is drafted without a diffusion pass then.
+        free_drafts: False leaves the scoring only; nothing is drafted without a diffusion pass then.
         """
         self._causal, self._search, self._diffusion = causal, search, diffusion
         self._free_drafts = free_drafts and causal is not None
@@ -59,7 +59,7 @@ class DraftPipeline:
 
     @property
     def drafter_up(self) -> bool:
-        """Whether the diffusion drafter is in use (True too where none is configured)."""
+        """False while the diffusion drafter is left out after a failure."""
         return not self._backoff.is_paused
 
     def propose(self, requests: Sequence[DraftRequest], num_prefill_rows: int = 0) -> list[Draft]:
@@ -160,7 +160,7 @@ class DraftPipeline:
         search: PathSearch,
     ) -> list[Path]:
         """Pass, lattice, search; notes what they took. Raises whatever they raise."""
-        if self._causal is not None and not self._free_drafts:  # what only judges learns just before
+        if self._causal is not None and not self._free_drafts:  # as no free draft does it
             self._causal.learn([request.tokens for request in requests], self._take_unlearned(requests))
         started = self._clock()
         logits = diffusion.propose(masked)
@@ -178,11 +178,11 @@ class DraftPipeline:
     def _from_path(self, request: DraftRequest, path: Path, free: Draft) -> Draft:
         """Return a searched path as a draft; without tokens if the structure refuses all of it."""
         facts = SearchFacts(path.raw_length, path.lattice_width, path.gain, free.expected_accepted)
-        path = keep_path_to_structure(request, path, request.max_draft_tokens)
-        if not path.tokens:
+        kept = keep_path_to_structure(request, path, request.max_draft_tokens)
+        if not kept.tokens:
             return Draft(search=facts, bypass_reason="no_candidates")
-        confidences = tuple(path.confidences.tolist())
-        return Draft(path.tokens, "diffusion", confidences, num_searched=len(path.tokens), search=facts)
+        num_searched = num_common(kept.tokens, path.tokens)  # what the structure forces was not searched for
+        return Draft(kept.tokens, "diffusion", tuple(kept.confidences.tolist()), num_searched, search=facts)
 
     def _draft_on(
         self, requests: Sequence[DraftRequest], drafts: Sequence[Draft], free: Sequence[Draft]

@@ -13,11 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import VERSION
-from service.api import chat, completions, models, ops, tokenization
-from service.api.auth import KeyMiddleware
+from service.api import chat, completions, models, ops
 from service.api.body import ClientDisconnectedError
-from service.api.crowd import CrowdMiddleware
-from service.api.middleware import RequestMiddleware
+from service.api.middleware import CrowdMiddleware, KeyMiddleware, RequestMiddleware
 from service.api.openapi import install_openapi
 from service.api.respond import JsonResponse
 from service.api.serving import Serving
@@ -43,10 +41,12 @@ def create_app(
     clock: Callable[[], float] = time.perf_counter,
     now: Callable[[], float] = time.time,
 ) -> FastAPI:
-    """Build the application. It answers at once and loads in the background; `on_failure` hears if that fails.
-    num_connections: open ones, which only who runs the application knows.
+    """Build the application. It answers at once and loads in the background.
 
-    `app.state.serving` is the way in for whoever runs it: status, draining. Raises SettingsError for unusable keys.
+    on_failure: called if loading fails. num_connections: counts the open ones; only the HTTP server knows them.
+    clock: measures durations, in seconds. now: Unix time.
+
+    `app.state.serving` is for whoever runs the application: status, draining. Raises SettingsError for unusable keys.
     """
     key_ring = load_keys([key.get_secret_value() for key in settings.auth.api_keys], settings.auth.keys_file, clock)
     serving = Serving(settings, engine, load_tokenizer, metrics, key_ring, draw_seed, clock, now)
@@ -71,11 +71,12 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.serving = serving
-    for module in (completions, chat, models, tokenization):
+    for module in (completions, chat, models, ops):
         app.include_router(module.router)
-    app.include_router(ops.router)
     app.add_middleware(KeyMiddleware, serving=serving)
-    app.add_middleware(CrowdMiddleware, num_connections=num_connections, most=settings.server.max_connections)
+    app.add_middleware(
+        CrowdMiddleware, num_connections=num_connections, max_connections=settings.server.max_connections
+    )
     app.add_middleware(RequestMiddleware, clock=clock, observe=metrics.observe_response)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -103,6 +104,6 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
-    """The client has gone; 499 is what proxies log for it."""
+    """Note that the client has gone; proxies log 499 for it."""
     request.state.record.is_cancelled = True
     return Response(status_code=499)

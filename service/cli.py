@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from service.hub import HubError, locate_models
+from service.hub import HubError, locate, locate_models
 from service.settings import PREFIX, Settings, SettingsError, describe, load_settings
 
 DESCRIPTION = """DiffuSpec serves a language model with an OpenAI-compatible API and makes it faster without
@@ -35,7 +35,7 @@ SERVER_FLAGS = {
 METAVARS = {
     "--engine": "embedded|vllm",
     "--method": "NAME",
-    "--target": "DIR|NAME",
+    "--target": "DIR|FILE.gguf|NAME",
     "--drafter": "DIR|NAME|prompt-lookup|none",
     "--policy": "goodput|paper|fixed",
     "--host": "ADDRESS",
@@ -62,7 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fetch checkpoints from the Hugging Face hub and verify their checksums. HF_HOME, HF_ENDPOINT and "
         "HF_TOKEN are honoured. A second run fetches only what is missing.",
     )
-    pull.add_argument("names", nargs="+", metavar="NAME[@REVISION]", help="Such as Qwen/Qwen2.5-7B-Instruct.")
+    pull.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME[/FILE.gguf][@REVISION]",
+        help="Such as Qwen/Qwen2.5-7B-Instruct. With a file's name, only that GGUF file is fetched.",
+    )
+    _add_convert(commands.add_parser("convert", help="write a GGUF file as a folder for transformers and vLLM"))
     warm = commands.add_parser(
         "compile",
         help="compile the drafting kernels now",
@@ -84,12 +90,27 @@ def _add_settings(parser: argparse.ArgumentParser, flags: dict[str, str]) -> Non
         parser.add_argument(flag, dest=name, metavar=metavar, help=describe(name).replace("%", "%%").replace("`", ""))
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the model of a GGUF file as the folder that transformers and vLLM load: configuration, tokenizer, chat "
+        "template, and dequantised weights (safetensors)."
+    )
+    parser.add_argument("source", metavar="FILE.gguf", help="The file, or NAME/FILE.gguf after `diffuspec pull`.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="A new or empty folder.")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="Number format of the weights (default: %(default)s, the file's exact values).",
+    )
+
+
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Describe the checkpoints of the target and the drafter, how their vocabularies relate, how much memory they "
         "need, and the minimum cost of a step. Nothing is loaded. The exit status is 1 if they do not fit."
     )
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="Folder or name on the hub; same as --target.")
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="Folder, GGUF file or hub name; same as --target.")
     parser.add_argument("drafter", nargs="?", metavar="DRAFTER", help="Folder or name on the hub; same as --drafter.")
     parser.add_argument("--context", type=int, metavar="N", help="Tokens per request (default: the service's).")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="Concurrent requests (default: %(default)s).")
@@ -143,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from service.hub import pull
 
             return pull(arguments.names, sys.stderr)
+        if arguments.command == "convert":
+            from service.convert import run
+
+            return run(locate(arguments.source), arguments.folder, arguments.dtype, sys.stderr)
         if arguments.command == "compile":
             from service.check import compile_kernels
 

@@ -91,7 +91,7 @@ def build_drafter(settings: Settings, target: TransformerConfig, model: "Transfo
     else:
         width = model.config.vocabulary_size
         inner = DiffusionDrafter(model, num_slots, width, options, len(vocabularies.to_target))
-        codec = TextCodec(TextTokenizer.from_folder(theirs.folder, target.end_token_ids))
+        codec = TextCodec(TextTokenizer.read(theirs.folder, target.end_token_ids))
         reader = _reader(ours)
         if vocabularies.relation == "overlapping":
             speller = Speller(codec, reader)

@@ -1,4 +1,4 @@
-"""Everything a client can be refused with, as one tree, in OpenAI's shape.
+"""All errors that a client can get, as one tree, in OpenAI's shape.
 
 ApiError
 ├── InvalidRequestError     400
@@ -16,14 +16,14 @@ ApiError
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from service.engine import base as engine
 from service.engine.base import EngineError, EngineUnavailableError, QueueFullError
 
 
 class ApiError(Exception):
-    """An error with an HTTP status; its message goes to the client, so it never holds paths or addresses."""
+    """An error with an HTTP status. The client sees its message, so the message never holds paths or addresses."""
 
     status = 500
     type = "internal_error"
@@ -44,7 +44,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON body, `{"error": {"message", "type", "param", "code"}}`; also an in-band frame of a stream."""
+        """Return the JSON body, `{"error": {"message", "type", "param", "code"}}`; in a stream it is a frame."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
@@ -113,8 +113,13 @@ class RequestTimeoutError(ApiError):
     code = "request_timeout"
 
 
+def refuse(message: str, *, param: str, code: str = "invalid_value") -> NoReturn:
+    """Raise the InvalidRequestError that names `param`, the field that is wrong."""
+    raise InvalidRequestError(message, param=param, code=code)
+
+
 def from_engine(error: EngineError) -> ApiError:
-    """What a client is told when the engine refuses or fails a request."""
+    """Translate an error of the engine into the one that the client gets."""
     if isinstance(error, QueueFullError):
         seconds = str(max(1, math.ceil(error.retry_after_seconds)))
         return TooManyRequestsError(str(error), headers={"Retry-After": seconds})
@@ -133,7 +138,7 @@ def from_engine(error: EngineError) -> ApiError:
 
 
 def from_status(status: int, detail: str, headers: Mapping[str, str] | None = None) -> ApiError:
-    """An error for a status that the web framework raised by itself: no such route, no such method."""
+    """Make the error for a status that the web framework raised by itself: no such route, no such method."""
     if status == 404:
         return NotFoundError("No such route; /docs lists what there is.", code="unknown_route")
     if status == 405:

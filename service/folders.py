@@ -1,9 +1,13 @@
-"""Facts about model folders, read from file headers only: for `diffuspec check`, and to refuse a wrong pair early."""
+"""Facts about checkpoints, read from file headers only: for `diffuspec check`, and to refuse a wrong pair early.
+
+A checkpoint is a folder, or a GGUF file.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from drafters.diffusion.vocabulary_map import VocabularyMap, compare_vocabularies
+from service.text.gguf_tokenizer import Vocabulary
 from transformer.config import CheckpointError, TransformerConfig
 from transformer.folder import read_vocabulary
 from transformer.weights import check_weights, read_headers
@@ -13,7 +17,7 @@ from transformer.weights import check_weights, read_headers
 class FolderFacts:
     """Facts about one checkpoint."""
 
-    folder: Path
+    folder: Path  # or the GGUF file
     config: TransformerConfig
     num_parameters: int
     num_bytes: int  # of the weights
@@ -27,11 +31,12 @@ class FolderFacts:
 
 def read_folder(folder: Path) -> FolderFacts:
     """Inspect a checkpoint without loading it. Raises CheckpointError with one clear sentence."""
-    if not folder.is_dir():
+    if not folder.exists():
         raise CheckpointError(
-            f"{folder} is neither a folder nor a hub checkpoint on this machine; `diffuspec pull NAME` fetches one."
+            f"{folder} is neither a folder nor a GGUF file nor a hub checkpoint on this machine; `diffuspec pull NAME` "
+            "fetches one."
         )
-    config = TransformerConfig.from_folder(folder)
+    config = TransformerConfig.read(folder)
     stored = read_headers(folder)
     check_weights(folder, config, stored)
     return FolderFacts(
@@ -40,8 +45,14 @@ def read_folder(folder: Path) -> FolderFacts:
         num_parameters=sum(tensor.num_entries for tensor in stored.values()),
         num_bytes=sum(tensor.num_bytes for tensor in stored.values()),
         dtypes=tuple(sorted({tensor.dtype for tensor in stored.values()})),
-        vocabulary=read_vocabulary(folder),
+        vocabulary=_read_vocabulary(folder),
     )
+
+
+def _read_vocabulary(checkpoint: Path) -> dict[str, int] | None:
+    if checkpoint.is_file():
+        return {token: index for index, token in enumerate(Vocabulary.of(checkpoint).tokens)}
+    return read_vocabulary(checkpoint)
 
 
 def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
@@ -50,7 +61,7 @@ def find_mismatch(target: FolderFacts, drafter: FolderFacts) -> str | None:
     Drafts are verified, so a wrong drafter would not change any output. It would silently never be right.
     """
     if not drafter.config.mask_token_ids:
-        return f"{drafter.folder} is not a diffusion language model: its config.json names no mask token."
+        return f"{drafter.folder} is not a diffusion language model: its configuration names no mask token."
     if not target.vocabulary:
         return f"{target.folder} has no tokenizer.json."
     if not drafter.vocabulary:

@@ -1,7 +1,8 @@
 """Checkpoints of the Hugging Face hub: find them on this machine by name, and fetch them for `diffuspec pull`.
 
 huggingface_hub does the work: HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning, and
-transformers and vLLM find what was pulled here. Python files and other weight formats are never fetched.
+transformers and vLLM find what was pulled here. A checkpoint is a whole repository, or one of its GGUF files by name:
+NAME/FILE.gguf. Python files and other weight formats are never fetched.
 """
 
 import re
@@ -12,7 +13,10 @@ from typing import TextIO
 from service.setting_groups import NO_DRAFTER, PROMPT_LOOKUP
 from service.settings import Settings
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+NAME = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<file>(?:[\w-][\w.-]*/)*[\w-][\w.-]*\.gguf))?"
+    r"(@(?P<revision>[\w./-]+))?"
+)
 FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -34,19 +38,21 @@ class HubError(Exception):
 
 
 def locate(name: str | Path) -> Path:
-    """Return a checkpoint's folder: `name` itself if it is a folder, else the hub's copy on this machine.
+    """Return a checkpoint's folder or file: `name` itself if it exists, else the hub's copy on this machine.
 
-    `NAME@REVISION` asks for one revision. Without a local copy, `name` is returned unchanged. Raises HubError for an
-    incomplete copy.
+    `NAME[/FILE.gguf]@REVISION` asks for one revision. Without a local copy, `name` is returned unchanged. Raises
+    HubError for an incomplete copy.
     """
     folder = Path(name)
     if folder.exists() or not NAME.fullmatch(str(name)):
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
-    repository, revision = _parse(str(name))
+    repository, file, revision = _parse(str(name))
     try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file, revision=revision, local_files_only=True))
         return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=list(FILES)))
     except IncompleteSnapshotError:
         raise HubError(
@@ -84,14 +90,18 @@ def _pull(name: str, output: TextIO) -> None:
     from huggingface_hub import HfApi, constants, errors
 
     if not NAME.fullmatch(name):
-        raise HubError(f"{name!r} is not a hub name, such as Dream-org/Dream-v0-Instruct-7B or NAME@REVISION.")
-    repository, revision = _parse(name)
+        raise HubError(
+            f"{name!r} is not a hub name, such as Dream-org/Dream-v0-Instruct-7B, NAME/FILE.gguf or NAME@REVISION."
+        )
+    repository, file, revision = _parse(name)
+    wanted = list(FILES) if file is None else [file]
     api = HfApi()
     try:
         # Resolve the revision once, so that the files and the checksums belong to the same one.
         pinned = api.resolve_revision(repository, revision=revision)
         print(f"{repository} at {pinned.resolved}", file=output, flush=True)
-        folder = api.snapshot_download(repository, revision=pinned, allow_patterns=list(FILES))
+        folder = api.snapshot_download(repository, revision=pinned, allow_patterns=wanted)
+        _refuse_missing_weights(Path(folder), repository, file)
         checked = api.verify_repo_checksums(repository, revision=pinned.resolved)
     except errors.GatedRepoError:
         raise HubError(f"{repository} is gated: accept its terms on its page and set HF_TOKEN.") from None
@@ -116,8 +126,15 @@ def _pull(name: str, output: TextIO) -> None:
         files = ", ".join(damaged)
         raise HubError(f"{repository}: {files} did not match the hub's checksum and was deleted; pull again.")
     print(f"  {checked.checked_count} files match the hub's checksums: {folder}", file=output)
-    if not any(Path(folder).glob("*.safetensors")):
-        raise HubError(f"{repository} has no safetensors file; other formats are not supported.")
+
+
+def _refuse_missing_weights(folder: Path, repository: str, file: str | None) -> None:
+    if file is not None and not (folder / file).is_file():
+        raise HubError(f"{repository} has no file {file}.")
+    if file is None and not any(folder.glob("*.safetensors")):
+        raise HubError(
+            f"{repository} has no safetensors file; a GGUF file is fetched by its name, {repository}/FILE.gguf."
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -131,6 +148,8 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _parse(name: str) -> tuple[str, str | None]:
-    repository, _, revision = name.partition("@")
-    return repository, revision or None
+def _parse(name: str) -> tuple[str, str | None, str | None]:
+    """Return the repository, the GGUF file in it and the revision of a name that `NAME` matches."""
+    found = NAME.fullmatch(name)
+    assert found is not None
+    return found["repository"], found["file"], found["revision"]

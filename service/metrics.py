@@ -279,10 +279,13 @@ class ServiceMetrics:
         """Count an HTTP response. `route` is the route's pattern, never a path that a client made up."""
         self._responses.labels(self._model_name, route, str(status)).inc()
 
-    def observe_first_token(self, num_prompt_tokens: int, queue_seconds: float, seconds: float) -> None:
-        """Record that a sequence got its first token, `seconds` after it arrived."""
-        self._prompt_tokens.inc(num_prompt_tokens)
+    def observe_prompt(self, num_tokens: int, queue_seconds: float) -> None:
+        """Count the prompt of one sequence, which has been read now."""
+        self._prompt_tokens.inc(num_tokens)
         self._queue.observe(queue_seconds)
+
+    def observe_first_token(self, seconds: float) -> None:
+        """Count that one sequence has its first token, `seconds` after it arrived."""
         self._first_token.observe(seconds)
 
     def observe_tokens(self, count: int, seconds: float | None) -> None:

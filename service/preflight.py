@@ -15,13 +15,7 @@ def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
     """
     model = settings.model
     target = read_folder(model.target)
-    if not (target.folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{target.folder} has no tokenizer.json.")
-    if target.config.attention != "causal":
-        raise CheckpointError(
-            f"{target.folder} is a diffusion language model ({target.family}), which can only draft: name a causal "
-            "model as the target."
-        )
+    refuse_unfit_target(target)
     if model.context_length is not None and model.context_length > target.config.max_positions:
         raise CheckpointError(
             f"model.context_length is {model.context_length}, but the target supports at most "
@@ -34,6 +28,27 @@ def check_models(settings: Settings) -> tuple[FolderFacts, FolderFacts | None]:
     if mismatch is not None:
         raise CheckpointError(mismatch)
     return target, drafter
+
+
+def refuse_unfit_target(target: FolderFacts) -> None:
+    """Raise CheckpointError if it is no causal model with a tokenizer, whose text could be served."""
+    if not target.folder.is_file() and not (target.folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{target.folder} has no tokenizer.json.")
+    if target.config.attention != "causal":
+        raise CheckpointError(
+            f"{target.folder} is a diffusion language model ({target.family}), which can only draft: name a causal "
+            "model as the target."
+        )
+
+
+def refuse_gguf(target: Path) -> None:
+    """Raise CheckpointError if the target of the vLLM engine is a GGUF file."""
+    if target.is_file():
+        folder = target.name.removesuffix(".gguf")
+        raise CheckpointError(
+            f"vLLM loads folders, and {target} is a file: run `diffuspec convert {target} {folder}`, then serve with "
+            f"--target {folder}."
+        )
 
 
 def wants_drafter(settings: Settings) -> bool:

@@ -15,7 +15,7 @@ import uvicorn
 from service.api.serving import Serving
 from service.app import create_app
 from service.logs import configure_logging
-from service.preflight import check_models
+from service.preflight import check_models, refuse_gguf
 from service.setting_groups import ServerSettings
 from service.settings import Settings
 from service.unread import cutting_off_after
@@ -38,6 +38,8 @@ def serve(settings: Settings, output: TextIO) -> int:
     try:
         if settings.model.engine == "embedded":
             check_models(settings)
+        else:
+            refuse_gguf(settings.model.target)
     except CheckpointError as error:
         print(f"diffuspec: cannot load the model: {error}", file=output)
         return 1

@@ -68,8 +68,8 @@ class ModelSettings(SettingsGroup):
     )
     target: Path = Field(
         default=BUNDLED_MODELS / "target",
-        description="Folder of the target, the model whose text is served (safetensors). Or its name on the hub, "
-        "after `diffuspec pull`.",
+        description="Folder (safetensors) or GGUF file of the target, the model whose text is served. Or its name on "
+        "the hub, after `diffuspec pull`.",
     )
     drafter: str | None = Field(
         default=None,
@@ -84,7 +84,8 @@ class ModelSettings(SettingsGroup):
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's name.",
+        description="Name in `/v1/models`. Unset: `diffuspec-python` for the bundled pair, else the folder's or "
+        "file's name.",
     )
     tool_call_parser: Literal["auto", "hermes", "llama3_json", "none"] = Field(
         default="auto",
@@ -132,7 +133,9 @@ class ModelSettings(SettingsGroup):
     def public_name(self) -> str:
         if self.served_model_name is not None:
             return self.served_model_name
-        return "diffuspec-python" if self.is_bundled else self.target.resolve().name
+        if self.is_bundled:
+            return "diffuspec-python"
+        return self.target.name.removesuffix(".gguf") if self.target.is_file() else self.target.resolve().name
 
 
 class SchedulerSettings(SettingsGroup):

@@ -1,8 +1,8 @@
-"""Output that keeps to a structure: JSON, a regular expression, a grammar or a choice, by llguidance.
+"""Output that keeps to a structure: JSON, a regular expression, a grammar or a choice. llguidance does the work.
 
-A structure is compiled once, within bounds of time and memory that count work rather than seconds, and kept in a
-bounded cache. Each sequence has a state of its own, which says what tokens may come next: to the verifier for every
-row, so that the text is that of plain constrained decoding, and to the drafter, so that it drafts nothing in vain.
+A structure is compiled once and kept in a bounded cache. Bounds on the compiler's work, not on seconds, limit its time
+and memory. Each sequence has a state of its own, which says which tokens may come next. The verifier asks it for every
+row, so that the text is that of plain constrained decoding. The drafter asks it so that no draft is in vain.
 """
 
 import json
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 StructureKind = Literal["json_schema", "regex", "grammar", "choice"]
 
-WHITESPACE = r"( |\n[ \t]{0,16})?"  # between the parts of JSON; unbounded, a weak model never stops indenting
+WHITESPACE = r"( |\n[ \t]{0,16})?"  # in JSON; without a bound, a weak model never stops indenting
 LIMITS = {
     "max_items_in_row": 1000,
     "initial_lexer_fuel": 500_000,  # some 10 ms
@@ -34,12 +34,12 @@ LIMITS = {
 
 
 class StructureError(Exception):
-    """The structure cannot be used; the message says why, and is fit for a client."""
+    """The structure cannot be used. The message says why, in words for the client."""
 
 
 @dataclass(frozen=True, slots=True)
 class StructureSpec:
-    """What a client asked for."""
+    """A structure in the client's words."""
 
     kind: StructureKind
     definition: str  # a JSON schema, a regular expression, a Lark or GBNF grammar, or a JSON list of texts
@@ -55,13 +55,13 @@ class Structure:
         self._lock = threading.Lock()
 
     def start(self) -> "StructureState":
-        """The state of an output that has not begun."""
+        """Return the state of an output that has not begun."""
         with self._lock:
             return StructureState(self._matcher.deep_copy(), self._tokenizer)
 
 
 class StructureState:
-    """What may come next in one output. Of one thread at a time."""
+    """Follows one output and says what may come next. For one thread at a time."""
 
     def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._matcher = matcher
@@ -70,14 +70,14 @@ class StructureState:
 
     @property
     def error(self) -> str:
-        """Why nothing may come next any more, if the work on a step was beyond the limits; else empty."""
+        """Why nothing may come next any more: a step took more work than the limits allow. Else empty."""
         return "The structure is too complex to be followed." if self._matcher.is_error() else ""
 
     def masks(self, draft: Sequence[int]) -> NDArray[np.bool_]:
-        """`[len(draft) + 1, tokens]`: what may follow the output and the draft before each row.
+        """Return `[len(draft) + 1, tokens]`: what may follow the output and the draft before each row.
 
-        Rows behind a drafted token that may not stand there, or that ends the text, allow everything: such a draft is
-        not accepted so far, or what follows is cut off.
+        Rows after a draft token that is forbidden, or that ends the text, allow everything. Nothing comes of them: the
+        forbidden token is rejected, and what follows the end is cut off.
         """
         bits = [self._bits()]
         num_consumed = 0
@@ -93,7 +93,7 @@ class StructureState:
         return masks
 
     def next_allowed(self, draft: Sequence[int]) -> NDArray[np.bool_] | None:
-        """`[tokens]` what may follow the output and `draft`; None if the draft is not allowed or ends the text."""
+        """Return `[tokens]`: what may follow the output and `draft`; None if that is forbidden or ends the text."""
         text = self._text_of(draft)
         if len(text) < len(draft):
             return None
@@ -102,8 +102,8 @@ class StructureState:
         self._matcher.rollback(num_consumed)
         return None if bits is None else np.unpackbits(bits, bitorder="little").astype(bool)
 
-    def complete(self, draft: Sequence[int], most: int) -> tuple[int, ...]:
-        """The allowed beginning of a draft, and after it tokens of text that the structure leaves no choice about."""
+    def complete(self, draft: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Return the allowed beginning of a draft, and the tokens that the structure forces after it."""
         text = self._text_of(draft)
         num_consumed = self._matcher.try_consume_tokens(text)
         following: Sequence[int] = ()
@@ -112,19 +112,19 @@ class StructureState:
         elif draft[len(text)] in self._end_tokens and self._matcher.is_accepting():
             following = [draft[len(text)]]
         self._matcher.rollback(num_consumed)
-        return (*text[:num_consumed], *following)[:most]
+        return (*text[:num_consumed], *following)[:max_tokens]
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take in what was committed. Tokens that end the text are not told."""
+        """Take in committed tokens, without one that ends the text."""
         self._matcher.consume_tokens(list(tokens))
 
     def _text_of(self, draft: Sequence[int]) -> list[int]:
-        """The tokens before the first that ends the text or that the tokenizer does not know."""
+        """Return the tokens before the first that ends the text or that the tokenizer does not know."""
         is_text = [token < self._num_tokens and token not in self._end_tokens for token in draft]
         return list(draft[: is_text.index(False)]) if False in is_text else list(draft)
 
     def _bits(self) -> NDArray[np.uint8]:
-        """The mask of the current state, one bit a token; nothing is allowed after an error."""
+        """Return the mask of the current state, one bit a token; nothing is allowed after an error."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.zeros_like(bits) if self._matcher.is_error() else bits
 
@@ -133,9 +133,9 @@ class StructureCompiler:
     """Compiles structures for one tokenizer, one at a time in a thread of its own, and keeps the latest."""
 
     def __init__(self, load_tokenizer: Callable[[], str], end_tokens: Sequence[int], cache_size: int) -> None:
-        """load_tokenizer: gives the tokenizer.json, when the first structure is asked for.
+        """load_tokenizer: returns the tokenizer.json, called for the first structure.
 
-        end_tokens: end a text; where the structure is complete, these alone are left. cache_size: structures kept.
+        end_tokens: end a text. Once the structure is complete, only these are allowed. cache_size: structures kept.
         """
         self._load_tokenizer = load_tokenizer
         self._end_tokens = tuple(end_tokens)
@@ -146,7 +146,7 @@ class StructureCompiler:
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="structures")
 
     def find(self, spec: StructureSpec) -> Structure | None:
-        """One that was compiled before and is still kept."""
+        """Return the structure if it was compiled before and is still kept."""
         with self._lock:
             known = self._cache.get(spec)
             if known is not None:
@@ -154,14 +154,14 @@ class StructureCompiler:
             return known
 
     def close(self) -> None:
-        """Compile nothing any more."""
+        """Stop compiling."""
         self.executor.shutdown(wait=False, cancel_futures=True)
 
     def compile(self, spec: StructureSpec) -> Structure:
-        """Blocks: mostly for milliseconds, within the bounds for seconds. Raises StructureError.
+        """Compile, which blocks: mostly for milliseconds, at worst for seconds. Raises StructureError.
 
-        The bounds count work of the lexer and the parser; what unfolds before, as ten `anyOf`s under an `allOf` do into
-        their 1,024 combinations, has taken 1.3 s.
+        The bounds count the work of lexer and parser. Schemas are unfolded before that: ten `anyOf`s under an `allOf`
+        have 1,024 combinations and took 1.3 s.
         """
         known = self.find(spec)
         if known is not None:
@@ -183,7 +183,7 @@ class StructureCompiler:
         except ValueError as error:
             raise StructureError(_first_line(str(error))) from None
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))  # type: ignore[arg-type]
-        matcher.compute_bitmask()  # the first step's work counts, too
+        matcher.compute_bitmask()  # so that the first step's work counts, too
         if matcher.is_error():
             raise StructureError(_first_line(matcher.get_error()))
         return matcher, self._tokenizer
@@ -200,5 +200,5 @@ def _grammar(spec: StructureSpec) -> str:
 
 
 def _first_line(message: str) -> str:
-    """Of an error of the library, without what it quotes of the structure."""
-    return " ".join(message.split("\n")[0].split())[:300] or "it cannot be compiled"
+    """Shorten an error of the library to its first line; the others quote the structure."""
+    return " ".join(message.split("\n")[0].split())[:300].rstrip(" .:") or "it cannot be compiled"

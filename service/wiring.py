@@ -105,7 +105,7 @@ def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipelin
     from transformer.model import Transformer
 
     settings = Settings(**content)
-    target = TransformerConfig.from_folder(settings.model.target)
+    target = TransformerConfig.read(settings.model.target)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     drafter = _load_drafter(settings, lambda folder: Transformer.load(folder, device, dtype))
     pipeline = build_pipeline(settings, target, drafter)
@@ -116,7 +116,7 @@ def load_vllm_pipeline(content: Mapping[str, Any], device: str) -> "DraftPipelin
 
 def build_tokenizer(target: Path) -> TextTokenizer:
     """Load the target's tokenizer. Raises CheckpointError or TokenizerError."""
-    return TextTokenizer.from_folder(target, TransformerConfig.from_folder(target).end_token_ids)
+    return TextTokenizer.read(target, TransformerConfig.read(target).end_token_ids)
 
 
 def load_parts(

@@ -1,4 +1,4 @@
-"""Load weights from safetensors, in one file or in shards. Files that can run code are never opened."""
+"""Load weights from safetensors, in one file or in shards, or from a GGUF file. No file that can run code is opened."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from transformer.config import CheckpointError, TransformerConfig
-from transformer.weights import INDEX_FILE, SINGLE_FILE, named_files, stored_names, weight_shapes
+from transformer.gguf_model import GgufModel
+from transformer.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_weights,
+    named_files,
+    read_headers,
+    stored_names,
+    weight_shapes,
+)
 
 __all__ = ["CheckpointError", "load_weights", "weight_shapes"]
 
@@ -22,17 +31,19 @@ def load_weights(
     dtype: torch.dtype,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Load every weight of `weight_shapes` onto `device` as `dtype`.
+    """Load every weight of `weight_shapes` onto `device` as `dtype`, from a folder or a GGUF file.
 
     `progress` is called with the loaded fraction, 0 to 1. Weights that the configuration does not need are not read.
     Raises CheckpointError if a file is missing or damaged, or if a weight is missing, misshapen or not a float.
     """
+    if folder.is_file():
+        return load_gguf_weights(folder, config, device, dtype, progress)
     files = weight_files(folder)
     wanted, stored = weight_shapes(config), stored_names(config)
     missing = [name for name in stored.values() if name not in files]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: the weight {missing[0]}{more} is missing, which config.json calls for.")
+        raise CheckpointError(f"{folder}: the weight {missing[0]}{more} is missing, which its configuration calls for.")
     weights: dict[str, Tensor] = {}
     by_file: dict[Path, list[str]] = {}
     for name in wanted:
@@ -47,7 +58,7 @@ def load_weights(
                         f"{path}: the weight {stored[name]} is missing, although the index names it."
                     ) from None
                 if tuple(tensor.shape) != wanted[name]:
-                    shapes = f"{list(tensor.shape)}, and config.json calls for {list(wanted[name])}"
+                    shapes = f"{list(tensor.shape)}, and its configuration calls for {list(wanted[name])}"
                     raise CheckpointError(f"{path}: the weight {stored[name]} has the shape {shapes}.")
                 if tensor.dtype not in FLOAT_TYPES:
                     known = "float32, float16 and bfloat16"
@@ -59,6 +70,24 @@ def load_weights(
                 del tensor
                 if progress is not None:
                     progress(len(weights) / len(wanted))
+    return weights
+
+
+def load_gguf_weights(
+    path: Path,
+    config: TransformerConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Load every weight of a GGUF file, dequantised. Raises CheckpointError as `load_weights` does."""
+    check_weights(path, config, read_headers(path))
+    model, names = GgufModel.open(path), list(weight_shapes(config))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights[name] = torch.from_numpy(model.dequantize(name)).to(device=device, dtype=dtype)
+        if progress is not None:
+            progress(len(weights) / len(names))
     return weights
 
 

@@ -15,6 +15,7 @@ from transformer.families import (
     read_diffusion,
 )
 from transformer.folder import CheckpointError, read_json
+from transformer.gguf_model import GgufModel
 
 __all__ = ["CheckpointError", "RotaryScaling", "TransformerConfig", "read_json"]
 
@@ -68,17 +69,33 @@ class TransformerConfig:
         return min(self.trained_positions or self.max_positions, self.max_positions)
 
     @classmethod
+    def read(cls, checkpoint: Path) -> Self:
+        """Read the configuration of a folder or of a GGUF file. Raises CheckpointError."""
+        return cls.from_gguf(checkpoint) if checkpoint.is_file() else cls.from_folder(checkpoint)
+
+    @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """Read config.json, and the end tokens from generation_config.json. Raises CheckpointError."""
         path = folder / "config.json"
         raw = read_json(path)
         family = find_family(path, raw)
         raw = in_our_words(path, raw, family)
-        architecture = family.architecture
-        refuse_unsupported(path, raw)
         generation_path = folder / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else {}
-        end_tokens = generation.get("eos_token_id", raw.get("eos_token_id"))
+        return cls._from_fields(path, raw, family, generation.get("eos_token_id", raw.get("eos_token_id")))
+
+    @classmethod
+    def from_gguf(cls, path: Path) -> Self:
+        """Read the metadata of a GGUF file. Raises CheckpointError."""
+        model = GgufModel.open(path)
+        raw = model.config_fields()
+        return cls._from_fields(path, raw, model.family, raw["eos_token_id"])
+
+    @classmethod
+    def _from_fields(cls, path: Path, raw: Mapping[str, Any], family: Family, end_tokens: Any) -> Self:
+        """Build it from config.json's fields. `path` is the file that errors name."""
+        refuse_unsupported(path, raw)
+        architecture = family.architecture
         bias = bool(raw.get("attention_bias", False))
         theta, scaling = read_rotary(path, raw)
         try:

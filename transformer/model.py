@@ -64,8 +64,8 @@ class Transformer:
         dtype: torch.dtype = torch.float32,
         progress: Callable[[float], None] | None = None,
     ) -> Self:
-        """Load a Hugging Face folder. `progress` gets the loaded fraction. Raises CheckpointError."""
-        config = TransformerConfig.from_folder(folder)
+        """Load a Hugging Face folder or a GGUF file. `progress` gets the loaded fraction. Raises CheckpointError."""
+        config = TransformerConfig.read(folder)
         return cls(config, load_weights(folder, config, device, dtype, progress))
 
     @property

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformer.config import TransformerConfig
 from transformer.folder import CheckpointError, read_json
+from transformer.gguf import GgufFile
+from transformer.gguf_model import ROTARY_FACTORS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,7 +74,13 @@ def stored_names(config: TransformerConfig) -> dict[str, str]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Return every stored tensor by its name in the files. Raises CheckpointError for a missing or damaged file."""
+    """Return every stored tensor of a folder or a GGUF file by its name there.
+
+    Raises CheckpointError for a missing or damaged file.
+    """
+    if folder.is_file():
+        tensors = GgufFile.open(folder).tensors.values()
+        return {each.name: StoredTensor(folder, each.type.name, each.shape, each.num_bytes) for each in tensors}
     single = folder / SINGLE_FILE
     if single.exists():
         return _read_header(single)
@@ -84,20 +92,27 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_weights(folder: Path, config: TransformerConfig, stored: dict[str, StoredTensor]) -> None:
-    """Raise CheckpointError unless every required weight is there, with the right shape and type."""
+    """Raise CheckpointError unless every required weight is there, with the right shape and type.
+
+    A GGUF file must hold nothing else: a weight that this transformer doesn't know would change the result.
+    """
     names = stored_names(config)
     missing = [name for name in names.values() if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder}: the weight {missing[0]}{more} is missing, which config.json calls for.")
+        raise CheckpointError(f"{folder}: the weight {missing[0]}{more} is missing, which its configuration calls for.")
     for ours, shape in weight_shapes(config).items():
         tensor = stored[names[ours]]
         if tensor.shape != shape:
-            shapes = f"{list(tensor.shape)}, and config.json calls for {list(shape)}"
+            shapes = f"{list(tensor.shape)}, and its configuration calls for {list(shape)}"
             raise CheckpointError(f"{tensor.file}: the weight {names[ours]} has the shape {shapes}.")
-        if tensor.dtype not in FLOAT_TYPES:
+        if tensor.dtype not in FLOAT_TYPES and not folder.is_file():  # a GGUF file's types have been checked
             known = "float32, float16 and bfloat16"
             raise CheckpointError(f"{tensor.file}: the weight {names[ours]} is {tensor.dtype}; supported are {known}.")
+    unknown = sorted(set(stored) - set(names.values()) - {ROTARY_FACTORS}) if folder.is_file() else []
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise CheckpointError(f"{folder}: the tensor {unknown[0]}{more} is not known in a {config.architecture} model.")
 
 
 def named_files(index: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""How much to draft: what tokens are accepted, what steps cost, and the lengths that pay (ADR 12)."""
+"""Decides how much to draft, from what is accepted and what steps cost (docs/decisions/0012)."""
 
 from drafters.policy.paper import PaperOptions
 from drafters.policy.policy import Policy, PolicyOptions

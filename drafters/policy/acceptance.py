@@ -1,4 +1,4 @@
-"""How likely draft tokens are accepted, learned from every verified draft."""
+"""Acceptance rates of draft tokens, learned from every verified draft."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

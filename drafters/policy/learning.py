@@ -1,13 +1,14 @@
-"""How the policy learns: moving means that begin with a prior, and one rule against estimates that go stale."""
+"""Moving means that begin with a prior, and one rule against estimates that go stale."""
 
 from collections import defaultdict
 from collections.abc import Hashable
 
 PRIOR_WEIGHT = 8.0  # observations that a prior counts for. Doubled: slower to learn at first; halved: jumpier
 RATE = 0.04  # weight of an observation in a moving mean. Doubled: follows a change sooner, and noise more
-MAX_OUTLIER = (
-    2.0  # a step that took longer than so many predictions counts as so many. Doubled: one slow step hurts more
+STALE_STEPS = (
+    4  # steps that one step counts for, if its kind was not seen for so long. Doubled: one slow step hurts more
 )
+MAX_OUTLIER = 2.0  # predictions that a slow step counts for at most. Doubled: one descheduled step hurts more
 EXPLORE_SHARE = 0.002  # of all time, for each kind of action that isn't observed. Doubled: fresher, costs twice as much
 
 

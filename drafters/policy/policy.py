@@ -1,17 +1,17 @@
-"""How much to draft. `fixed` and `paper` say a length; `goodput` takes what pays, by acceptance and by seconds."""
+"""The length of drafts: `fixed` and `paper` say one; `goodput` takes what pays, by acceptance and by seconds."""
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drafters.base import Draft, DraftRequest, Outcome, PolicyName, StepRecord, num_common
-from drafters.policy.acceptance import NUM_CLASSES, Acceptance, RequestFactor, temperature_class
-from drafters.policy.learning import PRIOR_WEIGHT, RATE, Exploring
+from drafters.base import Draft, DraftRequest, PolicyName, StepRecord
+from drafters.policy.acceptance import Acceptance, RequestFactor, temperature_class
+from drafters.policy.gains import PassGains, added_tokens, pass_class
+from drafters.policy.learning import Exploring
 from drafters.policy.paper import PaperLength, PaperOptions
-from drafters.policy.seconds import StepSeconds
+from drafters.policy.seconds import FIRST_GUESS, StepSeconds
 from transformer.compiled import allocating
 
 Floats = NDArray[np.float64]
@@ -19,17 +19,12 @@ Floats = NDArray[np.float64]
 MIN_GAIN = 0.03  # smallest relative gain for which drafting beats plain decoding. Doubled: fewer drafts that hardly pay
 MIN_SURVIVAL = 0.05  # of a free draft's tokens, however cheap rows are. Doubled: shorter free drafts
 MAX_REST_STEPS = 16  # in which a request isn't looked at while nothing pays. Doubled: cheaper, slower to see a change
-PROMISES = (0.4, 0.9, 1.8, 4.0)  # accepted tokens expected of a free draft: upper edges of the classes of passes
-PRIOR_GAIN = 1.0  # accepted tokens that a pass adds, before any was verified. Doubled: more passes are tried at first
-MAX_CATCH_UP_ROWS = (
-    16  # context rows charged to one pass. Doubled: a drafter that was left out for long stays out longer
-)
-FIRST_GUESS = {1: 3e-3, 64: 2e-2}  # seconds of passes by rows, until `calibrate`
+MAX_CATCH_UP_ROWS = 16  # context rows charged to one pass. Doubled: long-idle drafters are asked less
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """How long drafts are where a request doesn't say."""
+    """Lengths of drafts where a request doesn't say."""
 
     policy: PolicyName = "goodput"
     max_draft_tokens: int = 32
@@ -40,7 +35,7 @@ class PolicyOptions:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the policy remembers of one request."""
+    """The policy's memory of one request."""
 
     temperature_class: int
     paper: PaperLength
@@ -62,11 +57,9 @@ class Policy:
         self._seconds = StepSeconds(FIRST_GUESS, FIRST_GUESS)
         self._exploring = Exploring()
         self._states: dict[str, RequestState] = {}
-        shape = (NUM_CLASSES, len(PROMISES) + 1)  # of passes: by temperature, by what the free draft promised
-        self._gains: Floats = np.full(shape, PRIOR_GAIN)  # accepted tokens that a pass really added to the free draft
-        self._num_passes: Floats = np.full(shape, PRIOR_WEIGHT)
+        self._gains = PassGains()
         self._num_requests, self._num_rows = 1, 1  # of the step: requests, and rows without drafts
-        self._plain_seconds = 0.0  # of its verification without drafts
+        self._base_seconds = 0.0  # of its verification pass without the drafts of `goodput`
 
     def calibrate(
         self, verify: Mapping[int, float], passes: Mapping[int, float] | None, plain: Mapping[int, float] | None = None
@@ -77,17 +70,20 @@ class Policy:
     def open_step(self, requests: Sequence[DraftRequest], num_prefill_rows: int) -> list[DraftRequest]:
         """Begin a step of these requests; returns those worth drafting for: the others rest, or may not draft."""
         self._num_requests, self._num_rows = len(requests), len(requests) + num_prefill_rows
-        self._plain_seconds = self._seconds.plain(self._num_requests, self._num_rows)
         wanting = [request for request in requests if request.max_draft_tokens > 0]
-        may_be_plain = all(self.is_adaptive(request) for request in wanting)
-        if wanting and may_be_plain and self._exploring.is_due("plain", self._plain_seconds):
-            return []  # a step without drafts tells what plain decoding costs
+        if all(self.is_adaptive(request) for request in wanting):
+            self._base_seconds = self._seconds.plain(self._num_requests, self._num_rows)
+            if wanting and not num_prefill_rows and self._exploring.is_due("plain", self._base_seconds):
+                return []  # a step without drafts tells what plain decoding costs
+        else:
+            self._base_seconds = float(self._seconds.drafted(self._num_requests, self._num_rows, 0)[0])
         return [request for request in wanting if not self._rests(request)]
 
     def min_survival(self, requests: Sequence[DraftRequest]) -> list[float]:
         """Return the survival, by its own account, at which each request's free draft ends: less isn't worth a row."""
-        pace = self._num_requests / self._plain_seconds
-        least = max(pace * self._seconds.row(self._num_requests, self._num_rows), MIN_SURVIVAL)
+        pace = self._num_requests / self._base_seconds
+        worth = pace * self._seconds.row(self._num_requests, self._num_rows)
+        least = max(worth / 2, MIN_SURVIVAL)  # half: confidences are not acceptance rates yet
         return [least if self.is_adaptive(request) else 0.0 for request in requests]
 
     def is_adaptive(self, request: DraftRequest) -> bool:
@@ -111,23 +107,28 @@ class Policy:
         max_length: tokens that it can propose. Under `goodput` a pass serves the requests for which it adds enough.
         """
         wanted = [min(self._length(request), request.max_draft_tokens, max_length) for request in requests]
-        adaptive = [i for i, request in enumerate(requests) if self.is_adaptive(request)]
-        lengths = [0 if i in adaptive else length for i, length in enumerate(wanted)]
+        is_adaptive = [self.is_adaptive(request) for request in requests]
+        lengths = [0 if adapts else length for adapts, length in zip(is_adaptive, wanted, strict=True)]
+        adaptive = [i for i, adapts in enumerate(is_adaptive) if adapts]
         if not adaptive:
             return lengths
-        for i in adaptive:
-            wanted[i] = min(wanted[i], self._options.diffusion_length)
-        classes = {i: self._pass_class(requests[i], free[i].expected_accepted) for i in adaptive}
-        order = sorted(adaptive, key=lambda i: -self._gains[classes[i]])
-        gains = np.cumsum([self._gains[classes[i]] for i in order])
-        rows = np.cumsum([min(pending[i], MAX_CATCH_UP_ROWS) + wanted[i] for i in order]) + sum(lengths)
-        seconds = self._seconds.diffusion(rows) - self._seconds.diffusion(np.array([sum(lengths)]))
+        wanted = [min(length, self._options.diffusion_length) for length in wanted]
+        classes = {
+            i: pass_class(self._state(requests[i]).temperature_class, free[i].expected_accepted) for i in adaptive
+        }
+        order = sorted(adaptive, key=lambda i: -self._gains.of(classes[i]))
+        gains = np.cumsum([self._gains.of(classes[i]) for i in order])
+        others = sum(lengths)  # rows of a pass that is taken anyway
+        rows = np.array([min(pending[i], MAX_CATCH_UP_ROWS) + wanted[i] for i in order])
+        anyway = self._seconds.diffusion(np.array([others]))
+        seconds = self._seconds.diffusion(others + np.cumsum(rows)) - anyway
         seconds += self._seconds.search * np.arange(1, len(order) + 1)
         count = self._num_worth(requests, free, gains, seconds, [wanted[i] for i in order])
         for i in order[:count]:
             lengths[i] = wanted[i]
-        for i in order[count:]:
-            if self._exploring.is_due(("pass", classes[i]), float(seconds[0])):
+        prices = self._seconds.diffusion(others + rows) - anyway + self._seconds.search
+        for i, price in zip(order[count:], prices[count:].tolist(), strict=True):
+            if self._exploring.is_due(("pass", classes[i]), price):
                 lengths[i] = wanted[i]
                 break
         return lengths
@@ -145,19 +146,16 @@ class Policy:
         step, which no choice can bring back.
         """
         drafts = [self._better(*pair) for pair in zip(requests, free, found, strict=True)]
-        lengths = [
-            min(len(draft.tokens), self._length(request)) for request, draft in zip(requests, drafts, strict=True)
-        ]
+        chosen = [draft.cut(self._length(request)) for request, draft in zip(requests, drafts, strict=True)]
         adaptive = [i for i, request in enumerate(requests) if self.is_adaptive(request)]
         if adaptive:
-            others = sum(lengths) - sum(lengths[i] for i in adaptive)
-            best, _, _ = self._best_lengths([drafts[i] for i in adaptive], others, spent_seconds)
+            best, _, _ = self._best_lengths(requests, chosen, spent_seconds)
             for i, length in zip(adaptive, best, strict=True):
                 state = self._state(requests[i])
                 state.idle_steps = 0 if length else state.idle_steps + 1
                 state.rest_steps = min(state.idle_steps // 2, MAX_REST_STEPS)
-                lengths[i] = length or self._probe(state, drafts[i])
-        return [draft.cut(length) for draft, length in zip(drafts, lengths, strict=True)]
+                chosen[i] = drafts[i].cut(length or self._probe(state, drafts[i]))
+        return chosen
 
     def observe(self, step: StepRecord) -> None:
         """Learn from one verified step: from its drafts as they were verified, and from what it cost."""
@@ -170,34 +168,25 @@ class Policy:
         for state, outcome in known:
             if not outcome.draft.tokens:
                 state.factor.observe(0.0, 0.0)
-            if outcome.draft.search is not None:
-                self._learn_pass(state, outcome)
+            facts = outcome.draft.search
+            if facts is None or outcome.is_cut:
+                continue
+            if outcome.draft.source == "diffusion":
+                state.paper.observe(facts.raw_length, outcome.num_accepted)
+            if (outcome.policy or self._options.policy) == "goodput":  # others verify paths that it would not
+                kind = pass_class(state.temperature_class, facts.promised)
+                self._gains.observe(kind, added_tokens(outcome))
+                self._exploring.saw(("pass", kind))
         self._seconds.observe(step)
         self._exploring.pass_time(step.seconds.total)
         for where in set(classes):
             self._exploring.saw(("free", where))
-        if not drafts:
+        if not drafts and not step.num_prefill_rows:
             self._exploring.saw("plain")
 
     def release(self, request_id: str) -> None:
         """Forget a request; unknown ids are fine."""
         self._states.pop(request_id, None)
-
-    def _learn_pass(self, state: RequestState, outcome: Outcome) -> None:
-        """Learn what a pass really added: accepted tokens, less those that the free draft would have had accepted."""
-        draft, facts = outcome.draft, outcome.draft.search
-        assert facts is not None
-        added = 0
-        if draft.source == "diffusion":
-            state.paper.observe(facts.raw_length, outcome.num_accepted)
-            right = draft.tokens[: outcome.num_accepted]
-            if outcome.next_token is not None and outcome.num_accepted < len(draft.tokens):
-                right = (*right, outcome.next_token)  # in place of a rejected token: the free draft may have had it
-            added = outcome.num_accepted - num_common(draft.free, right)
-        where = state.temperature_class, bisect_left(PROMISES, facts.promised)
-        self._num_passes[where] += 1.0
-        self._gains[where] += max(RATE, 1.0 / self._num_passes[where]) * (added - self._gains[where])
-        self._exploring.saw(("pass", where))
 
     def _num_worth(
         self,
@@ -212,32 +201,34 @@ class Policy:
         gains, seconds, wanted: `[requests]` accepted tokens and seconds of a pass for the first 1, 2, ... of them, and
         tokens of each one's draft.
         """
-        if (
-            gains / seconds
-        ).max() * self._plain_seconds <= self._num_requests:  # slower than plain decoding: not worth a closer look
+        if (gains / seconds).max() * self._base_seconds <= self._num_requests:  # slower than no drafts at all
             return 0
-        adaptive = [draft for request, draft in zip(requests, free, strict=True) if self.is_adaptive(request)]
-        _, tokens, before = self._best_lengths(adaptive, 0, 0.0)
+        settled = [draft.cut(self._length(request)) for request, draft in zip(requests, free, strict=True)]
+        _, tokens, before = self._best_lengths(requests, settled, 0.0)
         more = self._seconds.row(self._num_requests, self._num_rows) * np.cumsum(wanted)
         rates = (tokens + gains) / (before + seconds + more)
         best = int(rates.argmax())
         return best + 1 if rates[best] > (1.0 + MIN_GAIN) * tokens / before else 0
 
     def _best_lengths(
-        self, drafts: Sequence[Draft], other_rows: int, spent_seconds: float
+        self, requests: Sequence[DraftRequest], drafts: Sequence[Draft], spent_seconds: float
     ) -> tuple[list[int], float, float]:
-        """Return the lengths that maximise expected committed tokens per second, and those tokens and seconds.
+        """Return the lengths of the adaptive requests' drafts that maximise expected committed tokens per second.
 
-        A batch's tokens are taken in the order of their survival, as many as pay. other_rows: drafted for requests
-        whose length is settled otherwise.
+        Also returns those tokens and seconds. The drafts of the other requests are verified whole.
         """
-        survival = np.array([value for draft in drafts for value in draft.survival])
+        pairs = list(zip(requests, drafts, strict=True))
+        adaptive = [draft for request, draft in pairs if self.is_adaptive(request)]
+        others = [draft for request, draft in pairs if not self.is_adaptive(request)]
+        other_rows = sum(len(draft.tokens) for draft in others)
+        survival = np.array([value for draft in adaptive for value in draft.survival])
         seconds = self._seconds.drafted(self._num_requests, self._num_rows + other_rows, len(survival))
         if not other_rows:
-            seconds[0] = self._plain_seconds
+            seconds[0] = self._base_seconds
         seconds += self._seconds.overhead + spent_seconds
-        sizes = np.array([len(draft.tokens) for draft in drafts])
-        lengths, tokens, best = _best_lengths(survival, sizes, seconds, float(self._num_requests), MIN_GAIN)
+        base_tokens = float(self._num_requests) + sum(draft.expected_accepted for draft in others)
+        sizes = np.array([len(draft.tokens) for draft in adaptive])
+        lengths, tokens, best = _best_lengths(survival, sizes, seconds, base_tokens, MIN_GAIN)
         return lengths.tolist(), tokens, best
 
     def _better(self, request: DraftRequest, free: Draft, found: Draft | None) -> Draft:
@@ -254,7 +245,7 @@ class Policy:
         if not draft.tokens or not self._exploring.has_saved(("free", state.temperature_class)):
             return 0
         drafted = self._seconds.drafted(self._num_requests, self._num_rows, 1)
-        price = max(float(drafted[1]) - self._plain_seconds, float(drafted[1] - drafted[0]))
+        price = max(float(drafted[1]) - self._base_seconds, float(drafted[1] - drafted[0]))
         return int(self._exploring.is_due(("free", state.temperature_class), price))
 
     def _length(self, request: DraftRequest) -> int:
@@ -273,9 +264,6 @@ class Policy:
         state.rest_steps -= 1
         return True
 
-    def _pass_class(self, request: DraftRequest, promised: float) -> tuple[int, int]:
-        return self._state(request).temperature_class, bisect_left(PROMISES, promised)
-
     def _state(self, request: DraftRequest) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
@@ -286,15 +274,16 @@ class Policy:
 
 @allocating
 def _best_lengths(
-    survival: Floats, sizes: NDArray[np.int64], seconds: Floats, num_requests: float, min_gain: float
+    survival: Floats, sizes: NDArray[np.int64], seconds: Floats, base_tokens: float, min_gain: float
 ) -> tuple[NDArray[np.int64], float, float]:
     """Return the lengths, tokens and seconds of the step with most tokens per second.
 
     survival: of all drafts' tokens, draft after draft; it never rises along one, so that tokens taken by survival are
     taken in order. sizes: `[drafts]` tokens of each. seconds: `[1 + tokens]` of the step with 0, 1, ... of them.
+    base_tokens: that the step commits without them.
     """
     order = np.argsort(-survival, kind="mergesort")
-    tokens = best_tokens = num_requests
+    tokens = best_tokens = base_tokens
     best = 0
     best_rate = (1.0 + min_gain) * tokens / seconds[0]
     for count in range(1, len(order) + 1):

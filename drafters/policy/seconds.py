@@ -1,4 +1,4 @@
-"""What a step costs: measured at start-up by rows and requests, corrected by every step while serving."""
+"""Seconds of a step: measured at start-up by rows and requests, corrected by every step while serving."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drafters.base import StepRecord
-from drafters.policy.learning import PRIOR_WEIGHT, RATE, moved
+from drafters.policy.learning import RATE, STALE_STEPS, moved
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 StepKind = Literal["plain", "drafted", "pass"]
 
-GUESSED_ROW_SHARE = 0.05  # of one row's pass, for each further row, where only one size was measured
-MAX_ROWS = 1 << 14  # of a pass; what more rows cost is not told apart
+FIRST_GUESS = {1: 3e-3, 64: 2e-2}  # seconds by rows until they are measured; where one size was, the guess is scaled
+MAX_ROWS = 1 << 14  # of a pass; a larger one is taken to cost as much
 
 
 class StepSeconds:
@@ -47,9 +47,8 @@ class StepSeconds:
 
     def drafted(self, num_requests: int, num_rows: int, max_drafted: int) -> Floats:
         """Return `[1 + max_drafted]` seconds of verification passes with 0, 1, ... draft tokens beside `num_rows`."""
-        first = min(num_rows, MAX_ROWS - max_drafted)
-        beside = self._verified(num_requests, 0)
-        seconds: Floats = (self._by_rows[first : first + max_drafted + 1] + beside) * self._ratio["drafted"]
+        rows = np.minimum(np.arange(num_rows, num_rows + max_drafted + 1), MAX_ROWS)
+        seconds: Floats = (self._by_rows[rows] + self._verified(num_requests, 0)) * self._ratio["drafted"]
         return seconds
 
     def diffusion(self, rows: Ints) -> Floats:
@@ -85,18 +84,20 @@ class StepSeconds:
     def _correct(self, kind: StepKind, seconds: float, predicted: float) -> None:
         """Pull a kind's ratio towards one step; the longer none was seen, the more."""
         if seconds > 0.0:
-            rate = RATE * min(max(self._age[kind], 1), PRIOR_WEIGHT)
+            rate = RATE * min(max(self._age[kind], 1), STALE_STEPS)
             self._ratio[kind] = moved(self._ratio[kind], seconds / predicted, rate)
             self._age[kind] = 0
 
 
 def _curve(measured: Mapping[int, float]) -> Floats:
     """Return `[MAX_ROWS + 1]` seconds by rows: lines between the measured sizes, never falling; 0 for none."""
+    if len(measured) == 1:
+        ((size, known),) = measured.items()
+        guess: Floats = _curve(FIRST_GUESS)
+        return guess * float(known / guess[size])
     sizes = sorted(measured)
-    seconds = np.maximum.accumulate([measured[size] for size in sizes])
-    slope = GUESSED_ROW_SHARE * seconds[0]
-    if len(sizes) > 1:
-        slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
+    seconds = np.maximum.accumulate([max(measured[size], 1e-9) for size in sizes])
+    slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
     beyond = seconds[-1] + slope * (MAX_ROWS - sizes[-1])
     curve: Floats = np.interp(np.arange(MAX_ROWS + 1), [*sizes, MAX_ROWS], [*seconds, beyond])
     curve[0] = 0.0

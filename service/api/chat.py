@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and conversations as text."""
 
 import asyncio
 import functools
@@ -10,11 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.call import Answering, Call, answer, plan, receive
+from service.api.body import Call, receive
 from service.api.choice import Piece
-from service.api.formats import chat_logprobs, choice_ending
+from service.api.formats import call_deltas, chat_logprobs, choice_ending, read_calls, whole_calls
+from service.api.generation import Generation
 from service.api.openapi import answers, takes
-from service.api.parameters import Prompt
+from service.api.requests import Prompt, make_requests, tokenize
+from service.api.respond import respond
 from service.api.responses import (
     ChatChoice,
     ChatChoiceBase,
@@ -26,11 +28,13 @@ from service.api.responses import (
 )
 from service.api.schemas import ChatCompletionRequest, ChatMessage
 from service.api.serving import LONG_TEXT_CHARACTERS, ServedModel
-from service.api.tool_answers import call_deltas, read_piece, whole_calls
-from service.api.tools import ToolPlan, make_tool_plan
-from service.errors import InvalidRequestError
+from service.api.tools import OfferedTools, offer_tools
+from service.errors import refuse
+from service.setting_groups import LimitSettings
 from service.text.tokenizer import ChatTemplateError
 from service.text.tool_calls import ToolCallParser, style_of_template
+
+LONG_CONVERSATION_MESSAGES = 64  # longer conversations are rendered in another thread
 
 router = APIRouter(tags=["text"])
 
@@ -43,49 +47,37 @@ router = APIRouter(tags=["text"])
 )
 async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next message, with the chat template that came with the model."""
-    call = await receive(request, ChatCompletionRequest)
-    messages = call.fields.messages
-    check_messages(messages, call.serving.settings.limits.max_messages)
-    tools = _plan_tools(call)
-    text = await render(messages, call.model, tools=() if tools is None else tools.shown)
-    prompt = await call.model.encode(text, add_special_tokens=False)
-    try:
-        wanted = await plan(
-            call,
-            [Prompt(tuple(prompt))],
-            max_tokens=_max_tokens(call.fields),
-            logprobs=_num_logprobs(call.fields),
-            call_structure=None if tools is None else tools.forced,
-        )
-    except InvalidRequestError as error:
-        if tools is not None and error.code == "invalid_structure":
-            error.message = tools.name_tool(error.message)
-        raise
-    if tools is not None:
-        kept = call.model.tokenizer.special_ids_of(tools.markers)
-        wanted = replace(wanted, text_rules=replace(wanted.text_rules, kept_special_tokens=kept))
-    return await answer(call, wanted, "chatcmpl", functools.partial(ChatWriter, tools=tools))
-
-
-def check_messages(messages: Sequence[ChatMessage], most: int) -> None:
-    """Raises InvalidRequestError for too many."""
-    if len(messages) > most:
-        raise InvalidRequestError(
-            f"messages: at most {most}, got {len(messages)}.", param="messages", code="invalid_value"
-        )
+    call = await receive(request, ChatCompletionRequest, "chatcmpl")
+    tools = _offered_tools(call)
+    shown = () if tools is None else tools.shown
+    text = await render(call.fields.messages, call.model, call.limits, tools=shown)
+    prompts = await tokenize(call, [text], add_special_tokens=False)
+    requests = await make_requests(
+        call, prompts, max_tokens=_max_tokens(call.fields), logprobs=_num_logprobs(call.fields), tools=tools
+    )
+    kept = frozenset() if tools is None else call.model.tokenizer.special_ids_of(tools.markers)
+    generation = Generation(call, requests, kept)
+    return await respond(generation, ChatWriter(generation, prompts[0], tools))
 
 
 async def render(
     messages: Sequence[ChatMessage],
     model: ServedModel,
+    limits: LimitSettings,
     *,
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
 ) -> str:
-    """The prompt, by the checkpoint's template; long conversations in another thread. Raises InvalidRequestError."""
+    """Write a conversation as the checkpoint's template has it, a long one in another thread.
+
+    Raises InvalidRequestError.
+    """
+    if len(messages) > limits.max_messages:
+        refuse(f"messages: at most {limits.max_messages}, got {len(messages)}.", param="messages")
     plain = [_for_template(message) for message in messages]
-    is_long = len(plain) > 64 or sum(len(message["content"] or "") for message in plain) > LONG_TEXT_CHARACTERS
-    is_long |= bool(tools) or any("tool_calls" in message for message in plain)
+    is_long = len(plain) > LONG_CONVERSATION_MESSAGES or bool(tools)
+    is_long |= sum(len(message["content"] or "") for message in plain) > LONG_TEXT_CHARACTERS
+    is_long |= any("tool_calls" in message for message in plain)
     render_chat = functools.partial(
         model.tokenizer.render_chat, plain, tools=tools, add_generation_prompt=add_generation_prompt
     )
@@ -94,11 +86,11 @@ async def render(
             return await asyncio.to_thread(render_chat)
         return render_chat()
     except ChatTemplateError as error:
-        raise InvalidRequestError(f"messages: {error}.", param="messages", code="invalid_value") from None
+        refuse(f"messages: {error}.", param="messages")
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:
-    """In the shape that templates know; reasoning by both of its names, since some know the one, some the other."""
+    """Return a message as templates know it, with reasoning under both of the names that templates use."""
     plain: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": message.content,
@@ -113,15 +105,15 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     return plain if reasoning is None else {**plain, "reasoning_content": reasoning, "reasoning": reasoning}
 
 
-def _plan_tools(call: Call[ChatCompletionRequest]) -> ToolPlan | None:
+def _offered_tools(call: Call[ChatCompletionRequest]) -> OfferedTools | None:
     """Raises InvalidRequestError."""
-    fields, settings, template = call.fields, call.serving.settings, call.model.tokenizer.tool_template
-    parser = settings.model.tool_call_parser
-    tools = make_tool_plan(
+    fields, template = call.fields, call.model.tokenizer.tool_template
+    parser = call.serving.settings.model.tool_call_parser
+    tools = offer_tools(
         fields.tools,
         fields.tool_choice,
         parallel=fields.parallel_tool_calls is not False,
-        most_tools=settings.limits.max_tools,
+        max_tools=call.limits.max_tools,
         template_knows_tools=re.search(r"\btools\b", template) is not None,
         style=style_of_template(template) if parser == "auto" else None if parser == "none" else parser,
     )
@@ -129,27 +121,20 @@ def _plan_tools(call: Call[ChatCompletionRequest]) -> ToolPlan | None:
         for name in ("response_format", "structured_outputs"):
             asked = getattr(fields, name)
             if asked is not None and asked.spec is not None:
-                raise InvalidRequestError(
-                    f'{name}: not together with tools, unless tool_choice is "none".', param=name, code="invalid_value"
-                )
+                refuse(f'{name}: not together with tools, unless tool_choice is "none".', param=name)
     return tools
 
 
 def _max_tokens(fields: ChatCompletionRequest) -> int | None:
     old, new = fields.max_tokens, fields.max_completion_tokens
     if old is not None and new is not None and old != new:
-        raise InvalidRequestError(
+        refuse(
             f"max_completion_tokens ({new}) and its older name max_tokens ({old}) differ; send one of them.",
             param="max_completion_tokens",
-            code="invalid_value",
         )
     wanted = old if new is None else new
     if wanted == 0:
-        raise InvalidRequestError(
-            "max_tokens: at least 1.",
-            param="max_tokens" if new is None else "max_completion_tokens",
-            code="invalid_value",
-        )
+        refuse("max_tokens: at least 1.", param="max_tokens" if new is None else "max_completion_tokens")
     return wanted
 
 
@@ -157,9 +142,7 @@ def _num_logprobs(fields: ChatCompletionRequest) -> int | None:
     if fields.logprobs:
         return fields.top_logprobs or 0
     if fields.top_logprobs is not None:
-        raise InvalidRequestError(
-            "top_logprobs: only with logprobs set to true.", param="top_logprobs", code="invalid_value"
-        )
+        refuse("top_logprobs: only with logprobs set to true.", param="top_logprobs")
     return None
 
 
@@ -167,48 +150,50 @@ def _num_logprobs(fields: ChatCompletionRequest) -> int | None:
 class ChatWriter:
     """Shapes pieces as chat completions and their chunks."""
 
-    about: Answering[ChatCompletionRequest]
-    tools: ToolPlan | None = None
+    generation: Generation[ChatCompletionRequest]
+    prompt: Prompt
+    tools: OfferedTools | None = None
     _begun: set[int] = field(default_factory=set)  # choices that have had a chunk
     _parsers: dict[int, ToolCallParser] = field(default_factory=dict)  # by choice, while streaming
 
     def whole(self, pieces: list[Piece]) -> ChatCompletion:
-        choices = [self._whole_choice(index, piece) for index, piece in enumerate(pieces)]
+        call = self.generation.call
         answer: ChatCompletion = {
-            "id": self.about.response_id,
+            "id": call.id,
             "object": "chat.completion",
-            "created": self.about.created,
-            "model": self.about.model.name,
-            "choices": choices,
-            "usage": self.about.generation.usage(),
-            "metrics": self.about.generation.metrics(),
+            "created": call.created,
+            "model": call.model.name,
+            "choices": [self._whole_choice(index, piece) for index, piece in enumerate(pieces)],
+            "usage": self.generation.usage(),
+            "metrics": self.generation.metrics(),
         }
-        if self.about.fields.return_token_ids:
-            answer["prompt_token_ids"] = list(self.about.generation.plan.prompts[0].tokens)
+        if call.fields.return_token_ids:
+            answer["prompt_token_ids"] = list(self.prompt.tokens)
         return answer
 
     def _whole_choice(self, index: int, piece: Piece) -> ChatChoice:
         message: ChatMessageBody = {"role": "assistant", "content": piece.text, "refusal": None}
         if self.tools is not None:
-            piece, read = read_piece(self.tools.parser(is_stream=False), piece)
+            piece, read = read_calls(self.tools.parser(is_stream=False), piece)
             if read.calls:
                 message["content"] = read.content or None
                 message["tool_calls"] = whole_calls(read.calls)
         return {"message": message, **self._choice(index, piece)}
 
     def chunk(self, index: int, piece: Piece) -> ChatCompletionChunk | None:
-        says_tokens = piece.tokens and (self.about.fields.logprobs or self.about.fields.return_token_ids)
+        fields = self.generation.call.fields
+        says_tokens = piece.tokens and (fields.logprobs or fields.return_token_ids)
         calls: list[ToolCallDelta] = []
         if self.tools is not None:
             if index not in self._parsers:
                 self._parsers[index] = self.tools.parser(is_stream=True)
-            piece, read = read_piece(self._parsers[index], piece)
+            piece, read = read_calls(self._parsers[index], piece)
             piece, calls = replace(piece, text=read.content), call_deltas(read.calls)
         if not (piece.text or calls or says_tokens or piece.steps or piece.finish_reason):
             return None
         answer = self.envelope()
-        if self.about.fields.return_token_ids and not self._begun:
-            answer["prompt_token_ids"] = list(self.about.generation.plan.prompts[0].tokens)
+        if fields.return_token_ids and not self._begun:
+            answer["prompt_token_ids"] = list(self.prompt.tokens)
         delta: ChatDelta = {"content": piece.text} if piece.text or self.tools is None else {}
         if calls:
             delta["tool_calls"] = calls
@@ -219,16 +204,17 @@ class ChatWriter:
         return answer
 
     def envelope(self) -> ChatCompletionChunk:
+        call = self.generation.call
         return {
-            "id": self.about.response_id,
+            "id": call.id,
             "object": "chat.completion.chunk",
-            "created": self.about.created,
-            "model": self.about.model.name,
+            "created": call.created,
+            "model": call.model.name,
             "choices": [],
         }
 
     def _choice(self, index: int, piece: Piece) -> ChatChoiceBase:
-        tokenizer = self.about.model.tokenizer
-        logprobs = chat_logprobs(tokenizer, piece.logprobs) if self.about.fields.logprobs else None
-        ending = choice_ending(tokenizer, piece, with_ids=bool(self.about.fields.return_token_ids))
+        fields, tokenizer = self.generation.call.fields, self.generation.call.model.tokenizer
+        logprobs = chat_logprobs(tokenizer, piece.logprobs) if fields.logprobs else None
+        ending = choice_ending(tokenizer, piece, with_ids=bool(fields.return_token_ids))
         return {"index": index, "logprobs": logprobs, **ending}

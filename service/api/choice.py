@@ -1,4 +1,4 @@
-"""One choice of one request: from the engine's token deltas to text that may be shown."""
+"""One choice of one request: from the engine's token deltas to pieces that may be shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from verifiers.base import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """How a request wants its text shown."""
+    """A request's wishes for its text."""
 
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
-    kept_special_tokens: frozenset[int] = frozenset()  # that say where a tool call begins and ends
-    min_tokens: int = 0  # stop strings do not count in the text of that many first tokens
+    kept_special_tokens: frozenset[int] = frozenset()  # they mark where a tool call begins and ends
+    min_tokens: int = 0  # stop strings do not count in the text of so many first tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class TracedStep:
 
     tokens: tuple[int, ...]
     trace: StepTrace
-    num_shown: int  # the others were cut off by a stop string
+    num_shown: int  # a stop string cut off the others
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one delta adds to one choice."""
+    """The addition of one delta to one choice."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()
@@ -45,7 +45,7 @@ class Piece:
 
     @classmethod
     def join(cls, pieces: Sequence[Self]) -> Self:
-        """All of a choice's pieces as one."""
+        """Join a choice's pieces, in order."""
         last = pieces[-1]
         return cls(
             text="".join(piece.text for piece in pieces),
@@ -60,7 +60,7 @@ class Piece:
 
 
 class Choice:
-    """Puts one sequence's text together and counts what it took."""
+    """Puts one sequence's text together, and counts its tokens."""
 
     def __init__(self, tokenizer: TextTokenizer, rules: TextRules) -> None:
         self._end_token_ids = frozenset(tokenizer.end_token_ids)
@@ -76,7 +76,7 @@ class Choice:
         self.stats = SpeculationStats()
 
     def push(self, delta: TokenDelta) -> Piece:
-        """Take in a delta; nothing more may come after a piece with a finish reason."""
+        """Take in a delta. After a piece with a finish reason no more may come."""
         if delta.stats is not None:
             self.stats = delta.stats
         self.num_cached_prompt_tokens = max(self.num_cached_prompt_tokens, delta.num_cached_prompt_tokens)
@@ -110,7 +110,7 @@ class Choice:
         )
 
     def _show(self, text: str) -> tuple[str, str | None]:
-        """What may be shown once this text has come, and the stop string it completed."""
+        """Take in text. Return what may be shown now, and the stop string that the text completed."""
         self._num_characters += len(text)
         if self.num_tokens <= self._rules.min_tokens:
             return self._matcher.release(text), None

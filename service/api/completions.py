@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service.api.call import Answering, answer, plan, receive
+from service.api.body import receive
 from service.api.choice import Piece
-from service.api.formats import choice_ending, join_logprobs, legacy_logprobs
-from service.api.formats import prompt_logprobs as score_prompt
+from service.api.formats import choice_ending, join_logprobs, legacy_logprobs, prompt_logprobs
+from service.api.generation import Generation
 from service.api.openapi import answers, takes
-from service.api.parameters import Prompt
+from service.api.requests import Prompt, make_requests, tokenize
+from service.api.respond import respond
 from service.api.responses import Completion, CompletionChoice, LegacyLogprobs
 from service.api.schemas import CompletionRequest
-from service.api.serving import ServedModel
-from service.errors import InvalidRequestError
+from service.errors import refuse
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -30,57 +30,49 @@ router = APIRouter(tags=["text"])
 )
 async def create_completion(request: Request) -> Response:
     """Continue one or several prompts; with `stream`, as server-sent events that end with `data: [DONE]`."""
-    call = await receive(request, CompletionRequest)
+    call = await receive(request, CompletionRequest, "cmpl")
     fields = call.fields
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     if max_tokens == 0 and not fields.echo:
-        raise InvalidRequestError("max_tokens: 0 only with echo.", param="max_tokens", code="invalid_value")
-    prompts = await _encode_prompts(fields.prompt, call.model, call.serving.settings.limits.max_prompts)
-    prompt_logprobs = fields.logprobs if fields.echo else None
-    wanted = await plan(call, prompts, max_tokens=max_tokens, logprobs=fields.logprobs, prompt_logprobs=prompt_logprobs)
-    return await answer(call, wanted, "cmpl", CompletionWriter)
+        refuse("max_tokens: 0 only with echo.", param="max_tokens")
+    prompts = await tokenize(call, _as_list(fields.prompt), add_special_tokens=True)
+    requests = await make_requests(
+        call,
+        prompts,
+        max_tokens=max_tokens,
+        logprobs=fields.logprobs,
+        prompt_logprobs=fields.logprobs if fields.echo else None,
+    )
+    generation = Generation(call, requests)
+    return await respond(generation, CompletionWriter(generation, prompts))
 
 
-async def _encode_prompts(
-    prompt: str | list[str] | list[int] | list[list[int]], model: ServedModel, max_prompts: int
-) -> Sequence[Prompt]:
+def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """Return the prompts, in whatever shape they came."""
     if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [Prompt(tuple(prompt))]
-    if len(prompt) > max_prompts:
-        raise InvalidRequestError(
-            f"prompt: at most {max_prompts} prompts, got {len(prompt)}.", param="prompt", code="invalid_value"
-        )
-    prompts = []
-    for item in prompt:
-        if isinstance(item, str):
-            prompts.append(Prompt(tuple(await model.encode(item, add_special_tokens=True)), item))
-        else:
-            assert isinstance(item, list)
-            prompts.append(Prompt(tuple(item)))
-    return prompts
+        return [prompt]
+    return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 @dataclass(slots=True)
 class CompletionWriter:
     """Shapes pieces as completions and their chunks, beginning with the prompt where `echo` asks for it."""
 
-    about: Answering[CompletionRequest]
+    generation: Generation[CompletionRequest]
+    prompts: Sequence[Prompt]
     _begun: set[int] = field(default_factory=set)  # choices that have had a chunk
-    _early: dict[int, list[Piece]] = field(
-        default_factory=dict
-    )  # pieces before the first token: prompt log probabilities
-    _shifts: dict[int, int] = field(default_factory=dict)  # characters of echoed prompt
+    _early: dict[int, list[Piece]] = field(default_factory=dict)  # by choice, what came before the first token
+    _shifts: dict[int, int] = field(default_factory=dict)  # by choice, characters of echoed prompt
 
     def whole(self, pieces: list[Piece]) -> Completion:
         answer = self.envelope()
         answer["choices"] = [self._choice(index, piece, is_first=True) for index, piece in enumerate(pieces)]
-        answer["usage"] = self.about.generation.usage()
-        answer["metrics"] = self.about.generation.metrics()
+        answer["usage"] = self.generation.usage()
+        answer["metrics"] = self.generation.metrics()
         return answer
 
     def chunk(self, index: int, piece: Piece) -> Completion | None:
+        fields = self.generation.call.fields
         is_first = index not in self._begun
         if is_first:
             early = self._early.setdefault(index, [])
@@ -88,9 +80,9 @@ class CompletionWriter:
                 early.append(piece)
                 return None
             piece = Piece.join([*early, piece])
-        says_tokens = piece.tokens and (self.about.fields.logprobs is not None or self.about.fields.return_token_ids)
+        says_tokens = piece.tokens and (fields.logprobs is not None or fields.return_token_ids)
         is_silent = not (piece.text or says_tokens or piece.steps or piece.finish_reason)
-        if is_silent and not (is_first and self.about.fields.echo):
+        if is_silent and not (is_first and fields.echo):
             return None
         self._begun.add(index)
         answer = self.envelope()
@@ -98,23 +90,25 @@ class CompletionWriter:
         return answer
 
     def envelope(self) -> Completion:
+        call = self.generation.call
         return {
-            "id": self.about.response_id,
+            "id": call.id,
             "object": "text_completion",
-            "created": self.about.created,
-            "model": self.about.model.name,
+            "created": call.created,
+            "model": call.model.name,
             "choices": [],
         }
 
     def _choice(self, index: int, piece: Piece, *, is_first: bool) -> CompletionChoice:
-        prompt = self.about.generation.plan.prompts[index // self.about.generation.plan.n]
+        call = self.generation.call
+        prompt = self.prompts[index // call.fields.num_choices]
         text, logprobs = piece.text, self._logprobs(index, piece)
-        if is_first and self.about.fields.echo:
+        if is_first and call.fields.echo:
             text = self._prompt_text(prompt) + text
             self._shifts[index] = len(text) - len(piece.text)
             logprobs = self._with_prompt(prompt, piece)
-        with_ids = bool(self.about.fields.return_token_ids)
-        ending = choice_ending(self.about.model.tokenizer, piece, with_ids=with_ids)
+        with_ids = bool(call.fields.return_token_ids)
+        ending = choice_ending(call.model.tokenizer, piece, with_ids=with_ids)
         # A subtype of the ending might hold prompt_token_ids of another type, as far as mypy knows.
         choice: CompletionChoice = {"index": index, "text": text, "logprobs": logprobs, **ending}  # type: ignore[typeddict-item]
         if with_ids and is_first:
@@ -122,25 +116,22 @@ class CompletionWriter:
         return choice
 
     def _logprobs(self, index: int, piece: Piece) -> LegacyLogprobs | None:
-        if self.about.fields.logprobs is None:
+        if self.generation.call.fields.logprobs is None:
             return None
         shift = self._shifts.get(index, 0)
-        return legacy_logprobs(self.about.model.tokenizer, piece.logprobs, [offset + shift for offset in piece.offsets])
-
-    def _skips_special_tokens(self) -> bool:
-        return self.about.generation.plan.text_rules.skip_special_tokens
+        offsets = [offset + shift for offset in piece.offsets]
+        return legacy_logprobs(self.generation.call.model.tokenizer, piece.logprobs, offsets)
 
     def _prompt_text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        return self.about.model.tokenizer.decode(prompt.tokens, skip_special_tokens=self._skips_special_tokens())
+        skips = self.generation.text_rules.skip_special_tokens
+        return self.generation.call.model.tokenizer.decode(prompt.tokens, skip_special_tokens=skips)
 
     def _with_prompt(self, prompt: Prompt, piece: Piece) -> LegacyLogprobs | None:
-        if self.about.fields.logprobs is None:
+        if self.generation.call.fields.logprobs is None:
             return None
-        tokenizer = self.about.model.tokenizer
-        first = score_prompt(
-            tokenizer, prompt.tokens, piece.prompt_logprobs, skip_special_tokens=self._skips_special_tokens()
-        )
+        tokenizer, skips = self.generation.call.model.tokenizer, self.generation.text_rules.skip_special_tokens
+        first = prompt_logprobs(tokenizer, prompt.tokens, piece.prompt_logprobs, skip_special_tokens=skips)
         second = legacy_logprobs(tokenizer, piece.logprobs, piece.offsets)
         return join_logprobs(first, second, len(self._prompt_text(prompt)))

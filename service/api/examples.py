@@ -1,4 +1,4 @@
-"""Answers as they may be, for the API's description; a test holds them against the schemas."""
+"""Examples of answers, for the API's description. A test checks them against the schemas."""
 
 import json
 from typing import Any
@@ -79,7 +79,7 @@ ANSWERS: dict[str, Any] = {
     "Version": {"version": "0.1.0"},
 }
 
-# The events of a stream with `include_usage`, but for the last one, `[DONE]`.
+# The events of a stream with `include_usage`, without the last one, `[DONE]`.
 CHUNKS: dict[str, list[str]] = {
     name: [json.dumps(chunk) for chunk in chunks]
     for name, chunks in {

@@ -1,4 +1,4 @@
-"""Types of request fields, each refusing what it cannot take with a sentence that names what is allowed."""
+"""Types of request fields. Each refuses a wrong value with a sentence that names what is allowed."""
 
 from typing import Annotated, Any
 
@@ -13,13 +13,13 @@ MAX_INT = 2**31 - 1
 
 
 class RequestModel(BaseModel):
-    """Part of a body: types are strict, unknown fields are refused, null means unset."""
+    """A body, or an object in one: types are strict, unknown fields are refused, null means unset."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
-def refuse(message: str) -> PydanticCustomError:
-    """An error whose text reaches the client as it is; braces in it are not placeholders."""
+def invalid(message: str) -> PydanticCustomError:
+    """Make an error whose text reaches the client as it is; braces in it are not placeholders."""
     return PydanticCustomError("refused", "{message}", {"message": message})
 
 
@@ -27,65 +27,66 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int  # JSON's true is no token id
 
 
-def _check_ids(value: list[Any], what: str) -> None:
+def _check_integers(value: list[Any]) -> None:
+    """Their range is checked where the vocabulary is known, see `service.api.requests.check_ids`."""
     for position, token in enumerate(value):
-        if not _is_integer(token) or not 0 <= token <= MAX_INT:
-            raise refuse(f"{what} {position} must be a token id, a whole number of at least 0")
+        if not _is_integer(token):
+            raise invalid(f"token {position} must be a token id, a whole number of at least 0")
 
 
 def check_prompt(value: Any) -> Any:
-    """A string, a list of strings, a list of token ids, or a list of such lists; nothing empty."""
+    """Take a string, a list of strings, a list of whole numbers, or a list of such lists; nothing empty."""
     if isinstance(value, str) or not isinstance(value, list):
         if not isinstance(value, str) or not value:
-            raise refuse("must be a text of at least one character, a list of texts, or token ids")
+            raise invalid("must be a text of at least one character, a list of texts, or token ids")
         return value
     if not value:
-        raise refuse("must not be an empty list")
+        raise invalid("must not be an empty list")
     if all(isinstance(item, str) for item in value):
         if not all(value):
-            raise refuse("no prompt may be an empty text")
+            raise invalid("no prompt may be an empty text")
         return value
     if all(isinstance(item, list) for item in value):
         for item in value:
             if not item:
-                raise refuse("no prompt may be an empty list of token ids")
-            _check_ids(item, "token")
+                raise invalid("no prompt may be an empty list of token ids")
+            _check_integers(item)
         return value
     if any(isinstance(item, str | list) for item in value):
-        raise refuse("must not mix texts and token ids in one list")
-    _check_ids(value, "token")
+        raise invalid("must not mix texts and token ids in one list")
+    _check_integers(value)
     return value
 
 
 def check_stop(value: Any) -> Any:
-    """None, a string, or up to four strings."""
+    """Take null, a string, or up to four strings."""
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return None
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise refuse("must be a text or a list of texts")
+        raise invalid("must be a text or a list of texts")
     if len(stops) > MAX_STOP_STRINGS:
-        raise refuse(f"takes at most {MAX_STOP_STRINGS} texts, got {len(stops)}")
+        raise invalid(f"takes at most {MAX_STOP_STRINGS} texts, got {len(stops)}")
     if not all(1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise refuse(f"each text must have 1 to {MAX_STOP_CHARACTERS} characters")
+        raise invalid(f"each text must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
 
 
 def check_content(value: Any) -> Any:
-    """A chat message's text: a string, or text parts that are joined; whether it may be null is for others to say."""
+    """Take a chat message's text: a string, or text parts, which are joined. `ChatMessage` refuses null."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise refuse("must be a text or a list of text parts")
+        raise invalid("must be a text or a list of text parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(part, dict) or kind != "text":
-            raise refuse(f'only parts of type "text" are supported, got {str(kind)[:40]!r}')
+            raise invalid(f'only parts of type "text" are supported, got {str(kind)[:40]!r}')
         if not isinstance(part.get("text"), str):
-            raise refuse('a part of type "text" must have a text')
+            raise invalid('a part of type "text" must have a text')
         if unknown := sorted(set(part) - {"type", "text"}):
-            raise refuse(f"unknown field {unknown[0][:40]!r} in a text part")
+            raise invalid(f"unknown field {unknown[0][:40]!r} in a text part")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -93,14 +94,9 @@ def check_content(value: Any) -> Any:
 def _check_logit_bias(value: dict[str, float]) -> dict[str, float]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key):
-            raise refuse(f"keys must be token ids, got {key[:40]!r}")
+            raise invalid(f"keys must be token ids, got {key[:40]!r}")
         if not -100 <= bias <= 100:
-            raise refuse(f"values must be from -100 to 100, got {bias} for token {key}")
-    return value
-
-
-def _check_ids_field(value: list[int]) -> list[int]:
-    _check_ids(value, "entry")
+            raise invalid(f"values must be from -100 to 100, got {bias} for token {key}")
     return value
 
 
@@ -108,13 +104,13 @@ def _refuse_set(value: Any) -> Any:
     is_empty = isinstance(value, str | list | dict) and not value
     if value is None or value is False or is_empty:
         return None
-    raise refuse("is not supported by this server")
+    raise invalid("is not supported by this server")
 
 
 def _check_best_of(value: Any) -> Any:
     if value is None or (_is_integer(value) and value == 1):
         return None
-    raise refuse("only 1 is supported by this server")
+    raise invalid("only 1 is supported by this server")
 
 
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
@@ -164,7 +160,12 @@ Content = Annotated[
         {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}, {"type": "null"}]}
     ),
 ]
-TokenIds = Annotated[list[int], Field(min_length=1), AfterValidator(_check_ids_field), WithJsonSchema(_IDS_SCHEMA)]
+TokenIds = Annotated[list[int], Field(min_length=1), WithJsonSchema(_IDS_SCHEMA)]
+StopTokenIds = Annotated[
+    list[int],
+    Field(min_length=1, max_length=MAX_STOP_TOKENS),
+    WithJsonSchema({**_IDS_SCHEMA, "maxItems": MAX_STOP_TOKENS}),
+]
 LogitBias = Annotated[dict[str, float], AfterValidator(_check_logit_bias)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Unsupported = Annotated[

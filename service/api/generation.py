@@ -1,20 +1,19 @@
-"""Running all sequences of one HTTP request: merged into one stream, counted, and cleaned up on one path."""
+"""Runs all sequences of one HTTP request: admitted within the key's limits, merged into one stream, counted."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Generic, TypeVar, cast
 
-from service.api.choice import Choice, Piece
-from service.api.parameters import Plan
-from service.api.quota import admitted, charge
+from service.api.body import Call
+from service.api.choice import Choice, Piece, TextRules
+from service.api.requests import TextFields
 from service.api.responses import Metrics, Usage
-from service.api.serving import ServedModel, Serving
 from service.engine.base import EngineError, GenerationRequest, SpeculationStats, TokenDelta
-from service.errors import ApiError, InternalError, NotReadyError, from_engine
-from service.keys import Key
-from service.logs import RequestRecord
+from service.errors import InternalError, NotReadyError, TooManyRequestsError, from_engine, refuse
+from service.keys import Allowance, Key
 
 Item = TypeVar("Item")
 
@@ -52,33 +51,79 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Generation:
+@contextmanager
+def admitted(key: Key | None, num_sequences: int, now: float) -> Iterator[None]:
+    """Count sequences as the key's while they run or wait. `now`: seconds of a clock.
+
+    Raises InvalidRequestError for more than the key may ever have, TooManyRequestsError for more than it may have now.
+    """
+    if key is None:
+        yield
+        return
+    if key.max_sequences is not None and num_sequences > key.max_sequences:
+        refuse(
+            f"n: this key may have {key.max_sequences} sequences at the same time, got {num_sequences} in one request.",
+            param="n",
+        )
+    if key.max_sequences is not None and key.num_sequences + num_sequences > key.max_sequences:
+        raise TooManyRequestsError(
+            f"This key may have {key.max_sequences} sequences at the same time; it has {key.num_sequences}, and "
+            f"{num_sequences} more are asked for.",
+            code="key_limit",
+            headers={"Retry-After": "1"},
+        )
+    for allowance, name in ((key.requests, "requests"), (key.tokens, "tokens")):
+        seconds = 0.0 if allowance is None else allowance.seconds_until_free(now)
+        if allowance is not None and seconds > 0:
+            raise TooManyRequestsError(
+                f"This key may have {allowance.per_minute:g} {name} a minute.",
+                code="key_limit",
+                headers={"Retry-After": str(math.ceil(seconds))},
+            )
+    _spend(key.requests, 1)
+    key.num_sequences += num_sequences
+    try:
+        yield
+    finally:
+        key.num_sequences -= num_sequences
+
+
+def _spend(allowance: Allowance | None, amount: int) -> None:
+    if allowance is not None:
+        allowance.spend(amount)
+
+
+class Generation(Generic[TextFields]):
     """The sequences of one HTTP request, from admission to the last token."""
 
     def __init__(
         self,
-        serving: Serving,
-        model: ServedModel,
-        plan: Plan,
-        record: RequestRecord,
-        response_id: str,
-        key: Key | None = None,
+        call: Call[TextFields],
+        requests: Sequence[GenerationRequest],
+        kept_special_tokens: frozenset[int] = frozenset(),
     ) -> None:
-        self.plan = plan
-        self.tokenizer = model.tokenizer
-        self._engine = model.engine
-        self._metrics = serving.metrics
-        self._clock = serving.clock
-        self._record = record
-        self._key = key
-        self._requests = plan.requests(response_id)
-        self.choices = [Choice(model.tokenizer, plan.text_rules) for _ in self._requests]
+        """requests: one per sequence, see `make_requests`. kept_special_tokens: shown even where others are not."""
+        fields = call.fields
+        self.call = call
+        self.text_rules = TextRules(
+            stops=tuple(fields.stop or ()),
+            include_stop=bool(fields.include_stop_str_in_output),
+            skip_special_tokens=fields.skip_special_tokens is not False,
+            kept_special_tokens=kept_special_tokens,
+            min_tokens=fields.min_tokens or 0,
+        )
+        self.choices = [Choice(call.model.tokenizer, self.text_rules) for _ in requests]
+        self._requests = requests
+        self._metrics = call.serving.metrics
+        self._clock = call.serving.clock
+        self._record = call.record
         self._arrived = self._clock()
-        self._ended = [False] * len(self.choices)
+        self._is_prompt_read = False  # of any sequence
+        self._ended = [False] * len(requests)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield (index of the choice, piece). Closing it cancels what still runs. Raises ApiError."""
-        with admitted(self._key, len(self.choices), self._clock()):
+        with admitted(self.call.key, len(self.choices), self._clock()):
             async with aclosing(self._run()) as pieces:
                 async for item in pieces:
                     yield item
@@ -100,45 +145,44 @@ class Generation:
             for index in range(len(self.choices)):
                 self._end(index, reason)
             self._fill_record()
-            if self._record.first_token_seconds is not None:
-                charge(self._key, self.usage()["total_tokens"])
+            if self._is_prompt_read and self.call.key is not None:
+                _spend(self.call.key.tokens, self.usage()["total_tokens"])
 
     async def _sequence(self, index: int, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         choice = self.choices[index]
-        last: float | None = None
+        is_first = True
+        last_token: float | None = None  # seconds of the clock
         # The protocol promises `aclose`; AsyncIterator does not have it.
-        async with aclosing(cast(AsyncGenerator[TokenDelta, None], self._engine.generate(request))) as deltas:
+        async with aclosing(cast(AsyncGenerator[TokenDelta, None], self.call.model.engine.generate(request))) as deltas:
             async for delta in deltas:
                 if self._record.queue_seconds is None:
                     self._record.queue_seconds = delta.queue_seconds
-                if delta.finish_reason in ("abort", "error"):
-                    raise self._ended_early(delta)
-                if self._wants_only_prompt(index):
+                if delta.finish_reason == "abort":
+                    raise NotReadyError("The server is shutting down; this request was ended before it was finished.")
+                if delta.finish_reason == "error":
+                    raise InternalError()
+                if is_first:  # the engine says nothing before it has read the prompt
+                    is_first, self._is_prompt_read = False, True
+                    self._metrics.observe_prompt(len(request.prompt), delta.queue_seconds)
+                if request.max_tokens == 0:
                     delta = without_tokens(delta)
                 piece = choice.push(delta)
                 if delta.tokens:
-                    last = self._count(request, delta, len(piece.tokens), last)
+                    last_token = self._count_tokens(len(piece.tokens), last_token)
                 if choice.finish_reason is not None:
                     self._end(index, choice.finish_reason)
                 yield piece
                 if choice.finish_reason is not None:
                     return
 
-    def _wants_only_prompt(self, index: int) -> bool:
-        return self.plan.max_tokens[index // self.plan.n] == 0
-
-    def _ended_early(self, delta: TokenDelta) -> ApiError:
-        if delta.finish_reason == "abort":
-            return NotReadyError("The server is shutting down; this request was ended before it was finished.")
-        return InternalError()
-
-    def _count(self, request: GenerationRequest, delta: TokenDelta, num_tokens: int, last: float | None) -> float:
+    def _count_tokens(self, count: int, last_token: float | None) -> float:
+        """Count tokens that came now; last_token: when those before them came. Returns the time."""
         now = self._clock()
-        if last is None:
-            self._metrics.observe_first_token(len(request.prompt), delta.queue_seconds, now - self._arrived)
+        if last_token is None:
+            self._metrics.observe_first_token(now - self._arrived)
             if self._record.first_token_seconds is None:
                 self._record.first_token_seconds = now - self._arrived
-        self._metrics.observe_tokens(num_tokens, None if last is None else now - last)
+        self._metrics.observe_tokens(count, None if last_token is None else now - last_token)
         return now
 
     def _end(self, index: int, reason: str) -> None:
@@ -156,10 +200,11 @@ class Generation:
         self._record.speculation = self.speculation()
 
     def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once, however many choices it has."""
-        prompt = sum(len(prompt.tokens) for prompt in self.plan.prompts)
+        """Return the tokens so far; a prompt counts once, however many choices it has."""
+        n = self.call.fields.num_choices
+        prompt = sum(len(request.prompt) for request in self._requests[::n])
         completion = sum(choice.num_tokens for choice in self.choices)
-        cached = sum(choice.num_cached_prompt_tokens for choice in self.choices[:: self.plan.n])
+        cached = sum(choice.num_cached_prompt_tokens for choice in self.choices[::n])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -168,23 +213,22 @@ class Generation:
         }
 
     def speculation(self) -> SpeculationStats:
-        """The sum over all choices."""
-        parts = [choice.stats for choice in self.choices]
-        length = max((len(part.acceptance_histogram) for part in parts), default=0)
-        histogram = [0] * length
-        for part in parts:
-            for accepted, count in enumerate(part.acceptance_histogram):
+        """Return the sum over all choices."""
+        every = [choice.stats for choice in self.choices]
+        histogram = [0] * max((len(stats.acceptance_histogram) for stats in every), default=0)
+        for stats in every:
+            for accepted, count in enumerate(stats.acceptance_histogram):
                 histogram[accepted] += count
         return SpeculationStats(
-            num_spec_steps=sum(part.num_spec_steps for part in parts),
-            num_spec_tokens=max((part.num_spec_tokens for part in parts), default=0),
-            num_draft_tokens=sum(part.num_draft_tokens for part in parts),
-            num_accepted_draft_tokens=sum(part.num_accepted_draft_tokens for part in parts),
+            num_spec_steps=sum(stats.num_spec_steps for stats in every),
+            num_spec_tokens=max((stats.num_spec_tokens for stats in every), default=0),
+            num_draft_tokens=sum(stats.num_draft_tokens for stats in every),
+            num_accepted_draft_tokens=sum(stats.num_accepted_draft_tokens for stats in every),
             acceptance_histogram=histogram,
         )
 
     def metrics(self) -> Metrics:
-        """`metrics.speculative_decoding`, by vLLM's names; all zero without speculation."""
+        """Return `metrics.speculative_decoding`, by vLLM's names; all zero without speculation."""
         total = self.speculation()
         steps, drafted, accepted = total.num_spec_steps, total.num_draft_tokens, total.num_accepted_draft_tokens
         missing = total.num_spec_tokens + 1 - len(total.acceptance_histogram)
@@ -202,7 +246,7 @@ class Generation:
 
 
 def without_tokens(delta: TokenDelta) -> TokenDelta:
-    """The prompt's part of a delta, for requests that want nothing generated."""
+    """Leave of a delta what it says about the prompt, for requests that want nothing generated."""
     is_last = bool(delta.tokens) or delta.finish_reason is not None
     return replace(
         delta, tokens=(), logprobs=(), stop_token=None, trace=None, finish_reason="length" if is_last else None

@@ -1,4 +1,4 @@
-"""The API's description: bodies are read by hand, for their limits and errors, so their schemas are added by hand."""
+"""The API's description. Bodies are read by hand, for their limits and errors, so their schemas are added by hand."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from service.api import schemas
-from service.api.auth import OPEN_PATHS
 from service.api.examples import ANSWERS, CHUNKS
+from service.api.middleware import OPEN_PATHS
 from service.api.responses import ChatCompletionChunk, ErrorBody
 
 DESCRIPTION = """OpenAI-compatible completions by lossless speculative decoding: a diffusion language model drafts, the
 target model verifies, and the text is the one that the target alone would have written.
 
-**Beyond OpenAI's API:** the field `speculative` steers how a request is drafted for; answers say in
+**Beyond OpenAI's API:** the field `speculative` steers the drafting for a request; answers say in
 `metrics.speculative_decoding` how much was drafted and accepted; vLLM's sampling fields (`top_k`, `min_p`,
-`structured_outputs`, ...) and its `/tokenize` and `/detokenize` are known.
+`structured_outputs`, ...) and its `/tokenize` and `/detokenize` work, too.
 
 **Errors** have one shape, `{"error": {"message", "type", "param", "code"}}`. An unknown field is an error.
 `Retry-After` says when a refused request is worth another try.
@@ -27,9 +27,9 @@ first chunk comes as an event in the shape of errors.
 """
 TAGS = [
     {"name": "text", "description": "Completions of texts and conversations."},
-    {"name": "models", "description": "What is served."},
+    {"name": "models", "description": "The served model."},
     {"name": "tokens", "description": "From text to token ids and back."},
-    {"name": "operations", "description": "For probes, Prometheus and whoever runs the server."},
+    {"name": "operations", "description": "For probes, Prometheus and operators."},
 ]
 REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.CompletionRequest,
@@ -38,7 +38,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     schemas.DetokenizeRequest,
 )
 REFERENCE = "#/components/schemas/{model}"
-# Status: what it means, and an error's type, code, field and message, as they may be.
+# By status: its meaning, and an example of an error: type, code, field and message.
 ERRORS: dict[int, tuple[str, str, str, str | None, str]] = {
     400: (
         "A field is wrong; `param` names it.",
@@ -115,13 +115,13 @@ EVERY_ANSWER = ("x-request-id", "openai-processing-ms")
 
 
 def takes(model: type[BaseModel]) -> dict[str, Any]:
-    """What a route says of its body."""
+    """Describe a route's body."""
     reference = {"$ref": REFERENCE.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
 def answers(model: Any, *statuses: int, stream: Any = None) -> dict[int | str, dict[str, Any]]:
-    """What a route answers; `stream` is the chunk of its streams, if it has any.
+    """Describe a route's answers; `stream` is the chunk of its streams, if it has any.
 
     500 may come from every route, and 400 comes with every route that takes a body, which 415 tells.
     """
@@ -135,7 +135,7 @@ def answers(model: Any, *statuses: int, stream: Any = None) -> dict[int | str, d
 
 
 def _event(chunk: Any) -> dict[str, Any]:
-    """One event of a stream: OpenAPI before 3.2 has no other way to describe a stream."""
+    """Describe one event of a stream: OpenAPI before 3.2 has no other way to describe a stream."""
     chunk_or_error = [{"$ref": REFERENCE.format(model=model.__name__)} for model in (chunk, ErrorBody)]
     return {
         "type": "object",
@@ -166,7 +166,7 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _example(name: str) -> dict[str, Any]:
-    """By reference: FastAPI drops every null from what a route says of its answers."""
+    """Refer to an example: FastAPI drops every null from examples that are given in place."""
     return {name: {"$ref": f"#/components/examples/{name}"}}
 
 
@@ -207,9 +207,9 @@ def _describe(app: FastAPI, *, is_secured: bool) -> dict[str, Any]:
     components["examples"] = _examples()
     _, requests = models_json_schema([(model, "validation") for model in REQUESTS], ref_template=REFERENCE)
     chunk = TypeAdapter(ChatCompletionChunk).json_schema(ref_template=REFERENCE)  # no route answers one by itself
-    chunk_parts = chunk.pop("$defs")
+    chunk_types = chunk.pop("$defs")
     known = components.setdefault("schemas", {})
-    components["schemas"] = {ChatCompletionChunk.__name__: chunk, **chunk_parts, **known, **requests["$defs"]}
+    components["schemas"] = {ChatCompletionChunk.__name__: chunk, **chunk_types, **known, **requests["$defs"]}
     if is_secured:
         components["securitySchemes"] = {
             "key": {"type": "http", "scheme": "bearer", "description": "One of the server's API keys."}

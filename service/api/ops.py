@@ -1,4 +1,4 @@
-"""What operators and their machines ask: health, readiness, start-up progress, metrics, version."""
+"""Routes for operators and their machines: health, readiness, start-up progress, metrics, version."""
 
 from fastapi import APIRouter, Request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -15,7 +15,7 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/health", summary="Is the server alive?", responses=answers(Health, 503), response_model=None)
 async def health(request: Request) -> Health:
-    """200 while loading, serving and draining; 503 when a restart is what helps: the engine hangs or has died."""
+    """200 while loading, serving and draining; 503 when only a restart helps: the engine hangs or has died."""
     serving: Serving = request.app.state.serving
     status = serving.status()
     if status.phase in ("hung", "dead"):
@@ -51,12 +51,12 @@ async def startup(request: Request) -> Startup:
     response_class=Response,
 )
 async def metrics(request: Request) -> Response:
-    """Under vLLM's names where vLLM has one, else `diffuspec_...`."""
+    """Metrics have vLLM's names where vLLM has one, else `diffuspec_...`."""
     serving: Serving = request.app.state.serving
     return Response(generate_latest(serving.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 @router.get("/version", summary="Version of this server", responses=answers(Version, 503), response_model=None)
 async def show_version() -> Version:
-    """Of the service, not of the model."""
+    """Return the version of the service, not of the model."""
     return {"version": VERSION}

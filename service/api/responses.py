@@ -1,13 +1,15 @@
-"""What clients are answered. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
+"""The bodies of answers. Typed dictionaries: checked by mypy, documented in OpenAPI, and free of cost per chunk."""
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic needs this one on Python 3.11
 
+TokenKind = Literal["drafted", "recovered", "bonus", "plain"]
+
 
 def about(description: str) -> Any:
-    """What OpenAPI says of a field."""
+    """Describe a field for OpenAPI."""
     return Field(description=description)
 
 
@@ -21,7 +23,7 @@ class ErrorDetail(TypedDict):
 
 
 class ErrorBody(TypedDict):
-    """What every refused or failed request is answered with."""
+    """The answer to every refused or failed request."""
 
     error: Annotated[ErrorDetail, about("What went wrong. In a stream that has begun it comes as an event of its own.")]
 
@@ -29,7 +31,7 @@ class ErrorBody(TypedDict):
 class PromptTokensDetails(TypedDict):
     """More about the prompts' tokens."""
 
-    cached_tokens: Annotated[int, about("Prompt tokens whose keys and values were there already.")]
+    cached_tokens: Annotated[int, about("Prompt tokens whose keys and values were cached.")]
 
 
 class Usage(TypedDict):
@@ -42,7 +44,7 @@ class Usage(TypedDict):
 
 
 class SpeculativeDecoding(TypedDict):
-    """What was drafted and accepted, under vLLM's names."""
+    """Counts of drafted and accepted tokens, under vLLM's names."""
 
     num_spec_steps: Annotated[int, about("Decoding steps that verified a draft.")]
     num_spec_tokens: Annotated[int, about("Longest draft that a step may have.")]
@@ -58,7 +60,7 @@ class SpeculativeDecoding(TypedDict):
 class Metrics(TypedDict):
     """An extension of OpenAI's API, the same as vLLM's."""
 
-    speculative_decoding: Annotated[SpeculativeDecoding, about("What was drafted and accepted, over all choices.")]
+    speculative_decoding: Annotated[SpeculativeDecoding, about("Drafted and accepted tokens, over all choices.")]
 
 
 class TracedToken(TypedDict):
@@ -67,15 +69,18 @@ class TracedToken(TypedDict):
     token_id: Annotated[int, about("The token.")]
     text: Annotated[str, about("Its text.")]
     kind: Annotated[
-        str,
-        about("`drafted`, or the target's own: `recovered` in place of a rejected one, `bonus` after the draft."),
+        TokenKind,
+        about(
+            "`drafted`, or the target's own: `recovered` in place of a rejected one, `bonus` after a draft that was "
+            "accepted whole, `plain` in a step without a draft."
+        ),
     ]
 
 
 class TraceStep(TypedDict):
     """One decoding step."""
 
-    source: Annotated[str, about("Who drafted: `none`, `copy` or `diffusion`.")]
+    source: Annotated[str, about("Source of the draft: `none`, `free` or `diffusion`.")]
     tokens: Annotated[list[TracedToken], about("The tokens that the step added to the text.")]
     rejected: Annotated[list[int], about("Drafted tokens that were not kept.")]
     cut: NotRequired[
@@ -100,7 +105,7 @@ class LegacyLogprobs(TypedDict):
 
 
 class ChoiceEnding(TypedDict):
-    """What choices of both endpoints have in common."""
+    """Fields that choices of both endpoints share."""
 
     finish_reason: Annotated[str | None, about("`stop`, `length` or `tool_calls`; null while the choice goes on.")]
     stop_reason: Annotated[
@@ -108,7 +113,10 @@ class ChoiceEnding(TypedDict):
     ]
     token_ids: NotRequired[Annotated[list[int], about("The choice's tokens; with `return_token_ids`.")]]
     trace: NotRequired[
-        Annotated[list[TraceStep], about("What each decoding step drafted and kept; with `speculative.trace`.")]
+        Annotated[
+            list[TraceStep],
+            about("The decoding steps, with the tokens that each drafted and kept; with `speculative.trace`."),
+        ]
     ]
 
 
@@ -116,13 +124,13 @@ class CompletionChoice(ChoiceEnding):
     """One text."""
 
     index: Annotated[int, about("Number of the choice; prompt i has the choices from i * n on.")]
-    text: Annotated[str, about("The text, or in a stream what is new of it.")]
+    text: Annotated[str, about("The text, or in a stream the new part of it.")]
     logprobs: Annotated[LegacyLogprobs | None, about("Log probabilities; null unless asked for.")]
     prompt_token_ids: NotRequired[Annotated[list[int], about("The prompt's tokens; with `return_token_ids`.")]]
 
 
 class AnswerHead(TypedDict):
-    """How every answer begins."""
+    """Fields that every answer has."""
 
     id: Annotated[str, about("Name of this answer.")]
     object: Annotated[str, about("The kind of answer.")]
@@ -138,7 +146,7 @@ class Completion(AnswerHead):
         Annotated[Usage | None, about("Tokens counted; in a stream null, or with `include_usage` on the last chunk.")]
     ]
     metrics: NotRequired[
-        Annotated[Metrics, about("What was drafted and accepted; in a stream on the chunk with the usage.")]
+        Annotated[Metrics, about("Drafted and accepted tokens; in a stream on the chunk with the usage.")]
     ]
 
 
@@ -151,7 +159,7 @@ class TopLogprob(TypedDict):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the text and what might have stood there."""
+    """A token of the text and its alternatives."""
 
     top_logprobs: Annotated[list[TopLogprob], about("The most probable tokens in its place.")]
 
@@ -182,7 +190,7 @@ class CalledFunctionDelta(TypedDict, total=False):
     """Part of a function and its arguments."""
 
     name: Annotated[str, about("Name of the function.")]
-    arguments: Annotated[str, about("What is new of the arguments' JSON text.")]
+    arguments: Annotated[str, about("New JSON text of the arguments.")]
 
 
 class ToolCallDelta(TypedDict):
@@ -191,7 +199,7 @@ class ToolCallDelta(TypedDict):
     index: Annotated[int, about("Number of the call in the message.")]
     id: NotRequired[Annotated[str, about("Name of this call; on its first part.")]]
     type: NotRequired[Annotated[str, about("Always `function`; on the first part.")]]
-    function: Annotated[CalledFunctionDelta, about("What is new of the function to call.")]
+    function: Annotated[CalledFunctionDelta, about("The new part of the function to call.")]
 
 
 class ChatMessageBody(TypedDict):
@@ -207,12 +215,12 @@ class ChatDelta(TypedDict, total=False):
     """Part of the assistant's message."""
 
     role: Annotated[str, about("Always `assistant`; on the first chunk of a choice.")]
-    content: Annotated[str | None, about("What is new of the text.")]
-    tool_calls: Annotated[list[ToolCallDelta], about("What is new of the calls.")]
+    content: Annotated[str | None, about("New text.")]
+    tool_calls: Annotated[list[ToolCallDelta], about("The new parts of calls.")]
 
 
 class ChatChoiceBase(ChoiceEnding):
-    """What choices of chats have in common."""
+    """Fields that choices of chats share."""
 
     index: Annotated[int, about("Number of the choice.")]
     logprobs: Annotated[ChatLogprobs | None, about("Log probabilities; null unless asked for.")]
@@ -227,7 +235,7 @@ class ChatChoice(ChatChoiceBase):
 class ChatChunkChoice(ChatChoiceBase):
     """Part of one answer."""
 
-    delta: Annotated[ChatDelta, about("What is new of the assistant's message.")]
+    delta: Annotated[ChatDelta, about("The new part of the assistant's message.")]
 
 
 class ChatCompletion(AnswerHead):
@@ -235,18 +243,18 @@ class ChatCompletion(AnswerHead):
 
     choices: Annotated[list[ChatChoice], about("The answers.")]
     usage: Annotated[Usage, about("Tokens counted.")]
-    metrics: Annotated[Metrics, about("What was drafted and accepted.")]
+    metrics: Annotated[Metrics, about("Drafted and accepted tokens.")]
     prompt_token_ids: NotRequired[Annotated[list[int], about("The prompt's tokens; with `return_token_ids`.")]]
 
 
 class ChatCompletionChunk(AnswerHead):
     """One chunk of a streamed POST /v1/chat/completions."""
 
-    choices: Annotated[list[ChatChunkChoice], about("What is new; empty in the chunk with the usage.")]
+    choices: Annotated[list[ChatChunkChoice], about("The new parts of the answers; empty in the chunk with the usage.")]
     usage: NotRequired[
         Annotated[Usage | None, about("Null, or with `include_usage` on the last chunk the tokens counted.")]
     ]
-    metrics: NotRequired[Annotated[Metrics, about("What was drafted and accepted; on the chunk with the usage.")]]
+    metrics: NotRequired[Annotated[Metrics, about("Drafted and accepted tokens; on the chunk with the usage.")]]
     prompt_token_ids: NotRequired[
         Annotated[list[int], about("The prompt's tokens, on the first chunk; with `return_token_ids`.")]
     ]
@@ -260,7 +268,7 @@ class ModelCard(TypedDict):
     created: Annotated[int, about("When it was loaded, in Unix seconds.")]
     owned_by: Annotated[str, about("Always `diffuspec`.")]
     max_model_len: Annotated[int, about("Most tokens of prompt and output together.")]
-    drafter: Annotated[str, about("Who drafts for it.")]
+    drafter: Annotated[str, about("What drafts for it.")]
 
 
 class ModelList(TypedDict):

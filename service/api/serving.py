@@ -1,4 +1,4 @@
-"""The served model and everything a route needs, from the first moment of loading to the end of draining."""
+"""The served model, and all else that a route needs, from the start of loading to the end of draining."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from service.settings import Settings
 from service.structured import Structure, StructureCompiler, StructureSpec
 from service.text.tokenizer import TextTokenizer
 
-LONG_TEXT_CHARACTERS = 4096  # beyond it tokenizing leaves the event loop
+LONG_TEXT_CHARACTERS = 4096  # longer texts are tokenized in another thread
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is there once loading is done."""
+    """A model that is loaded: the engine, the tokenizer, and the compiler of structures for it."""
 
     name: str
     engine: Engine
@@ -28,7 +28,10 @@ class ServedModel:
     structures: StructureCompiler
 
     async def compile(self, spec: StructureSpec, seconds: float) -> Structure:
-        """Find or compile a structure, in another thread. Raises StructureError; TimeoutError if others come first."""
+        """Find a structure, or compile it in another thread.
+
+        Raises StructureError; TimeoutError if it waited `seconds` for others.
+        """
         known = self.structures.find(spec)
         if known is not None:
             return known
@@ -44,7 +47,7 @@ class ServedModel:
 
 
 class Serving:
-    """One engine and its tokenizer on their way from loading to ready to draining."""
+    """One engine and its tokenizer: loading, then ready, then draining."""
 
     def __init__(
         self,
@@ -57,9 +60,9 @@ class Serving:
         clock: Clock,
         now: Clock,
     ) -> None:
-        """`load_tokenizer` may take seconds and runs in another thread; `draw_seed` serves requests without a seed.
+        """load_tokenizer: runs in another thread, as it may take seconds. draw_seed: for requests without a seed.
 
-        `clock` measures durations; `now` is Unix time.
+        clock: measures durations, in seconds. now: Unix time.
         """
         self.settings = settings
         self.metrics = metrics
@@ -78,7 +81,7 @@ class Serving:
         metrics.watch_phase(lambda: self.status().phase)
 
     async def start(self) -> None:
-        """Load tokenizer and models; raises what made that impossible, which `status` then reports too."""
+        """Load tokenizer and models. Raises what made that impossible; `status` reports it, too."""
         try:
             tokenizer = self._tokenizer = await asyncio.to_thread(self._load_tokenizer)
             await self._engine.start()
@@ -92,7 +95,7 @@ class Serving:
         self.metrics.watch(self._engine)
 
     async def stop(self) -> None:
-        """Refuse new requests, and let running ones end within the drain time. Only the first call does anything."""
+        """Refuse new requests, and let running ones end within the drain time. A second call does nothing."""
         if self._is_stopping:
             return
         self._is_stopping = True
@@ -111,11 +114,11 @@ class Serving:
 
     @property
     def failure(self) -> Exception | None:
-        """What made loading impossible."""
+        """The error that made loading impossible."""
         return self._failure
 
     def status(self) -> EngineStatus:
-        """The engine's, without what only the log should say of a failure."""
+        """Return the engine's status; why it failed is left to the log."""
         if self._failure is not None:
             return EngineStatus("dead", "the model could not be loaded")
         status = self._engine.status()
@@ -128,9 +131,9 @@ class Serving:
         return status
 
     def model(self, name: str | None) -> ServedModel:
-        """The model a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
+        """Return the model that a request asks for; None is the one there is. Raises NotReadyError or NotFoundError."""
         status = self.status()
-        if self._model is None and status.phase == "ready":  # between the engine's last step of loading and ours
+        if self._model is None and status.phase == "ready":  # the engine is loaded, but `start` has not finished
             status = replace(status, phase="loading")
         if status.phase != "ready" or self._model is None:
             detail = f": {status.detail}" if status.detail else ""

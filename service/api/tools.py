@@ -1,4 +1,4 @@
-"""The fields that offer tools, and what they come to: what the template is given, and what the output may be."""
+"""The fields that offer tools: how the template shows them, and what calls the output may hold."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from service.api.fields import RequestModel, refuse
-from service.errors import InvalidRequestError
+from service.api.fields import RequestModel, invalid
+from service.errors import refuse
 from service.structured import WHITESPACE, StructureSpec
 from service.text.json_object import parse_object
 from service.text.tool_calls import HERMES_TAGS, ToolCallParser, ToolCallStyle
@@ -22,7 +22,7 @@ ToolName = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 def _check_parameters(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type", "object") != "object":
-        raise refuse('must be the schema of an object, with "object" as its type')
+        raise invalid('must be the schema of an object, with "object" as its type')
     return value
 
 
@@ -46,7 +46,7 @@ class Tool(RequestModel):
     function: FunctionDefinition = Field(description="The function.")
 
     def for_template(self) -> dict[str, Any]:
-        """In the shape and order that chat templates know."""
+        """Return the shape and order that chat templates know."""
         function = {"name": self.function.name, "description": self.function.description}
         function["parameters"] = self.function.parameters  # type: ignore[assignment]
         return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
@@ -70,7 +70,7 @@ def _check_tool_choice(value: Any) -> Any:
         and isinstance(function["name"], str)
     ):
         return NamedTool(function["name"])
-    raise refuse('must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
+    raise invalid('must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
 
 
 ToolChoice = Annotated[
@@ -102,12 +102,12 @@ ToolChoice = Annotated[
 
 def _check_arguments(value: Any) -> Any:
     if not isinstance(value, str) or (value.strip() and parse_object(value) is None):
-        raise refuse("must be the text of a JSON object")
+        raise invalid("must be the text of a JSON object")
     return value
 
 
 class FunctionCall(RequestModel):
-    """A function and the arguments that it was to be called with."""
+    """A function and the arguments to call it with."""
 
     name: ToolName = Field(description="The function's name.")
     arguments: Annotated[str, BeforeValidator(_check_arguments)] = Field(description="JSON, as the model wrote it.")
@@ -121,32 +121,32 @@ class ToolCall(RequestModel):
         min_length=1, max_length=256, description="The call's name; the message that answers it has it, too."
     )
     type: Literal["function"] = Field(description="There are only functions.")
-    function: FunctionCall = Field(description="What was to be called.")
+    function: FunctionCall = Field(description="The function to call.")
     index: int | None = Field(None, description="Not used; clients keep it from streams.")
 
     def for_template(self) -> dict[str, Any]:
-        """With the arguments as an object, as templates want them."""
+        """Return the call with its arguments as an object, as templates want them."""
         function = {"name": self.function.name, "arguments": parse_object(self.function.arguments) or {}}
         return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
-class ToolPlan:
+class OfferedTools:
     """How one request's tools are shown to the model, and how calls of them are found in its text."""
 
     shown: list[dict[str, Any]]  # by the template
     style: ToolCallStyle
     callable_names: tuple[str, ...]
-    forced: StructureSpec | None  # a call is required
-    most_calls: int | None
+    call_grammar: StructureSpec | None  # where a call is required
+    max_calls: int | None
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """What may be special tokens of the model, and is to be seen by the parser all the same."""
+        """Texts that the parser must see, even where they are special tokens of the model."""
         return HERMES_TAGS if self.style == "hermes" else ()
 
     def name_tool(self, message: str) -> str:
-        """An error in the grammar of the calls, told of the tool whose schema it is in."""
+        """Rewrite an error in the grammar of the calls so that it names the tool whose schema is wrong."""
         found = re.match(r"tools: at (\d+)\(\d+\): (.*)", message)
         index = (int(found[1]) - 4) // 2 if found else -1  # see `call_grammar`
         if found is None or not 0 <= index < len(self.callable_names):
@@ -154,68 +154,71 @@ class ToolPlan:
         return f"tools: the parameters of {self.callable_names[index]!r}: {found[2]}"
 
     def parser(self, *, is_stream: bool) -> ToolCallParser:
-        return ToolCallParser(self.style, self.callable_names, eager=is_stream, most_calls=self.most_calls)
+        return ToolCallParser(self.style, self.callable_names, eager=is_stream, max_calls=self.max_calls)
 
 
-def check_tools(tools: Sequence[Tool], most: int) -> None:
-    """Raises InvalidRequestError for too many, or two of one name."""
-    if len(tools) > most:
-        raise _wrong("tools", f"at most {most}, got {len(tools)}")
+def check_tools(tools: Sequence[Tool], max_tools: int) -> None:
+    """Refuse too many tools, or two of one name."""
+    if len(tools) > max_tools:
+        refuse(f"tools: at most {max_tools}, got {len(tools)}.", param="tools")
     names: set[str] = set()
     for index, tool in enumerate(tools):
-        if tool.function.name in names:
-            raise _wrong(f"tools[{index}].function.name", f"{tool.function.name!r} is the name of another tool, too")
-        names.add(tool.function.name)
+        name, param = tool.function.name, f"tools[{index}].function.name"
+        if name in names:
+            refuse(f"{param}: {name!r} is the name of another tool, too.", param=param)
+        names.add(name)
 
 
-def make_tool_plan(
+def offer_tools(
     tools: Sequence[Tool] | None,
     choice: str | NamedTool | None,
     *,
     parallel: bool,
-    most_tools: int,
+    max_tools: int,
     template_knows_tools: bool,
     style: ToolCallStyle | None,
-) -> ToolPlan | None:
-    """None: no tools, or none that may be called. `style`: in which the model writes calls, if that is known.
+) -> OfferedTools | None:
+    """Return None if there are no tools, or none may be called. style: how the model writes calls, None if unknown.
 
     Raises InvalidRequestError.
     """
     if not tools:
-        if choice in (None, "none"):
-            return None
-        raise _wrong("tool_choice", "only with tools")
-    check_tools(tools, most_tools)
-    names = [tool.function.name for tool in tools]
+        if choice not in (None, "none"):
+            refuse("tool_choice: only with tools.", param="tool_choice")
+        return None
+    check_tools(tools, max_tools)
     if choice == "none":
         return None
     shown = [tool.for_template() for tool in tools]
     if choice in (None, "auto"):
         if not template_knows_tools:
-            raise _unsupported(
-                "this model's chat template shows it no tools, so it cannot choose one; require a call by tool_choice, "
-                'which works with every model, or send tool_choice "none"'
+            refuse(
+                "tools: this model's chat template shows it no tools, so it cannot choose one; require a call by "
+                'tool_choice, which works with every model, or send tool_choice "none".',
+                param="tools",
+                code="unsupported_field",
             )
         if style is None:
-            raise _unsupported(
-                "it is not known how this model writes calls, so none would be found in its text; require a call by "
-                "tool_choice, which works with every model"
+            refuse(
+                "tools: it is not known how this model writes calls, so none would be found in its text; require a "
+                "call by tool_choice, which works with every model.",
+                param="tools",
+                code="unsupported_field",
             )
-        return ToolPlan(shown, style, tuple(names), None, None if parallel else 1)
+        return OfferedTools(shown, style, tuple(tool.function.name for tool in tools), None, None if parallel else 1)
     style = style or "llama3_json"
     called = list(tools)
     if isinstance(choice, NamedTool):
         called = [tool for tool in tools if tool.function.name == choice.name]
         if not called:
-            raise _wrong("tool_choice", f"there is no tool named {choice.name[:64]!r}")
+            refuse(f"tool_choice: there is no tool named {choice.name[:64]!r}.", param="tool_choice")
     is_one = isinstance(choice, NamedTool) or not parallel
-    grammar = call_grammar(called, style, most_calls=1 if is_one else MAX_CALLS)
-    callable_names = tuple(tool.function.name for tool in called)
-    return ToolPlan(shown, style, callable_names, StructureSpec("grammar", grammar), 1 if is_one else None)
+    grammar = StructureSpec("grammar", call_grammar(called, style, max_calls=1 if is_one else MAX_CALLS))
+    return OfferedTools(shown, style, tuple(tool.function.name for tool in called), grammar, 1 if is_one else None)
 
 
-def call_grammar(tools: Sequence[Tool], style: ToolCallStyle, *, most_calls: int) -> str:
-    """A grammar, in Lark's notation, of one or more calls in the format that the model knows and the parser reads.
+def call_grammar(tools: Sequence[Tool], style: ToolCallStyle, *, max_calls: int) -> str:
+    """Write a grammar, in Lark's notation, of calls in the format that the model knows and the parser reads.
 
     Each schema is compiled by itself, so that its references to `#` stay in it. Only names, which are plain, and JSON
     come from the client.
@@ -223,7 +226,7 @@ def call_grammar(tools: Sequence[Tool], style: ToolCallStyle, *, most_calls: int
     begin, key, end, between = ("<tool_call>\n", "arguments", "\n</tool_call>", "\n")
     if style == "llama3_json":
         begin, key, end, between = "", "parameters", "", "; "
-    lines = [f"start: call ({_quote(between)} call){{0,{most_calls - 1}}}" if most_calls > 1 else "start: call"]
+    lines = [f"start: call ({_quote(between)} call){{0,{max_calls - 1}}}" if max_calls > 1 else "start: call"]
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
         head = f'{begin}{{"name": "{tool.function.name}", "{key}": '
@@ -241,11 +244,3 @@ def _arguments_schema(tool: Tool) -> dict[str, Any]:
 
 def _quote(text: str) -> str:
     return json.dumps(text)
-
-
-def _wrong(param: str, what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{param}: {what}.", param=param, code="invalid_value")
-
-
-def _unsupported(what: str) -> InvalidRequestError:
-    return InvalidRequestError(f"tools: {what}.", param="tools", code="unsupported_field")

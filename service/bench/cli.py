@@ -128,7 +128,7 @@ async def _measure_vllm(args: argparse.Namespace) -> tuple[dict[str, str], list[
     cells = choose_vllm_cells(names, args.all)
     args.temperatures = [0.0]  # sampled texts of different engines can't be compared
     tokenizer = build_tokenizer(settings.model.target)
-    context = TransformerConfig.from_folder(settings.model.target).max_positions
+    context = TransformerConfig.read(settings.model.target).max_positions
     tasks = _tasks(args, lambda text: tokenizer.encode(text, add_special_tokens=False), context - args.max_tokens)
     _say(f"starting {', '.join(cell.name for cell in cells)}")
     async with vllm_contestants(settings, cells, max(args.concurrency)) as contestants:

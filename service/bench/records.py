@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from drafters.base import SourceName
+from drafters.base import SourceName, num_common
 
 Role = Literal["reference", "free", "other"]
 """`reference`: plain decoding, which the others are compared with. `free`: drafts without a model."""
@@ -159,10 +159,8 @@ class WorkloadRecord:
 
 def first_difference(expected: tuple[int, ...], found: tuple[int, ...]) -> int | None:
     """Return the position of the first token at which two continuations differ; None if they are equal."""
-    for position, (left, right) in enumerate(zip(expected, found, strict=False)):
-        if left != right:
-            return position
-    return None if len(expected) == len(found) else min(len(expected), len(found))
+    position = num_common(expected, found)
+    return None if position == len(expected) == len(found) else position
 
 
 def find_mismatches(reference: Pass, other: Pass) -> list[Mismatch]:

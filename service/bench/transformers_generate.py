@@ -1,15 +1,17 @@
-"""An independent baseline: plain decoding with transformers' `generate` on the same folder."""
+"""An independent baseline: plain decoding with transformers' `generate` on the same checkpoint."""
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from service.bench.prompts import Prompt
 from service.bench.records import Generation, Mismatch, Pass, Role, Workload
+from service.convert import convert
 
 NEAR_TIE_NATS = 1e-4  # rounding of another implementation may decide such a tie differently
 
@@ -22,12 +24,16 @@ class TransformersContestant:
     tolerated_margin: float | None = NEAR_TIE_NATS
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str, clock: Callable[[], float] = time.perf_counter):
-        """Load the target's folder. Raises ImportError if transformers can't load its model classes."""
+        """Load the target's folder or GGUF file. Raises ImportError if transformers can't load its model classes."""
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
-        )
+        with TemporaryDirectory() as converted:
+            if folder.is_file():
+                convert(folder, Path(converted), dtype)
+                folder = Path(converted)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
         self._model = model.to(device).eval()
         self._model.generation_config.eos_token_id = None  # end tokens don't end a continuation
         self._device, self._clock = device, clock

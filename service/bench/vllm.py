@@ -80,7 +80,7 @@ def garbage(settings: Mapping[str, Any], device: str) -> Any:
     built = built.model_copy(update={"speculation": speculation})
     dtype: torch.dtype = getattr(torch, built.model.dtype)
     drafter = ShiftedTransformer.load(built.model.drafter_choice, device, dtype)  # type: ignore[arg-type]
-    pipeline = build_pipeline(built, TransformerConfig.from_folder(built.model.target), drafter)
+    pipeline = build_pipeline(built, TransformerConfig.read(built.model.target), drafter)
     warm_up(pipeline)
     return pipeline
 

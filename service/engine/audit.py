@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import cast
 
+from drafters.base import num_common
 from service.engine.base import Engine, EngineStatus, GenerationRequest, SpeculationOptions, TokenDelta
 from verifiers.base import TokenLogprobs
 
@@ -186,7 +187,7 @@ class AuditedEngine:
         async with aclosing(_generator(self._engine.generate(request))) as deltas:
             async for delta in deltas:
                 plain += delta.logprobs
-                if any(entry.token != token for entry, token in zip(plain, live.tokens, strict=False)):
+                if num_common([entry.token for entry in plain], live.tokens) < min(len(plain), len(live.tokens)):
                     break
                 status = self.status()
                 if delta.finish_reason is None and (status.num_running > 1 or status.num_waiting):
@@ -210,14 +211,14 @@ class AuditedEngine:
 
 def _compare(live: _Live, plain: list[TokenLogprobs]) -> Audit:
     request_id = live.request.request_id
-    for position, (entry, token) in enumerate(zip(plain, live.tokens, strict=False)):
-        if entry.token != token:
-            known = dict(entry.top)
-            lowest = min(known.values(), default=entry.logprob)
-            return Audit(request_id, position, position, entry.logprob - known.get(token, lowest))
-    if len(plain) < len(live.tokens):  # plain decoding ended earlier
-        return Audit(request_id, len(plain), len(plain), float("inf"))
-    return Audit(request_id, len(live.tokens), None)
+    position = num_common([entry.token for entry in plain], live.tokens)
+    if position >= len(live.tokens):
+        return Audit(request_id, len(live.tokens), None)
+    if position == len(plain):  # plain decoding ended earlier
+        return Audit(request_id, position, position, float("inf"))
+    known = dict(plain[position].top)
+    lowest = min(known.values(), default=plain[position].logprob)
+    return Audit(request_id, position, position, plain[position].logprob - known.get(live.tokens[position], lowest))
 
 
 def _generator(deltas: AsyncIterator[TokenDelta]) -> AsyncGenerator[TokenDelta, None]:

@@ -35,6 +35,7 @@ class Decoder:
         self._observers = list(observers)
         self._clock = clock
         self._backoff = Backoff(clock)
+        self._learning = Backoff(clock)  # of `observe`: it is called in every step, drafts or not
         self._num_failures = 0  # exceptions of the pipeline
         self._num_reported = 0  # failures of any kind that step records have told of
 
@@ -136,10 +137,13 @@ class Decoder:
         return fresh
 
     def _report(self, record: StepRecord) -> None:
-        try:
-            self._pipeline.observe(record)
-        except Exception:
-            self._pause("the drafter could not learn from a step")
+        if not self._learning.is_paused:
+            try:
+                self._pipeline.observe(record)
+                self._learning.succeed()
+            except Exception:
+                self._learning.fail()
+                self._pause("the drafter could not learn from a step")
         for observe in tuple(self._observers):
             try:
                 observe(record)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from drafters.base import Tokens
+from drafters.base import Tokens, num_common
 from service.engine.sequence import Decoding
 
 MIN_COPY = 16  # tokens; reading fewer is as cheap as copying them
@@ -53,7 +53,7 @@ class PrefixCache:
         wanted = decoding.prompt[:-1] if self._reuses and decoding.may_reuse_prefix else decoding.prompt[:0]
         tenant = decoding.request.tenant
         lengths = [
-            common_prefix(self._held(slot), wanted) if self._tenants[slot] == tenant else 0
+            num_common(self._held(slot), wanted) if self._tenants[slot] == tenant else 0
             for slot in range(self.num_slots)
         ]
         source = max(range(self.num_slots), key=lambda slot: (lengths[slot], slot in candidates))
@@ -102,7 +102,7 @@ class PrefixCache:
             owner is not None
             and owner.is_reading
             and owner.request.tenant == tenant
-            and common_prefix(owner.prompt, wanted) >= length
+            and num_common(owner.prompt, wanted) >= length
             for owner in self._owners
         )
 
@@ -116,13 +116,3 @@ class PrefixCache:
         widths = [max(last, slot) - min(first, slot) for slot in free]
         narrowest = min(widths)
         return [slot for slot, width in zip(free, widths, strict=True) if width == narrowest]
-
-
-def common_prefix(left: Tokens, right: Tokens) -> int:
-    """Return the number of tokens that two sequences share at their beginning."""
-    size = min(len(left), len(right))
-    if size == 0 or left[0] != right[0]:
-        return 0
-    differing = left[:size] != right[:size]
-    first = int(differing.argmax())
-    return first if differing[first] else size

@@ -1,4 +1,4 @@
-"""Text out of tokens as they come, and the search for stop strings in it."""
+"""Turns tokens into text as they come, and finds stop strings in it."""
 
 import codecs
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ class IncrementalDetokenizer:
     def __init__(
         self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, kept: frozenset[int] = frozenset()
     ) -> None:
-        """kept: special tokens that are text all the same."""
+        """kept: special tokens that are shown all the same."""
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids - kept if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The text that this token completes."""
+        """Return the text that this token completes."""
         if token in self._skipped:
             return ""
         return self._decoder.decode(self._tokenizer.bytes_of(token))
 
     def finish(self) -> str:
-        """What is left of an unfinished character, as U+FFFD."""
+        """Return U+FFFD for an unfinished character, if there is one."""
         return self._decoder.decode(b"", True)
 
 
@@ -41,9 +41,9 @@ class Matched:
 
 
 class StopMatcher:
-    """Finds the first stop string to be completed, however the text is cut into pieces.
+    """Finds the stop string that is complete first, however the text is cut into pieces.
 
-    Text that may be the beginning of a stop string is held back. Of stop strings that end at the same character the
+    Holds back text that may be the beginning of a stop string. If several stop strings end at the same character, the
     longest counts.
     """
 
@@ -67,14 +67,14 @@ class StopMatcher:
         return Matched(text[: len(text) - keep])
 
     def release(self, piece: str = "") -> str:
-        """Give up matching up to here: what was held back, then `piece`."""
+        """Give up matching so far. Returns the text that was held back, and `piece`."""
         text = self._held + piece
         self._held = ""
         return text
 
     def _length_to_hold(self, text: str) -> int:
-        longest = max(len(stop) for stop in self._stops) - 1
-        for length in range(min(longest, len(text)), 0, -1):
+        max_length = max(len(stop) for stop in self._stops) - 1
+        for length in range(min(max_length, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length

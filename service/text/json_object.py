@@ -1,4 +1,4 @@
-"""JSON objects: where one ends in a text that comes in pieces, what it holds, and how its values are written."""
+"""JSON objects: finds where one ends in a text that comes in pieces, and reads its values as they are written."""
 
 import json
 import re
@@ -14,7 +14,7 @@ _DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers are not l
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
-    """A JSON object, its nesting bounded; None if it is none."""
+    """Parse a JSON object of bounded nesting; None if the text is no such object."""
     try:
         content = pydantic_core.from_json(text, allow_inf_nan=False, cache_strings="none")
     except ValueError:
@@ -23,12 +23,12 @@ def parse_object(text: str) -> dict[str, Any] | None:
 
 
 def written_values(text: str) -> dict[str, str]:
-    """The values of an object that `parse_object` takes, as they are written: numbers keep all of their digits."""
+    """Return the values of an object that `parse_object` accepts, as they are written: numbers keep all digits."""
     values = {}
     position = _end(_BLANK, text, 0) + 1
     while text[position := _end(_BLANK, text, position)] != "}":
         key, position = _DECODER.raw_decode(text, position)
-        begin = _end(_BLANK, text, _end(_BLANK, text, position) + 1)  # behind the colon
+        begin = _end(_BLANK, text, _end(_BLANK, text, position) + 1)  # after the colon
         _, end = _DECODER.raw_decode(text, begin)
         values[key] = text[begin:end]
         position = _end(_BLANK, text, end)
@@ -37,19 +37,19 @@ def written_values(text: str) -> dict[str, str]:
 
 
 class JsonObjectScanner:
-    """Follows strings and brackets only; whether what stands between them is JSON is for a parser to say."""
+    """Finds the end of an object by its strings and brackets alone. A parser must check the rest."""
 
     def __init__(self) -> None:
         self.position = 0  # of the next character to look at
-        self.is_broken = False  # what stands there cannot be part of an object
-        self._open: list[str] = []  # closing brackets that are due
+        self.is_broken = False  # the character at `position` cannot be part of an object
+        self._open: list[str] = []  # closing brackets that are missing
         self._is_in_string = False
         self._is_escaped = False
 
     def scan(self, text: str, begin: int) -> int:
-        """Where the object that begins at `begin` ends; -1 if it has not ended yet, or is broken.
+        """Return where the object that begins at `begin` ends; -1 if it has not ended yet, or is broken.
 
-        To be called again with the same text and more of it.
+        Call it again with the same text and more of it.
         """
         position = max(self.position, begin)
         while position < len(text) and not self.is_broken:

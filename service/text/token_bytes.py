@@ -1,4 +1,4 @@
-"""The bytes of every token, so that text can be put together exactly, token by token."""
+"""Finds the bytes of every token, so that text can be put together exactly, token by token."""
 
 import json
 from typing import Any
@@ -7,14 +7,14 @@ from tokenizers import Tokenizer
 
 
 class UnsupportedDecoderError(Exception):
-    """The tokenizer's decoder is not one whose tokens have bytes of their own."""
+    """The tokenizer has a decoder whose tokens have no bytes of their own."""
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """Bytes by token id, for byte-level vocabularies (Llama 3, Qwen) and sentencepiece ones (Llama 2).
+    """Return the bytes by token id, for byte-level vocabularies (Llama 3, Qwen) and sentencepiece ones (Llama 2).
 
-    Joining them and decoding as UTF-8 with replacement is what the tokenizer's own decoder does, except that a
-    sentencepiece decoder also drops the space before the very first word.
+    Joined and decoded as UTF-8 with replacement, they give what the tokenizer's own decoder gives, except that a
+    sentencepiece decoder also drops the space before the very first word. Raises UnsupportedDecoderError.
     """
     added = tokenizer.get_added_tokens_decoder()
     names = _decoder_names(json.loads(tokenizer.to_str())["decoder"])
@@ -40,13 +40,13 @@ def _decoder_names(decoder: dict[str, Any] | None) -> set[str]:
     if decoder is None:
         return set()
     names = {decoder["type"]}
-    for part in decoder.get("decoders", ()):
-        names |= _decoder_names(part)
+    for inner in decoder.get("decoders", ()):
+        names |= _decoder_names(inner)
     return names
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 as itself, the others from U+0100 on."""
+    """Return GPT-2's printable character for each byte: printable Latin-1 as itself, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     hidden = (byte for byte in range(256) if chr(byte) not in alphabet)

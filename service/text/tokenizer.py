@@ -9,6 +9,8 @@ from tokenizers import Tokenizer
 
 from service.text.token_bytes import UnsupportedDecoderError, token_bytes
 
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # our name -> the name in a GGUF file
+
 
 class TokenizerError(Exception):
     """The folder holds no usable tokenizer; the message is one clear sentence."""
@@ -19,7 +21,7 @@ class ChatTemplateError(Exception):
 
 
 class TextTokenizer:
-    """Encodes, decodes and renders chats. Nothing here keeps state between calls, so any thread may call it."""
+    """Encodes, decodes and renders chats. Any thread may call it: nothing keeps state between calls."""
 
     def __init__(self, loaded: Any, end_token_ids: Sequence[int]) -> None:
         """Wrap a fast tokenizer of transformers; `end_token_ids` end a text. Raises UnsupportedDecoderError."""
@@ -30,6 +32,32 @@ class TextTokenizer:
         self.special_ids = frozenset(
             index for index, token in self._backend.get_added_tokens_decoder().items() if token.special
         )
+
+    @classmethod
+    def read(cls, checkpoint: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
+        """Read the tokenizer of a folder or of a GGUF file. Raises TokenizerError or CheckpointError."""
+        read = cls.from_gguf if checkpoint.is_file() else cls.from_folder
+        return read(checkpoint, end_token_ids)
+
+    @classmethod
+    def from_gguf(cls, path: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
+        """Build the tokenizer that a GGUF file describes. Raises TokenizerError or CheckpointError."""
+        from transformers import PreTrainedTokenizerFast
+
+        from service.text.gguf_tokenizer import Vocabulary
+
+        vocabulary = Vocabulary.of(path)
+        roles = {f"{name}_token": vocabulary.role(short) for name, short in ROLES.items()}
+        try:
+            loaded = PreTrainedTokenizerFast(
+                tokenizer_object=vocabulary.build(),
+                chat_template=vocabulary.chat_template(),
+                clean_up_tokenization_spaces=False,
+                **{name: token for name, token in roles.items() if token is not None},
+            )
+        except Exception as error:  # tokenizers raises bare exceptions
+            raise TokenizerError(f"no usable tokenizer in {path}: {error}") from None
+        return cls(loaded, end_token_ids)
 
     @classmethod
     def from_folder(cls, folder: Path, end_token_ids: Sequence[int]) -> "TextTokenizer":
@@ -48,8 +76,15 @@ class TextTokenizer:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise TokenizerError(f"no usable tokenizer in {folder}: {error}") from None
 
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and the chat template, as transformers and vLLM read them."""
+        self._loaded.save_pretrained(str(folder))
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # older versions' name
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
     def to_json(self) -> str:
-        """The content of a tokenizer.json."""
+        """Return the content of a tokenizer.json."""
         return self._backend.to_str()
 
     @property
@@ -58,25 +93,25 @@ class TextTokenizer:
         return len(self._bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of `text`, with the checkpoint's begin-of-text token if it has one and `add_special_tokens`."""
+        """Return the ids of `text`; with `add_special_tokens` after the begin-of-text token, if there is one."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `tokens`; what is not UTF-8 becomes U+FFFD."""
+        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD."""
         pieces = (self.bytes_of(token) for token in tokens if not (skip_special_tokens and token in self.special_ids))
         return b"".join(pieces).decode("utf-8", "replace")
 
     def special_ids_of(self, texts: Collection[str]) -> frozenset[int]:
-        """The special tokens that are written so."""
+        """Return the special tokens whose texts are among `texts`."""
         return frozenset(token for token in self.special_ids if self.bytes_of(token).decode() in texts)
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes one token adds to the text; none for ids beyond the tokenizer's (padding rows of the logits)."""
+        """Return the bytes that a token adds to the text; none for ids that only pad the logits."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
     def name_of(self, token: int) -> str:
-        """A token as a key of the legacy `logprobs`: its text, or `bytes:\\xe2\\x82` where it is no whole text."""
+        """Name a token in the legacy `logprobs`: by its text, or as `bytes:\\xe2\\x82` if it is no whole text."""
         data = self.bytes_of(token)
         try:
             return data.decode("utf-8")
@@ -90,7 +125,7 @@ class TextTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
+        """Write the prompt for the assistant's next turn, by the checkpoint's own template in transformers' sandbox.
 
         Raises ChatTemplateError.
         """
@@ -114,12 +149,12 @@ class TextTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """By role, such as `eos_token`."""
+        """Special tokens by role, such as `eos_token`."""
         return {role: str(token) for role, token in self._loaded.special_tokens_map.items()}
 
     @property
     def tool_template(self) -> str:
-        """The chat template that renders tools, among several the one that is made for it; empty if there is none."""
+        """The chat template for conversations with tools; empty if there is none."""
         template = self._loaded.chat_template
         if isinstance(template, dict):
             template = template.get("tool_use") or template.get("default")

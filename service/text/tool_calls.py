@@ -1,8 +1,8 @@
-"""Tool calls out of a model's text as it comes, in the formats of two families of chat templates.
+"""Finds tool calls in a model's text as it comes, in the formats of two families of chat templates.
 
 `hermes` (Qwen2.5, Qwen3, Hermes): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, text before and between.
 `llama3_json` (Llama 3.1 and later): the whole text is `{"name": ..., "parameters": {...}}`, or several, `;` between.
-Both names of the arguments are understood in both. What is no call of a known tool is text, character by character.
+Both formats take both names, `arguments` and `parameters`. All that is no call of a known tool stays text, unchanged.
 """
 
 import re
@@ -19,20 +19,20 @@ HERMES_TAGS = ("<tool_call>", "</tool_call>")
 PYTHON_TAG = "<|python_tag|>"  # Llama 3 may begin a call with it
 BLANKS = " \t\r\n"
 ARGUMENT_KEYS = ('"arguments"', '"parameters"')
-MAX_GAP = 512  # characters within which the next part of a call's usual beginning ends; otherwise it is not usual
-MAX_FAILURES = 64  # blocks that look like calls and are none: from there on all is text, so that the work stays linear
+MAX_GAP = 512  # characters of blanks and one word of a call's usual beginning; a call with more of them is unusual
+MAX_FAILURES = 64  # blocks that look like calls and are none. After them all is text, so that the work stays linear
 
 
 def style_of_template(template: str) -> ToolCallStyle | None:
-    """In which format a model with this chat template writes calls; None if it is neither of the two."""
+    """Find the format in which a model with this chat template writes calls; None if it is neither of the two."""
     if "<tool_call>" in template and "arguments" in template:
         return None if re.search("<function=|<arg_key>", template) else "hermes"  # Qwen3-Coder's, GLM's
     return "llama3_json" if re.search(r'\{\\?"name\\?": function name, \\?"parameters\\?"', template) else None
 
 
 @dataclass(frozen=True, slots=True)
-class CallPart:
-    """Something new of one call: its name comes with the first part, its arguments are JSON text in pieces."""
+class CallFragment:
+    """A piece of one call: the first has its name, the others its arguments as JSON text."""
 
     index: int
     name: str | None = None
@@ -41,65 +41,67 @@ class CallPart:
 
 @dataclass(frozen=True, slots=True)
 class ToolText:
-    """What a piece of text adds to the message."""
+    """The content and the calls that a piece of text adds to the message."""
 
     content: str = ""
-    calls: tuple[CallPart, ...] = ()
+    calls: tuple[CallFragment, ...] = ()
 
 
 class State(Enum):
     TEXT = auto()  # before, between and after calls
-    HEAD = auto()  # from a call's beginning to the one of its arguments
-    WHOLE = auto()  # a call that does not begin as usual: judged when it is complete
+    HEAD = auto()  # from the beginning of a call to the beginning of its arguments
+    WHOLE = auto()  # a call that does not begin as usual: parsed when it is complete
     ARGUMENTS = auto()
     AFTER = auto()  # from the end of the arguments to the end of the call
-    REST = auto()  # nothing that comes is a call
+    REST = auto()  # no more calls can come
 
 
 class ToolCallParser:
     """Splits a text into content and tool calls, however it is cut into pieces.
 
-    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped, and so is what
-    stands in a call's block behind the arguments; a text without calls is its content, unchanged.
+    Joined, content and calls do not depend on the cuts. Blanks around calls are dropped, and so is all that follows
+    the arguments in a call's block. A text without calls is its content, unchanged.
     """
 
     def __init__(
-        self, style: ToolCallStyle, names: Collection[str], *, eager: bool, most_calls: int | None = None
+        self, style: ToolCallStyle, names: Collection[str], *, eager: bool, max_calls: int | None = None
     ) -> None:
-        """eager: give arguments away while they are written; what turns out to be no JSON then stays a broken call,
-        which is content otherwise. names: of the tools that may be called. most_calls: further ones are dropped.
+        """names: of the tools that may be called. max_calls: further calls are dropped.
+
+        eager: return arguments while they are written. If they turn out to be no JSON, the call stays, broken; without
+        `eager` its text is content.
         """
         self._opening, self._closing = HERMES_TAGS if style == "hermes" else ("", "")
         self._names = frozenset(names)
         self._eager = eager
-        self._most_calls = most_calls
+        self._max_calls = max_calls
         self._state = State.TEXT if style == "hermes" else State.HEAD
-        # What is looked at with every piece is short, or endless blanks would take time that grows with their square.
-        self._held = ""  # text that is not judged yet
+        # Text is kept in lists: joining it at every piece would take time that grows with the square of its length.
+        self._held = ""  # text that may yet be content or a call
         self._blanks: list[str] = []  # belong to the content if more of it follows
         # Of the call that is being read:
-        self._head: list[str] = []  # what stands before its object, or arguments: content if it is no call
-        self._object: list[str] = []  # what was read of its object, or arguments: looked at again if it is no call
-        self._behind: list[str] = []  # what stands between its arguments and its end
+        self._head: list[str] = []  # text before its object, or its arguments: content if it is no call
+        self._object: list[str] = []  # text of its object, or its arguments, so far: read again if it is no call
+        self._behind: list[str] = []  # text between its arguments and its end
         self._scanner = JsonObjectScanner()
         self._name = ""
-        self._is_given = False  # whether its arguments are given away while they come
+        self._is_given = False  # its arguments are returned while they come
         self._may_have_tag = style == "llama3_json"
-        self._may_have_brace = False  # one that ends the call
+        self._may_have_brace = False  # the brace that ends the call
         self._num_started = 0
         self._num_failures = 0
         self._content: list[str] = []
-        self._calls: list[CallPart] = []
+        self._calls: list[CallFragment] = []
         self.num_calls = 0  # complete ones
 
     def push(self, piece: str) -> ToolText:
-        """What this piece completes."""
+        """Take in a piece of text. Returns the content and the calls that it completes."""
         self._held += piece
         self._run(is_end=False)
         return self._take()
 
     def finish(self) -> ToolText:
-        """What is left once the text has ended; an unfinished call is content, unless parts of it are given away."""
+        """End the text. Returns the rest; an unfinished call is content, unless some of it was returned already."""
         self._run(is_end=True)
         if not self._num_started:
             self._content += self._blanks
@@ -161,13 +163,13 @@ class ToolCallParser:
         self._state = State.ARGUMENTS
         self._name, begin = found
         self._pass_over(begin)
-        self._is_given = self._eager and (self._most_calls is None or self._num_started < self._most_calls)
+        self._is_given = self._eager and (self._max_calls is None or self._num_started < self._max_calls)
         if self._is_given:
             self._start_call(self._name)
         return True
 
     def _reach_object(self) -> bool | None:
-        """Pass over blanks and Llama's tag: whether an object begins there; None if nothing stands there yet."""
+        """Pass over blanks and Llama's tag. Returns whether an object begins there; None if more text is needed."""
         self._pass_over(_num_blanks(self._held))
         if self._may_have_tag and self._held.startswith(PYTHON_TAG):
             self._may_have_tag = False
@@ -182,7 +184,7 @@ class ToolCallParser:
         self._held = self._held[length:]
 
     def _read_whole(self, is_end: bool) -> bool:
-        """A call that is given away as one, or not at all."""
+        """Read a call that is returned as a whole or not at all."""
         has_ended, _ = self._read_object()
         if not has_ended and not self._scanner.is_broken and not is_end:
             return False
@@ -197,7 +199,7 @@ class ToolCallParser:
         return True
 
     def _read_object(self) -> tuple[bool, str]:
-        """Read on in the object: whether it has ended, and what is new of it."""
+        """Read on in the object. Returns whether it has ended, and its new text."""
         has_ended = self._scanner.scan(self._held, 0) >= 0
         piece = self._held[: self._scanner.position]
         self._scanner.position = 0
@@ -206,7 +208,7 @@ class ToolCallParser:
         return has_ended, piece
 
     def _fail(self) -> None:
-        """What looked like a call is none."""
+        """Take back what looked like a call: it is content."""
         self._num_failures += 1
         self._say("".join(self._head))
         self._held = "".join([*self._object, self._held])
@@ -216,22 +218,22 @@ class ToolCallParser:
         self._num_started += 1
         self._blanks = []
         if self._is_wanted:
-            self._calls.append(CallPart(self._num_started - 1, name))
+            self._calls.append(CallFragment(self._num_started - 1, name))
 
     def _give(self, arguments: str) -> None:
         if arguments and self._is_wanted:
-            self._calls.append(CallPart(self._num_started - 1, None, arguments))
+            self._calls.append(CallFragment(self._num_started - 1, None, arguments))
 
     @property
     def has_only_whole_calls(self) -> bool:
         """Whether there are calls, and none of them is broken or cut."""
-        num_told = self._num_started if self._most_calls is None else min(self._num_started, self._most_calls)
+        num_told = self._num_started if self._max_calls is None else min(self._num_started, self._max_calls)
         return 0 < num_told == self.num_calls
 
     @property
     def _is_wanted(self) -> bool:
-        """Whether the call that was started last is one to tell of."""
-        return self._most_calls is None or self._num_started <= self._most_calls
+        """Whether the call that was started last is returned, not dropped."""
+        return self._max_calls is None or self._num_started <= self._max_calls
 
     def _read_arguments(self, is_end: bool) -> bool:
         has_ended, piece = self._read_object()
@@ -258,7 +260,7 @@ class ToolCallParser:
         return self._read_closing(is_end) if self._opening else self._read_separator(is_end)
 
     def _read_closing(self, is_end: bool) -> bool:
-        """What stands between the arguments and the end tag says nothing; without an end tag it is content."""
+        """Drop the text between the arguments and the end tag; without an end tag it is content."""
         close, begin = self._held.find(self._closing), self._held.find(self._opening)
         if close >= 0 and (begin < 0 or close < begin):
             self._held, self._state = self._held[close + len(self._closing) :], State.TEXT
@@ -278,7 +280,7 @@ class ToolCallParser:
         return True
 
     def _read_separator(self, is_end: bool) -> bool:
-        """A `}` that ends the call, then `;` before another call."""
+        """Read the `}` that ends the call, then `;` if another call follows."""
         self._held = self._held.lstrip(BLANKS)
         if self._may_have_brace and self._held.startswith("}"):
             self._may_have_brace = False
@@ -298,7 +300,7 @@ class ToolCallParser:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that begins `marker`."""
+    """Return the length of the longest end of `text` that is a beginning of `marker`."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if marker.startswith(text[-length:]):
             return length
@@ -306,14 +308,14 @@ def _overlap(text: str, marker: str) -> int:
 
 
 def _num_blanks(text: str) -> int:
-    """How many the text begins with."""
+    """Count the blanks that the text begins with."""
     return len(text) - len(text.lstrip(BLANKS))
 
 
 def _match_head(text: str, names: Collection[str]) -> tuple[str, int] | Literal[False] | None:
-    """The tool's name and where its arguments begin, in a text that begins with `{`.
+    """Find the tool's name and where its arguments begin, in a text that begins with `{`.
 
-    False if the text does not begin as usual; None: more is needed.
+    Returns False if the text does not begin as usual, None if more of it is needed.
     """
     position, name = 1, ""
     quoted = [f'"{name}"' for name in names]
@@ -328,7 +330,7 @@ def _match_head(text: str, names: Collection[str]) -> tuple[str, int] | Literal[
 
 
 def _follow(text: str, position: int, choices: Sequence[str]) -> str | Literal[False] | None:
-    """Which of the choices stands there, after blanks; False for none of them, None if the text is too short."""
+    """Return the choice that comes next, after blanks; False for none of them, None if more text is needed."""
     rest = text[position : position + MAX_GAP].lstrip(BLANKS)
     for choice in choices:
         if rest.startswith(choice):
@@ -338,7 +340,7 @@ def _follow(text: str, position: int, choices: Sequence[str]) -> str | Literal[F
 
 
 def _parse_call(text: str, names: Collection[str]) -> tuple[str, str] | None:
-    """Name and arguments of a whole call with its keys in any order; the arguments as the model wrote them."""
+    """Return name and arguments of a whole call, its keys in any order; the arguments as the model wrote them."""
     content = parse_object(text)
     name = None if content is None else content.get("name")
     if content is None or not isinstance(name, str) or name not in names:

@@ -36,10 +36,10 @@ SEEDS = [
 
 
 def read(
-    style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, most: int | None = None
+    style: ToolCallStyle, pieces: Iterable[str], *, eager: bool = False, max_calls: int | None = None
 ) -> tuple[str, list[tuple[str, str]], int]:
     """Return the content, the calls, and how many of them are complete."""
-    parser = ToolCallParser(style, NAMES, eager=eager, most_calls=most)
+    parser = ToolCallParser(style, NAMES, eager=eager, max_calls=max_calls)
     content, calls = "", list[tuple[str, str]]()
     for parsed in [*map(parser.push, pieces), parser.finish()]:
         content += parsed.content
@@ -58,16 +58,16 @@ def refuse(constant: str) -> Any:
     raise AssertionError(f"{constant} is not JSON")
 
 
-def check_told(style: ToolCallStyle, text: str, most: int | None = None) -> None:
+def check_told(style: ToolCallStyle, text: str, max_calls: int | None = None) -> None:
     """Assert that whole calls are JSON, that texts without calls are content, and that a stream gives the same."""
-    content, calls, num_complete = read(style, [text], most=most)
+    content, calls, num_complete = read(style, [text], max_calls=max_calls)
     assert num_complete == len(calls)
     for name, arguments in calls:
         assert name in NAMES
         assert isinstance(json.loads(arguments, parse_constant=refuse), dict)
     if not calls:
         assert content == text
-    eager = read(style, [text], eager=True, most=most)
+    eager = read(style, [text], eager=True, max_calls=max_calls)
     if eager[2] == len(eager[1]):  # no call is broken
         assert eager == (content, calls, num_complete)
 
@@ -75,14 +75,14 @@ def check_told(style: ToolCallStyle, text: str, most: int | None = None) -> None
 def check(data: bytes) -> None:
     reader = ByteReader(data)
     style: ToolCallStyle = reader.pick(("hermes", "llama3_json"))
-    eager, most = reader.flag(), reader.pick((None, 1))
+    eager, max_calls = reader.flag(), reader.pick((None, 1))
     places = reader.take(reader.byte() % 12)
     words = []
     while not reader.is_empty:
         number = reader.byte()
         words.append(WORDS[number] if number < len(WORDS) else chr(number))
     text = "".join(words)[:300]
-    whole = read(style, [text], eager=eager, most=most)
-    assert read(style, cut(text, ByteReader(places)), eager=eager, most=most) == whole
-    assert read(style, list(text), eager=eager, most=most) == whole
-    check_told(style, text, most)
+    whole = read(style, [text], eager=eager, max_calls=max_calls)
+    assert read(style, cut(text, ByteReader(places)), eager=eager, max_calls=max_calls) == whole
+    assert read(style, list(text), eager=eager, max_calls=max_calls) == whole
+    check_told(style, text, max_calls)

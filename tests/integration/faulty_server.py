@@ -107,7 +107,7 @@ class FaultyServer:
             "reserved positions": core._scheduler._num_reserved,
             "slots": slots.num_slots - slots.num_free,
             "streams": list(self.engine._streams),
-            "pipeline": list(self.pipeline._states),
+            "pipeline": list(self.pipeline._policy._states),
             "drafter": len(diffusion._prefixes),  # type: ignore[attr-defined]
             "key": self.server.config.app.state.serving.key_ring.keys[0].num_sequences,  # type: ignore[union-attr]
             "running": self.metric("vllm:num_requests_running"),

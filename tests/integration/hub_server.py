@@ -35,7 +35,7 @@ def entry(path: Path, root: Path, state: HubState) -> dict[str, object]:
     data = path.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     listed: dict[str, object] = {"type": "file", "path": str(path.relative_to(root)), "size": len(data), "oid": blob}
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".gguf"):
         listed["lfs"] = {"oid": checksum(path, state), "size": len(data), "pointerSize": 134}
     return listed
 

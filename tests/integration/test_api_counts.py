@@ -68,6 +68,30 @@ def test_what_a_stop_text_cuts_off_is_in_the_trace(url: str) -> None:
     assert accepted % 8 == 0
 
 
+def test_every_kind_of_token_is_told_apart(url: str) -> None:
+    choice = post(url, **CYCLE)["choices"][0]
+    kinds = [[token["kind"] for token in step["tokens"]] for step in choice["trace"]]
+    assert kinds[0] == ["plain"]
+    assert kinds[1] == ["drafted"] * 8 + ["bonus"]
+    wrong = CYCLE | {"prompt": "abcfed" * 6, "max_tokens": 12}  # what is copied is rejected
+    steps = post(url, **wrong)["choices"][0]["trace"]
+    replaced = [step["tokens"][-1]["kind"] for step in steps[:-1] if step["rejected"]]
+    assert set(replaced) == {"recovered"}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_prompt_that_is_only_read_is_counted(url: str, engine: str, n: int) -> None:
+    before = scrape(url)
+    usage = post(url, prompt="only read", max_tokens=0, echo=True, logprobs=1, n=n)["usage"]
+    after = scrape(url)
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert usage["prompt_tokens"] == usage["total_tokens"] == len("only read")
+    assert grown["vllm:prompt_tokens_total"] == n * len("only read")
+    if engine == "embedded":  # vLLM always generates a token, and counts it
+        assert grown["vllm:request_queue_time_seconds_count"] == n
+        assert grown["vllm:generation_tokens_total"] == grown["vllm:time_to_first_token_seconds_count"] == 0
+
+
 @pytest.mark.parametrize(
     "rules",
     [

@@ -178,9 +178,12 @@ def test_traces_account_for_every_token(url: str) -> None:
     choice, counts = answer["choices"][0], answer["metrics"]["speculative_decoding"]
     steps = choice["trace"]
     assert [token["token_id"] for step in steps for token in step["tokens"]] == choice["token_ids"]
-    kinds = [token["kind"] for step in steps for token in step["tokens"]]
-    assert set(kinds) <= {"drafted", "recovered", "bonus"}
     drafting = [step for step in steps if step["source"] != "none"]
+    for step in steps[:-1]:
+        *drafted, last = [token["kind"] for token in step["tokens"]]
+        assert set(drafted) <= {"drafted"}
+        assert last == ("plain" if step not in drafting else "recovered" if step["rejected"] else "bonus")
+    assert steps[0]["tokens"][-1]["kind"] == "plain"  # the prompt's own step drafts nothing
     assert len(drafting) == counts["num_spec_steps"] > 0
     assert counts["num_spec_tokens"] == 6
     assert sum(counts["acceptance_histogram"]) == counts["num_spec_steps"]

@@ -53,8 +53,7 @@ def wait_until_up(faulty: FaultyServer) -> None:
     """Decode until the drafter has been tried again and works."""
     faulty.drafter.plant("none")
     faulty.drafter.num_faults = 0
-    if faulty.pipeline._paused_steps:
-        faulty.pipeline._paused_steps = 1  # end the pause
+    faulty.pipeline._backoff.end()
     assert tokens_of(faulty.post(NEIGHBOURS[0])) == faulty.plain(NEIGHBOURS[0])
     assert faulty.metric("diffuspec_drafter_up") == 1
 

@@ -148,6 +148,16 @@ def test_a_key_has_so_many_tokens_a_minute(url: str, clock: Clock) -> None:
     assert complete(url, SMALL).status_code == 200
 
 
+def test_a_prompt_that_is_only_read_is_charged(url: str, clock: Clock) -> None:
+    read = complete(url, SMALL, prompt="x" * 150, max_tokens=0, echo=True)
+    assert (read.status_code, read.json()["usage"]["total_tokens"]) == (200, 150)
+    refused = complete(url, SMALL)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) == pytest.approx(30, abs=1)
+    clock.now += 31
+    assert complete(url, SMALL).status_code == 200
+
+
 async def test_a_key_has_so_many_sequences_at_a_time(url: str, engine: ScriptedEngine) -> None:
     async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {SMALL}"}) as http:
         slow = asyncio.create_task(http.post("/v1/completions", json={"prompt": "slow", "n": 2}))

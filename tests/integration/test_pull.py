@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import write_checkpoint, write_hub_drafter
+from tests.gguf_files import gguf_of
 from tests.integration.hub_server import COMMIT, HubState, hub
 
-TARGET, DRAFTER = "tiny-org/tiny-target", "tiny-org/tiny-sdar"
+TARGET, DRAFTER, QUANTISED = "tiny-org/tiny-target", "tiny-org/tiny-sdar", "tiny-org/tiny-GGUF"
+FILE = "Tiny-Q4_1.gguf"
 
 
 @pytest.fixture
@@ -21,7 +23,12 @@ def state(tmp_path: Path) -> HubState:
     for folder in ("target", "drafter"):
         (tmp_path / folder / "modeling_evil.py").write_text("raise SystemExit('run')\n")
         (tmp_path / folder / "pytorch_model.bin").write_bytes(b"pickle")
-    return HubState({TARGET: tmp_path / "target", DRAFTER: tmp_path / "drafter"})
+    (tmp_path / "quantised" / "Q8").mkdir(parents=True)
+    content, _ = gguf_of("llama", "Q4_1")
+    for name in (FILE, "Q8/other.gguf"):
+        content.write(tmp_path / "quantised" / name)
+    folders = {TARGET: "target", DRAFTER: "drafter", QUANTISED: "quantised"}
+    return HubState({name: tmp_path / folder for name, folder in folders.items()})
 
 
 @pytest.fixture
@@ -63,6 +70,32 @@ def test_a_pulled_pair_is_pinned_checked_and_used_by_its_names(tmp_path: Path, s
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "SDAR" in checked.stdout
     assert len(state.requests) == num_requests  # only `pull` fetches
+
+
+@pytest.mark.parametrize("file", [FILE, "Q8/other.gguf"])
+def test_one_gguf_file_is_pulled_and_used_by_its_name(tmp_path: Path, state: HubState, address: str, file: str) -> None:
+    home, name = tmp_path / "home", f"{QUANTISED}/{file}"
+    before = run(["check", name, "--bandwidth", "10"], home, address)
+    assert before.returncode == 1
+    assert f"{name} is neither a folder nor a GGUF file nor a hub checkpoint" in before.stdout
+    result = run(["pull", name], home, address)
+    assert result.returncode == 0, result.stderr
+    assert "1 files match the hub's checksums" in result.stderr
+    assert {path.name for path in home.rglob("*") if path.is_symlink()} == {Path(file).name}
+    num_requests = len(state.requests)
+    checked = run(["check", f"{name}@{COMMIT}", "--bandwidth", "10"], home, address)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "Q4_1" in checked.stdout
+    converted = run(["convert", name, str(tmp_path / "folder")], home, address)
+    assert converted.returncode == 0, converted.stderr
+    assert len(state.requests) == num_requests  # only `pull` fetches
+
+
+def test_a_damaged_gguf_file_is_deleted(tmp_path: Path, state: HubState, address: str) -> None:
+    state.wrong_checksum.add(FILE)
+    result = run(["pull", f"{QUANTISED}/{FILE}"], tmp_path / "home", address)
+    assert result.returncode == 1
+    assert f"{FILE} did not match the hub's checksum and was deleted" in last_line(result)
 
 
 def test_a_download_that_breaks_off_goes_on_from_there(tmp_path: Path, state: HubState, address: str) -> None:
@@ -112,6 +145,8 @@ def test_a_wrong_checksum_is_found_and_the_file_deleted(tmp_path: Path, state: H
         (DRAFTER, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         (DRAFTER, {"HF_ENDPOINT": "http://127.0.0.1:9"}, f"cannot fetch {DRAFTER} from http://127.0.0.1:9"),
         ("no name at all", {}, "'no name at all' is not a hub name"),
+        (f"{QUANTISED}/missing.gguf", {}, f"{QUANTISED} has no file missing.gguf."),
+        (QUANTISED, {}, f"a GGUF file is fetched by its name, {QUANTISED}/FILE.gguf"),
     ],
 )
 def test_what_cannot_be_fetched_is_said_in_one_sentence(

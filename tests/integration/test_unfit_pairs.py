@@ -81,7 +81,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a broken tokenizer": (lambda _, drafter: (drafter / "tokenizer.json").write_text("{}"), "read as a tokenizer"),
     "a causal drafter": (
         lambda _, drafter: write_checkpoint(drafter, "qwen3") and None,
-        "its config.json names no mask token",
+        "its configuration names no mask token",
     ),
     "a mask beyond the vocabulary": (
         lambda _, drafter: edit(drafter / "config.json", mask_token_id=9999),

@@ -36,15 +36,15 @@ def draft(settings: Settings, drafter: Transformer | None = None) -> Draft:
     ("causal_model", "described"),
     [("mixed", "own text + n-grams"), ("text", "own text"), ("ngram", "n-grams"), ("uniform", "none")],
 )
-def test_a_scorer_drafts_from_what_it_knows(known: str, described: str) -> None:
-    settings = settings_with(causal_model=known, policy="fixed")
+def test_a_causal_model_drafts_from_what_it_knows(causal_model: str, described: str) -> None:
+    settings = settings_with(causal_model=causal_model, policy="fixed")
     target = TransformerConfig.from_folder(settings.model.target)
     assert build_pipeline(settings, target, None).description == described
     tokens = draft(settings).tokens
-    if known in ("mixed", "text"):
+    if causal_model in ("mixed", "text"):
         assert tokens == tuple(TEXT[:8].tolist())
     else:
-        assert bool(tokens) == (known == "ngram")
+        assert bool(tokens) == (causal_model == "ngram")
         assert tokens[:2] != tuple(TEXT[:2].tolist())
 
 

@@ -10,7 +10,7 @@ def compared(ties: NearTies, margin: float, prompt: int = 0, num_tokens: int = 1
 
 
 def test_a_wide_margin_fails_at_once() -> None:
-    with pytest.raises(AssertionError, match="no rounding"):
+    with pytest.raises(AssertionError, match="more than rounding"):
         compared(NearTies(), 1.1e-4)
 
 

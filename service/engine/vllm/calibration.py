@@ -73,15 +73,18 @@ class ProbeSteps:
     def calibrate(self, pipeline: Pipeline) -> dict[int, float]:
         """Tell the pipeline what the probes cost, and forget them. Returns seconds by rows."""
         steps, self._steps = self._steps, {}
-        measured = {
-            batch + drafted: float(np.median([record.verify_seconds for record in records[1:] or records]))
-            for (batch, drafted), records in sorted(steps.items())
-            if drafted > 0 or batch == 1
-        }
-        if measured:
-            pipeline.calibrate(measured)
+        by_rows: dict[int, float] = {}
+        by_requests: dict[int, float] = {}
+        for (batch, drafted), records in sorted(steps.items()):  # few requests first: their passes tell what rows cost
+            seconds = float(np.median([record.verify_seconds for record in records[1:] or records]))
+            if drafted == 0:
+                by_requests[batch] = seconds
+            if drafted > 0 or batch == 1:
+                by_rows.setdefault(batch + drafted, seconds)
+        if by_rows:
+            pipeline.calibrate(by_rows, by_requests or None)
             for (_, drafted), records in steps.items():
                 if drafted == 0:
                     for record in records[1:]:
-                        pipeline.observe(record)  # a plain step's cost, with the time between two steps
-        return measured
+                        pipeline.observe(record)  # for the time between two steps
+        return by_rows

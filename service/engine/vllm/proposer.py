@@ -68,10 +68,17 @@ class VllmProposer:
     def begin(self, gone: Iterable[str], running: Iterable[str]) -> None:
         """Note that a step starts. gone: finished, aborted and preempted requests. running: those in the step."""
         self._step_started = self._clock()
+        failures = []
         for request_id in gone:
             self._drafts.pop(request_id, None)
-            if self._names.pop(request_id, None) is not None:
+            if self._names.pop(request_id, None) is None:
+                continue
+            try:
                 self._pipeline.release(request_id)
+            except Exception as error:  # vLLM names a finished request once: the others must not be forgotten
+                failures.append(error)
+        if failures:
+            raise failures[0]
         if not any(request_id in self._names for request_id in running):
             self._last_ended = None  # the engine was idle, and idle time is no cost of a step
 
@@ -86,6 +93,7 @@ class VllmProposer:
 
     def skip(self, rows: Sequence[Row]) -> None:
         """Note the step that made `rows`, without asking the pipeline: it is paused after a failure."""
+        self._drafts = {}  # the guard threw them away
         self._note(rows)
         self._last_ended = self._clock()
 
@@ -190,4 +198,5 @@ def _outcome(row: Row, drafts: Mapping[str, Draft]) -> Outcome:
         row.num_sampled - 1,
         row.options.policy,
         next_token=int(row.tokens[-1]),
+        is_cut=row.num_verified < len(draft.tokens),
     )

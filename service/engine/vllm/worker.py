@@ -130,15 +130,16 @@ class PipelineProposer:
             state = requests[request_id]
             params = state.sampling_params
             num_prompt, length = state.num_prompt_tokens, int(num_tokens[i])
+            num_rows, num_verified = self._rows.get(request_id, 0), len(self._verified.get(request_id, ()))
             options = (params.extra_args or {}).get(KEY)
             rows.append(
                 Row(
                     request_id=request_id,
                     tokens=token_ids[i, :length],
                     num_sampled=len(drawn),
-                    num_verified=len(self._verified.get(request_id, ())),
-                    num_rows=self._rows.get(request_id, 0),
-                    is_prefill=state.num_computed_tokens < num_prompt,
+                    num_verified=num_verified,
+                    num_rows=num_rows,
+                    is_prefill=state.num_computed_tokens < num_prompt or num_rows > 1 + num_verified,
                     num_left=num_prompt + params.max_tokens - length,
                     temperature=params.temperature,
                     options=_NO_OPTIONS if options is None else RequestOptions.from_dict(options),

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from drafters.base import Draft, DraftingCost, DraftRequest, Outcome, PolicyName, SearchFacts, StepRecord
 from drafters.policy import Policy, PolicyOptions
 from drafters.policy.acceptance import Acceptance, RequestFactor, temperature_class
+from drafters.policy.gains import PRIOR_GAIN
 from drafters.policy.learning import EXPLORE_SHARE, Exploring
-from drafters.policy.policy import MIN_GAIN, PRIOR_GAIN
+from drafters.policy.policy import MIN_GAIN
 from drafters.policy.seconds import StepSeconds
 
 STEP = 1e-3  # seconds
@@ -147,7 +149,7 @@ def test_each_kind_of_step_has_its_own_ratio() -> None:
         seconds.observe(record([drafted], 4e-3))
     assert seconds.drafted(1, 1, 7)[7] == pytest.approx(4e-3, rel=0.05)
     assert seconds.plain(1, 1) == pytest.approx(STEP)
-    for step in range(100):  # few plain steps among many others are enough
+    for step in range(300):  # few plain steps among many others are enough
         seconds.observe(record([drafted], 4e-3) if step % 20 else record([Outcome("a", Draft(), 0)], 1.5e-3))
     assert seconds.plain(1, 1) == pytest.approx(1.5e-3, rel=0.1)
 
@@ -217,6 +219,13 @@ def test_no_lengths_promise_more_tokens_per_second(rates: list[float], slope: fl
     best = max(rate(survival[:count]) for count in range(len(survival) + 1))
     found = rate([value for draft in chosen for value in draft.survival])
     assert found >= best / (1.0 + MIN_GAIN) - 1e-6
+
+
+def test_a_batch_of_more_rows_than_any_curve_has_is_drafted_for() -> None:
+    """600 requests with 32 tokens each: more rows than the cost of a pass is known for."""
+    requests = [ask(str(i)) for i in range(600)]
+    found = lengths(make({1: STEP, 64: 1.01 * STEP}), requests, [free(0.99, 32)] * 600)
+    assert min(found) > 8
 
 
 def test_a_draft_is_cut_where_its_request_ends() -> None:
@@ -345,6 +354,17 @@ def test_a_pass_that_the_free_draft_would_have_been_as_right_without_adds_nothin
     for _ in range(300):  # the target draws 2 behind the accepted 1, as the free draft had it
         policy.observe(record([Outcome("a", found, num_accepted=1, next_token=2)]))
     assert ask_passes(policy, [ask("b")], [Draft()]) == [0]
+
+
+@pytest.mark.parametrize("change", [{"policy": "fixed"}, {"is_cut": True}])
+def test_only_what_goodput_chose_and_saw_whole_tells_what_a_pass_adds(change: Mapping[str, Any]) -> None:
+    """`fixed` verifies paths that `goodput` would drop, and vLLM's scheduler cuts drafts: neither is a failed pass."""
+    policy = make(SOME_ROWS, CHEAP_PASS)
+    ask_passes(policy, [ask("a")], [Draft()])
+    for _ in range(300):
+        outcome = Outcome("a", replace(path([1, 5, 6], 0.95), free=(2, 3)), num_accepted=0, next_token=2)
+        policy.observe(record([replace(outcome, **change)]))
+    assert ask_passes(policy, [ask("b")], [Draft()]) == [6]
 
 
 def test_the_better_of_two_drafts_is_verified_and_remembers_the_other() -> None:

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from drafters.base import Draft
+from drafters.base import Draft, num_common
 from service.engine.base import GenerationRequest
-from service.engine.prefix_cache import MIN_COPY, PrefixCache, common_prefix
+from service.engine.prefix_cache import MIN_COPY, PrefixCache
 from service.engine.sequence import Decoding
 from verifiers.base import SamplingRules, VerifyResult
 
@@ -153,7 +153,7 @@ def test_whatever_comes_and_goes_what_is_reused_is_what_the_prompt_needs(
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
 def test_common_prefix_is_the_longest(left: list[int], right: list[int]) -> None:
-    size = common_prefix(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
+    size = num_common(np.array(left, dtype=np.int32), np.array(right, dtype=np.int32))
     assert left[:size] == right[:size]
     assert size in (len(left), len(right)) or left[size] != right[size]
 

@@ -11,7 +11,7 @@ from drafters.base import DraftRequest
 from drafters.coupling import known_noise
 from drafters.diffusion.drafter import DiffusionDrafter
 from drafters.diffusion.masked import MaskedRequest
-from drafters.pipeline import MIN_SURVIVAL
+from drafters.policy.policy import MIN_SURVIVAL
 from drafters.search.causal_model import CausalModel
 from models.training.blocks import BLOCK_SIZE
 from models.training.continuations import Continuations, corpus_rows

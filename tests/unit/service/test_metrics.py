@@ -105,7 +105,8 @@ def test_the_engines_phase_is_asked_for(metrics: ServiceMetrics) -> None:
 
 
 def test_tokens_of_one_step_share_its_time(metrics: ServiceMetrics) -> None:
-    metrics.observe_first_token(7, 0.5, 0.75)
+    metrics.observe_prompt(7, 0.5)
+    metrics.observe_first_token(0.75)
     metrics.observe_tokens(1, None)
     metrics.observe_tokens(4, 0.02)
     metrics.observe_end("length", 1.0)

@@ -28,9 +28,9 @@ STYLES: st.SearchStrategy[ToolCallStyle] = st.sampled_from(["hermes", "llama3_js
 def test_calls_and_content_do_not_depend_on_how_the_text_is_cut(
     style: ToolCallStyle, text: str, places: list[int], eager: bool, most: int | None
 ) -> None:
-    whole = read(style, [text], eager=eager, most=most)
-    assert read(style, cut(text, places), eager=eager, most=most) == whole
-    assert read(style, text, eager=eager, most=most) == whole
+    whole = read(style, [text], eager=eager, max_calls=most)
+    assert read(style, cut(text, places), eager=eager, max_calls=most) == whole
+    assert read(style, text, eager=eager, max_calls=most) == whole
 
 
 @given(STYLES, TEXTS)
@@ -105,7 +105,7 @@ def test_what_is_a_call_and_what_is_not(
 
 
 def test_further_calls_than_asked_for_are_dropped() -> None:
-    assert len(read("hermes", [HERMES * 3], most=1)[1]) == 1
+    assert len(read("hermes", [HERMES * 3], max_calls=1)[1]) == 1
 
 
 def test_behind_too_many_blocks_that_are_no_calls_nothing_is_looked_at_again() -> None:
