@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ def measure(model: IntegerTransformer, tokens: list[int], count: int) -> tuple[f
 
 def pass_of(model: IntegerTransformer, rows: int, context: int) -> Callable[[], object]:
     """Return a function that runs a pass of `rows` rows and computes its logits."""
-    cache = model.new_cache(1, context + rows)
+    cache: Any = model.new_cache(1, context + rows)
     batch = RowBatch(torch.arange(rows) % model.config.vocabulary_size, [0], [context], [rows])
     return lambda: model.logits(model.forward(batch, cache))
 
@@ -116,7 +117,7 @@ def perplexity(model: IntegerTransformer | Transformer, texts: list[list[int]]) 
     """Return the perplexity of texts, and the most probable token of every position."""
     total, best = 0.0, []
     for text in texts:
-        cache = model.new_cache(1, len(text))
+        cache: Any = model.new_cache(1, len(text))
         tokens = torch.tensor(text)
         logits = model.logits(model.forward(RowBatch(tokens, [0], [0], [len(text)]), cache)).double()
         total += float(torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum"))
@@ -186,8 +187,9 @@ def compare_speed(model: IntegerTransformer, args: argparse.Namespace, prompt: l
 
 def open_file(path: Path) -> tuple[TransformerConfig, dict[str, Weight], Callable[[str], list[int]]]:
     """Return configuration, weights and tokenizer of a GGUF file."""
-    from transformer.gguf_model import GgufModel
     from transformers import AutoTokenizer
+
+    from transformer.gguf_model import GgufModel
 
     config = TransformerConfig.read(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

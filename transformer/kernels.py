@@ -183,7 +183,7 @@ def fits(rows: Any, num_rows: int, arrays: Any, rotations: Any, entries: Any) ->
     num_layers, num_slots, num_kept, length, head_dim = entries.shape
     if (num_layers, num_kept, head_dim) != (len(arrays.panels), 2 * arrays.num_shared, arrays.head_dim):
         return False
-    return rows_fit(rows, num_rows, len(rotations), num_slots, length)
+    return bool(rows_fit(rows, num_rows, len(rotations), num_slots, length))
 
 
 @compiled

@@ -52,7 +52,9 @@ class TorchVerifier:
         self._num_slots = num_slots
         self._context_length = context_length
         self._num_tokens = min(num_tokens or model.config.vocabulary_size, model.config.vocabulary_size)
-        self._cache = model.new_cache(num_slots, context_length + DRAFT_ROOM)
+        self._cache: Any = model.new_cache(
+            num_slots, context_length + DRAFT_ROOM
+        )  # each kind of model has a cache of its own
         self._states: Tensor | None = None  # [slots, positions, hidden] that each token is predicted from
         if keep_hidden_states:
             shape = (num_slots, context_length + DRAFT_ROOM + 1, model.config.hidden_size)
