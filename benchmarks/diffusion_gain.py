@@ -62,8 +62,7 @@ class WatchingPolicy(Policy):
         spent_seconds: float = 0.0,
     ) -> list[Draft]:
         for request, own, other in zip(requests, free, found, strict=True):
-            is_better = other is not None and other.expected_accepted > own.expected_accepted
-            joined = other.tokens if other is not None and is_better else own.tokens
+            joined = self._better(request, own, other).tokens
             promise = bisect_left(PROMISES, own.expected_accepted)
             self.steps.append(Step(int(request.request_id), len(request.tokens), promise, own.tokens, joined))
         return super().choose(requests, free, found, spent_seconds)

@@ -30,7 +30,7 @@ BypassReason = Literal[
     "drafter_failed",
     "other",  # a reason that a pipeline of one's own gives
 ]
-"""Why a step of a request had no draft; empty if it had one."""
+"""Reason that a step of a request had no draft; empty if it had one."""
 
 
 class DraftConstraint(Protocol):

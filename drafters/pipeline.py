@@ -68,18 +68,16 @@ class DraftPipeline:
         num_prefill_rows: prompt rows that the same verification pass will carry.
         """
         started = self._clock()
-        self.last_cost = DraftingCost()
+        cost = DraftingCost()
         drafting = self._policy.open_step(requests, num_prefill_rows)
         drafts: dict[str, Draft] = {}
         if drafting:
             free = self._policy.weigh(drafting, self._draft_freely(drafting))
-            found = self._diffuse(drafting, free)
-            spent = self.last_cost.pass_seconds + self.last_cost.search_seconds
-            chosen = self._policy.choose(drafting, free, found, spent)
+            found, cost = self._diffuse(drafting, free)
+            chosen = self._policy.choose(drafting, free, found, cost.pass_seconds + cost.search_seconds)
             drafts = {request.request_id: draft for request, draft in zip(drafting, chosen, strict=True)}
         answer = [drafts.get(request.request_id) or _no_draft(request) for request in requests]
-        seconds = self._clock() - started - self.last_cost.search_seconds
-        self.last_cost = replace(self.last_cost, draft_seconds=seconds)
+        self.last_cost = replace(cost, draft_seconds=self._clock() - started - cost.search_seconds)
         return answer
 
     def observe(self, step: StepRecord) -> None:
@@ -120,37 +118,38 @@ class DraftPipeline:
             drafts.append(Draft(tokens, "free", tuple(confidences.tolist())) if tokens else nothing)
         return drafts
 
-    def _diffuse(self, requests: Sequence[DraftRequest], free: Sequence[Draft]) -> list[Draft | None]:
+    def _diffuse(
+        self, requests: Sequence[DraftRequest], free: Sequence[Draft]
+    ) -> tuple[list[Draft | None], DraftingCost]:
         """Run one diffusion pass and one path search for the requests that the policy chooses; None for the others.
 
-        On any failure nothing is found, and the drafter is left out for a while. Sets `last_cost`.
+        Also returns what both took. On any failure nothing is found, and the drafter is left out for a while.
         """
         found: list[Draft | None] = [None] * len(requests)
         diffusion = self._diffusion
         if diffusion is None or self._search is None or self._backoff.is_paused:
-            return found
+            return found, DraftingCost()
         pending = [diffusion.pending_rows(request.request_id, len(request.tokens)) for request in requests]
         lengths = self._policy.pass_lengths(requests, free, pending, diffusion.max_tokens)
         places = [i for i, length in enumerate(lengths) if length]
         if not places:
-            return found
+            return found, DraftingCost()
         served = [requests[i] for i in places]
         masked = [
             MaskedRequest(r.request_id, r.tokens, lengths[i], r.hidden_states, free[i].tokens)
             for i, r in zip(places, served, strict=True)
         ]
         try:
-            paths = self._find_paths(served, masked, diffusion, self._search)
+            paths, cost = self._find_paths(served, masked, diffusion, self._search)
         except Exception:
             self._leave_out(served)
-            return found
-        self.last_cost = replace(self.last_cost, num_diffusion_rows=sum(pending[i] + lengths[i] for i in places))
+            return found, DraftingCost()
         self._backoff.succeed()
         rivals = [free[i] for i in places]
         drafts = [self._from_path(*each) for each in zip(served, paths, rivals, strict=True)]
         for i, draft in zip(places, self._policy.weigh(served, self._draft_on(served, drafts, rivals)), strict=True):
             found[i] = draft
-        return found
+        return found, replace(cost, num_diffusion_rows=sum(pending[i] + lengths[i] for i in places))
 
     def _find_paths(
         self,
@@ -158,8 +157,8 @@ class DraftPipeline:
         masked: Sequence[MaskedRequest],
         diffusion: MaskedDrafter,
         search: PathSearch,
-    ) -> list[Path]:
-        """Pass, lattice, search; notes what they took. Raises whatever they raise."""
+    ) -> tuple[list[Path], DraftingCost]:
+        """Run pass, lattice and search; return the paths and the time it took. Raises whatever they raise."""
         if self._causal is not None and not self._free_drafts:  # as no free draft does it
             self._causal.learn([request.tokens for request in requests], self._take_unlearned(requests))
         started = self._clock()
@@ -170,10 +169,9 @@ class DraftPipeline:
         lattice = DraftLattice.from_logits(logits, lengths, self._lattice)
         noise = known_noise(requests, diffusion.temperature)
         paths = search.search([request.tokens for request in requests], lattice, noise)
-        self.last_cost = DraftingCost(
+        return paths, DraftingCost(
             pass_seconds=drafted - started, search_seconds=self._clock() - drafted, num_searches=len(requests)
         )
-        return paths
 
     def _from_path(self, request: DraftRequest, path: Path, free: Draft) -> Draft:
         """Return a searched path as a draft; without tokens if the structure refuses all of it."""

@@ -70,7 +70,7 @@ class StructureState:
 
     @property
     def error(self) -> str:
-        """Why nothing may come next any more: a step took more work than the limits allow. Else empty."""
+        """Reason that nothing may come next: a step took more work than the limits allow. Else empty."""
         return "The structure is too complex to be followed." if self._matcher.is_error() else ""
 
     def masks(self, draft: Sequence[int]) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """A small model's layers as one compiled call."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,16 +24,7 @@ class CompiledLayers:
         self._arrays = LayerArrays(
             products=np.array(product_kernels().addresses),
             panels=np.array([[matrix.panels_address for matrix in layer.matrices] for layer in layers]),
-            qkv_bias=joined([layer.qkv_bias for layer in layers], 2),
-            head_norms=joined([layer.query_key_norm for layer in layers], 3) * np.float32(config.head_dim**0.5),
-            output_bias=joined([layer.output_bias for layer in layers], 2),
-            final_norm=final_norm.numpy(),
-            num_heads=config.num_heads,
-            num_shared=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            intermediate=config.intermediate_size,
-            epsilon=config.rms_norm_eps * config.hidden_size,
-            head_epsilon=config.rms_norm_eps * config.head_dim,
+            **common_arrays(config, layers, final_norm),
         )
 
     @classmethod
@@ -70,6 +61,22 @@ def ragged_rows(rows: RowBatch) -> Rows:
     else:
         limits = rows.limits.numpy()
     return Rows(firsts, np.array(rows.slots, np.int64), starts, limits)
+
+
+def common_arrays(config: TransformerConfig, layers: Sequence[Any], final_norm: Tensor) -> dict[str, Any]:
+    """Return the entries that `LayerArrays` and `IntegerArrays` share: all but the matrices."""
+    return {
+        "qkv_bias": joined([layer.qkv_bias for layer in layers], 2),
+        "head_norms": joined([layer.query_key_norm for layer in layers], 3) * np.float32(config.head_dim**0.5),
+        "output_bias": joined([layer.output_bias for layer in layers], 2),
+        "final_norm": final_norm.numpy(),
+        "num_heads": config.num_heads,
+        "num_shared": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate": config.intermediate_size,
+        "epsilon": config.rms_norm_eps * config.hidden_size,
+        "head_epsilon": config.rms_norm_eps * config.head_dim,
+    }
 
 
 def joined(weights: Sequence[Tensor | None], num_dimensions: int) -> Numbers:

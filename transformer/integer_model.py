@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformer.attention import RowBatch
 from transformer.checkpoint import load_weights
-from transformer.compiled_layers import joined, ragged_rows
+from transformer.compiled_layers import common_arrays, joined, ragged_rows
 from transformer.config import TransformerConfig
 from transformer.integer_kernels import (
     STAGES,
@@ -196,16 +196,7 @@ class IntegerTransformer:
             kernels=np.array(self._kernels.addresses),
             panels=np.stack([np.stack([address(matrix) for matrix in layer.matrices]) for layer in layers]),
             norms=joined([layer.norms for layer in layers], 3),
-            qkv_bias=joined([layer.qkv_bias for layer in layers], 2),
-            head_norms=joined([layer.query_key_norm for layer in layers], 3) * np.float32(config.head_dim**0.5),
-            output_bias=joined([layer.output_bias for layer in layers], 2),
-            final_norm=final_norm.numpy(),
-            num_heads=config.num_heads,
-            num_shared=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            intermediate=config.intermediate_size,
-            epsilon=config.rms_norm_eps * config.hidden_size,
-            head_epsilon=config.rms_norm_eps * config.head_dim,
+            **common_arrays(config, layers, final_norm),
         )
 
 

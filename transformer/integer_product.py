@@ -19,6 +19,7 @@ from llvmlite import ir
 from transformer.compiled import kept, kernel_cache
 from transformer.integer_dots import WORD, Variant, call, possible_variants, spread, spread_constant
 from transformer.panel_attention import write_attention
+from transformer.product import rows_of_group
 
 BLOCK = 32  # inputs that share a scale, as in GGUF files
 LANES = 16  # outputs of a panel
@@ -170,10 +171,7 @@ def _write_product(module: ir.Module, variant: Variant, bits: int, functions: li
     done = build.phi(SIZE, "done")
     done.add_incoming(SIZE(0), column_block)
     left = build.sub(num_rows, done)
-    # Two even groups of rows are better than a full and a small one: each group unpacks the weights.
-    half = build.lshr(build.add(left, SIZE(1)), SIZE(1))
-    even = build.select(build.icmp_unsigned("<", half, SIZE(variant.rows)), half, SIZE(variant.rows))
-    count = build.select(build.icmp_unsigned("<=", left, SIZE(variant.rows)), left, even)
+    count = rows_of_group(build, left, variant.rows)
     group_records = build.gep(records, [build.mul(done, SIZE(4 * RECORD))])
     place = build.add(build.mul(done, width), column)
     group_out = build.gep(out, [build.mul(place, SIZE(4))])

@@ -78,7 +78,7 @@ class Transformer:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether passes with few rows are one compiled call."""
+        """True if passes with few rows are one compiled call."""
         return self._compiled is not None
 
     def new_cache(self, slots: int, length: int) -> KeyValueCache:

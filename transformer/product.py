@@ -95,10 +95,7 @@ def _write_product(module: ir.Module, name: str, functions: list[ir.Function], i
     done = build.phi(SIZE, "done")
     done.add_incoming(SIZE(0), panel_block)
     left = build.sub(num_rows, done)
-    # Two even groups of rows are better than a full and a small one: the time hardly depends on the rows.
-    half = build.lshr(build.add(left, SIZE(1)), SIZE(1))
-    even = build.select(build.icmp_unsigned("<", half, SIZE(ROWS_AT_ONCE)), half, SIZE(ROWS_AT_ONCE))
-    count = build.select(build.icmp_unsigned("<=", left, SIZE(ROWS_AT_ONCE)), left, even)
+    count = rows_of_group(build, left, ROWS_AT_ONCE)
     group_rows = build.gep(rows, [done if is_transposed else build.mul(done, num_inputs)])
     group_out = build.gep(out, [build.add(build.mul(done, num_outputs), column)])
     cases = build.switch(count, end_block)  # no rows: nothing to do
@@ -119,6 +116,16 @@ def _write_product(module: ir.Module, name: str, functions: list[ir.Function], i
     column.add_incoming(following, next_panel)
     build.cbranch(build.icmp_unsigned("<", following, num_outputs), panel_block, end_block)
     ir.IRBuilder(end_block).ret_void()
+
+
+def rows_of_group(build: ir.IRBuilder, left: ir.Value, max_rows: int) -> ir.Value:
+    """Return how many of the rows that are left to run at a time.
+
+    Two even groups are better than a full and a small one: every group reads the weights, whatever its rows.
+    """
+    half = build.lshr(build.add(left, SIZE(1)), SIZE(1))
+    even = build.select(build.icmp_unsigned("<", half, SIZE(max_rows)), half, SIZE(max_rows))
+    return build.select(build.icmp_unsigned("<=", left, SIZE(max_rows)), left, even)
 
 
 def _write_columns(module: ir.Module, product: str, num_rows: int, adds: bool, is_transposed: bool) -> ir.Function:

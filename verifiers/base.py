@@ -41,12 +41,12 @@ class SamplingRules:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is taken, not drawn."""
+        """True if the most probable token is taken, not drawn."""
         return self.temperature < MIN_TEMPERATURE
 
     @property
     def temperature_alone(self) -> bool:
-        """Whether no rule but the temperature shapes the distribution."""
+        """True if only the temperature shapes the distribution."""
         return self.top_k == 0 and self.top_p >= 1.0 and self.min_p == 0.0
 
 

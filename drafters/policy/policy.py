@@ -88,7 +88,7 @@ class Policy:
 
     def is_adaptive(self, request: DraftRequest) -> bool:
         """Return whether `goodput` decides for the request: nothing else says how long its drafts are."""
-        return (request.policy or self._options.policy) == "goodput"
+        return self._is_goodput(request.policy)
 
     def weigh(self, requests: Sequence[DraftRequest], drafts: Sequence[Draft]) -> list[Draft]:
         """Return the drafts with the survival of their tokens, as estimated for each request."""
@@ -173,7 +173,7 @@ class Policy:
                 continue
             if outcome.draft.source == "diffusion":
                 state.paper.observe(facts.raw_length, outcome.num_accepted)
-            if (outcome.policy or self._options.policy) == "goodput":  # others verify paths that it would not
+            if self._is_goodput(outcome.policy):  # others verify paths that it would not
                 kind = pass_class(state.temperature_class, facts.promised)
                 self._gains.observe(kind, added_tokens(outcome))
                 self._exploring.saw(("pass", kind))
@@ -256,6 +256,9 @@ class Policy:
         if policy == "paper":
             return self._state(request).paper.next_length
         return self._options.max_draft_tokens
+
+    def _is_goodput(self, policy: PolicyName | None) -> bool:
+        return (policy or self._options.policy) == "goodput"
 
     def _rests(self, request: DraftRequest) -> bool:
         state = self._state(request)

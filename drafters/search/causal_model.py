@@ -85,7 +85,7 @@ class CausalModel:
 
     @property
     def has_ngrams(self) -> bool:
-        """Whether an n-gram model was given that has contexts."""
+        """True if there is an n-gram model with contexts."""
         return self.ngram.order > 1
 
     @property

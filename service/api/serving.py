@@ -109,7 +109,7 @@ class Serving:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether loading has succeeded."""
+        """True once loading has succeeded."""
         return self._model is not None
 
     @property

@@ -132,7 +132,7 @@ class ToolCall(RequestModel):
 
 @dataclass(frozen=True, slots=True)
 class OfferedTools:
-    """How one request's tools are shown to the model, and how calls of them are found in its text."""
+    """One request's tools: their form in the prompt, and the way to find their calls in the text."""
 
     shown: list[dict[str, Any]]  # by the template
     style: ToolCallStyle

@@ -20,7 +20,7 @@ ALTERNATIVES = 20  # log probabilities reported beside each plain token, to find
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """Which requests are audited, and when."""
+    """Choice of the audited requests, and of the time for audits."""
 
     fraction: float = 0.01  # of the requests that use speculation
     idle_seconds: float = 1.0  # an audit begins after the engine was idle for this long

@@ -77,6 +77,14 @@ class GenerationRequest:
     structure: Structure | None = None  # that the output must follow
     reuse_prefix: bool = True  # False: read the whole prompt again, whatever is cached
 
+    def check_length(self, context_length: int) -> None:
+        """Raise RequestFailedError if there is no prompt, or if prompt and output don't fit into the context."""
+        if not self.prompt or len(self.prompt) + self.max_tokens > context_length:
+            raise RequestFailedError(
+                f"prompt ({len(self.prompt)} tokens) and max_tokens ({self.max_tokens}) must be at least 1 and "
+                f"at most {context_length} tokens together"
+            )
+
 
 @dataclass(slots=True)
 class SpeculationStats:
@@ -94,7 +102,7 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """How one step produced its tokens. Only requests with `speculation.trace` get it."""
+    """Origin of one step's tokens. Only requests with `speculation.trace` get it."""
 
     source: SourceName
     drafted: tuple[int, ...]

@@ -94,12 +94,7 @@ class EngineLoop:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises QueueFullError, EngineUnavailableError or RequestFailedError."""
-        num_tokens = len(request.prompt) + request.max_tokens
-        if not request.prompt or num_tokens > self._context_length:
-            raise RequestFailedError(
-                f"prompt ({len(request.prompt)} tokens) and max_tokens ({request.max_tokens}) must be at least 1 and "
-                f"at most {self._context_length} tokens together"
-            )
+        request.check_length(self._context_length)
         with self._changed:
             if self._failure:
                 raise EngineUnavailableError(_FAILED)

@@ -99,7 +99,7 @@ class Decoding:
 
     @property
     def is_reading(self) -> bool:
-        """Whether some prompt tokens have not run through the model yet."""
+        """True while some prompt tokens have not run through the model."""
         return self.num_cached < self.num_prompt
 
     @property
@@ -109,7 +109,7 @@ class Decoding:
 
     @property
     def may_reuse_prefix(self) -> bool:
-        """Whether a cached prefix may be reused. Log probabilities of the prompt need the rows that reuse skips."""
+        """True if a cached prefix may be reused. Log probabilities of the prompt need the rows that reuse skips."""
         return self.request.prompt_logprobs is None and self.request.reuse_prefix
 
     def commit(self, num_new: int, draft: Draft, result: VerifyResult) -> TokenDelta | None:

@@ -226,13 +226,13 @@ class ToolCallParser:
 
     @property
     def has_only_whole_calls(self) -> bool:
-        """Whether there are calls, and none of them is broken or cut."""
+        """True if there are calls, and none of them is broken or cut."""
         num_told = self._num_started if self._max_calls is None else min(self._num_started, self._max_calls)
         return 0 < num_told == self.num_calls
 
     @property
     def _is_wanted(self) -> bool:
-        """Whether the call that was started last is returned, not dropped."""
+        """True if the latest call is returned, not dropped."""
         return self._max_calls is None or self._num_started <= self._max_calls
 
     def _read_arguments(self, is_end: bool) -> bool:

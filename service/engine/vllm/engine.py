@@ -214,12 +214,7 @@ class VllmEngine:
             raise EngineUnavailableError(f"the engine is {status.phase}: {status.detail}")
         if request.request_id in self._live:
             raise RequestFailedError(f"a request with the id {request.request_id!r} is running already")
-        num_tokens = len(request.prompt) + request.max_tokens
-        if not request.prompt or num_tokens > self.context_length:
-            raise RequestFailedError(
-                f"prompt ({len(request.prompt)} tokens) and max_tokens ({request.max_tokens}) must be at least 1 and "
-                f"at most {self.context_length} tokens together"
-            )
+        request.check_length(self.context_length)
         scheduler = self._settings.scheduler
         waiting = self._live.waiting_tokens(scheduler.max_running)
         full = self._live.what_is_full(scheduler.max_running, scheduler.max_waiting, scheduler.max_waiting_tokens)

@@ -64,7 +64,7 @@ class DraftGuard:
 
     @property
     def is_up(self) -> bool:
-        """Whether the proposer is asked for drafts."""
+        """True if the proposer is asked for drafts."""
         return not self.backoff.is_paused
 
     def load_model(self, target_model: Any) -> None:

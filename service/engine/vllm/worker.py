@@ -1,4 +1,4 @@
-"""Where drafting meets vLLM's insides, in the processes of its engine and its workers (vLLM 0.32).
+"""Drafting inside vLLM's engine and worker processes (vLLM 0.32).
 
 `DraftingWorker` gives the proposer what vLLM's interface for custom proposers does not: which requests are in the
 batch, which left it, and which draft tokens were verified. `ReportingScheduler` sends each request's counts with its
