@@ -139,7 +139,7 @@ class ModelSettings(SettingsGroup):
 
 
 class SchedulerSettings(SettingsGroup):
-    """How many requests run and wait, and what the KV cache holds."""
+    """Limits on running and waiting requests, and the size of the KV cache."""
 
     max_running: int = Field(
         default=32, ge=1, le=1024, description="Maximum number of sequences generated at the same time."

@@ -7,7 +7,7 @@ from service.setting_groups import SettingsGroup
 
 
 class SpeculationSettings(SettingsGroup):
-    """How drafts are made, and how long they are. These settings change speed, never the text's distribution."""
+    """The making and the length of drafts. These settings change speed, never the text's distribution."""
 
     policy: PolicyName = Field(
         default="goodput",

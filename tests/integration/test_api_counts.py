@@ -19,7 +19,7 @@ CYCLE = {
     "return_token_ids": True,
     "speculative": {"trace": True, "policy": "fixed", "max_draft_tokens": 8},
 }
-"""Leaves any model nothing but abcdefabcdef..., which the copying drafter gets right."""
+"""Leaves any model nothing but abcdefabcdef..., which free drafts get right."""
 
 
 def scrape(url: str) -> dict[str, float]:

@@ -200,7 +200,7 @@ def test_seeded_tokens_do_not_depend_on_drafts_or_company(
 
 
 @pytest.mark.parametrize("policy", ["goodput", "paper", "fixed"])
-@pytest.mark.parametrize("source", ["diffusion", "both", "copying"])
+@pytest.mark.parametrize("source", ["diffusion", "both", "free"])
 def test_the_real_pipeline_changes_no_token(
     source: str,
     policy: PolicyName,
@@ -220,7 +220,7 @@ def test_the_real_pipeline_changes_no_token(
             "speculation.policy": policy,
         }
     )
-    drafter = None if source == "copying" else Transformer.load(tiny_drafter)
+    drafter = None if source == "free" else Transformer.load(tiny_drafter)
     pipeline = build_pipeline(settings, model.config, drafter)
     assert_same(plain_greedy, outputs_under(Setting(16), model, GREEDY, pipeline), reference, near_ties)
     assert outputs_under(Setting(3), model, SAMPLED, pipeline) == plain_sampled

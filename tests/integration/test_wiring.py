@@ -48,7 +48,7 @@ def test_a_causal_model_drafts_from_what_it_knows(causal_model: str, described: 
         assert tokens[:2] != tuple(TEXT[:2].tolist())
 
 
-def test_without_copying_nothing_is_drafted_but_by_the_model(drafter: Transformer) -> None:
+def test_without_free_drafts_only_the_diffusion_model_drafts(drafter: Transformer) -> None:
     free = settings_with(free_drafts=False, policy="fixed")
     assert draft(free).tokens == ()
     joined, alone = draft(settings_with(policy="fixed"), drafter), draft(free, drafter)
@@ -57,7 +57,7 @@ def test_without_copying_nothing_is_drafted_but_by_the_model(drafter: Transforme
     assert alone.tokens[0] != TEXT[0]
 
 
-def test_without_copying_the_scorer_still_judges(drafter: Transformer) -> None:
+def test_without_free_drafts_the_causal_model_still_scores_paths(drafter: Transformer) -> None:
     paths = {
         known: draft(settings_with(free_drafts=False, policy="fixed", causal_model=known), drafter).tokens
         for known in ("mixed", "uniform")

@@ -1,4 +1,4 @@
-"""Drafters for the engine's tests. Each implements `Drafting` in full, and drafts by a rule of its own."""
+"""Drafters for the engine's tests. Each implements `Pipeline` in full, and drafts by a rule of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 
